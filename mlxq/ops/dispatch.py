@@ -1,0 +1,87 @@
+"""Which implementation serves which array: mx.array -> native, numpy -> reference (quantizer: format)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mlxq import bridge, format
+from mlxq.ops import native, reference
+
+
+def qmm(x, w: format.Packed, transpose: bool = True):
+    """x times packed weights, in x's dtype with float32 accumulation.
+
+    x            float32/float16/bfloat16   (..., K), or (..., N) when transpose is False
+    w.words      uint32                     (N, K * bits / 32)
+    w.scales     float32/float16/bfloat16   (N, K / group_size), likewise w.biases
+    result       x's dtype                  (..., N), or (..., K) when transpose is False
+
+    transpose=False computes x @ W on the same packed bytes: it is the gradient of transpose=True.
+    mx.array: differentiable with respect to x, w.scales and w.biases. numpy: float64 inside.
+    Raises ValueError for shapes and formats that disagree, TypeError for dtypes.
+    """
+    which = bridge.kind(x)
+    if which == "mlx":
+        return native.qmm(x, w, transpose)
+    if which == "numpy":
+        return reference.qmm(x, w, transpose).astype(x.dtype)
+    raise TypeError("qmm: torch tensors are not served yet; pass an mx.array (mlxq.bridge.to_mx) or numpy")
+
+
+def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpose=True, sorted_indices=False):
+    """Blocks of x times the experts that the indices choose, in x's dtype with float32 accumulation.
+
+    x            (*X, M, K)     lhs_indices  integer, index into the flattened *X; None: 0, 1, 2 ... in shape *X
+    w            (*E, N, K)     rhs_indices  integer, index into the flattened *E; None: 0, 1, 2 ... in shape *E
+    result       (*broadcast(lhs_indices, rhs_indices), M, N), or (..., M, K) when transpose is False
+
+    sorted_indices promises that rhs_indices ascend; the answer does not depend on it.
+    Out-of-range indices are not checked, as in MLX. Raises as qmm does.
+    """
+    which = bridge.kind(x)
+    if which == "mlx":
+        return native.gather_qmm(x, w, lhs_indices, rhs_indices, transpose, sorted_indices)
+    if which == "numpy":
+        return reference.gather_qmm(x, w, lhs_indices, rhs_indices, transpose).astype(x.dtype)
+    raise TypeError("gather_qmm: torch tensors are not served yet; pass an mx.array (mlxq.bridge.to_mx) or numpy")
+
+
+def quantize(w, fmt: format.Format, rule: str = "affine", scale_dtype: str | None = None) -> format.Packed:
+    """Packed weights in w's own framework, by rule "affine" or "mlx" (formulas: mlxq.format.quantize).
+
+    w            float32/float16/bfloat16   (..., N, K), K a multiple of fmt.group_size
+    scale_dtype  storage of scales and biases, a name of format.STORAGE; None: w's dtype
+
+    The same bits on every device and for every framework. Raises ValueError for NaN or Inf (how many, where),
+    for shapes, and for scales that the storage cannot hold.
+    """
+    scale_dtype = scale_dtype or bridge.dtype_name(w)
+    if scale_dtype not in format.STORAGE:
+        raise TypeError(f"quantize: scales in {scale_dtype} do not exist; built: {', '.join(format.STORAGE)}")
+    packed = native.quantize(w, fmt, rule, scale_dtype)
+    if packed is not None:
+        return packed
+    packed = format.quantize(bridge.to_numpy(w), fmt, rule, scale_dtype)
+    return format.Packed(
+        bridge.like(packed.words, w, None if bridge.kind(w) != "torch" else "uint32"),
+        bridge.like(packed.scales, w, scale_dtype),
+        bridge.like(packed.biases, w, scale_dtype),
+        fmt,
+    )
+
+
+def dequantize(packed: format.Packed, dtype: str | None = None):
+    """scale * code + bias as (..., N, K) in the packed arrays' framework, computed in float32.
+
+    dtype is a name of format.STORAGE; None: the scales' dtype.
+    """
+    dtype = dtype or bridge.dtype_name(packed.scales)
+    if bridge.kind(packed.words) == "mlx":
+        return native.dequantize(packed, dtype)
+    host = format.Packed(*(bridge.to_numpy(a) for a in (packed.words, packed.scales, packed.biases)), packed.format)
+    out = format.dequantize(host).astype(np.float32)
+    if bridge.kind(packed.words) == "torch":
+        return bridge.like(out, packed.words, dtype)
+    return out if dtype == "bfloat16" else out.astype(dtype)
+
+
