@@ -1,0 +1,77 @@
+// The plain loops: every format, dtype, shape and orientation, compiled for the baseline instruction set. The oracle of
+// the other families, and what runs where none of them does.
+//
+// prepare does nothing (row_bytes 0): run reads x as it is, widens to float32 and sums in float32, one group at a time:
+// y = sum over groups of scale * (sum x * code) + bias * (sum x).
+#include "kernel.h"
+#include "numeric.h"
+
+namespace mlxq {
+namespace {
+
+uint32_t code_at(const uint32_t* row, int k, int bits) {
+  int per_word = 32 / bits;
+  return (row[k / per_word] >> (bits * (k % per_word))) & ((1u << bits) - 1);
+}
+
+void row_transposed(const Qmm& q, int64_t x_base, int64_t y_base, int begin, int end) {
+  int groups = q.K / q.group_size;
+  int64_t words_per_row = int64_t(q.K) * q.bits / 32;
+  for (int n = begin; n < end; ++n) {
+    const uint32_t* words = q.words + n * words_per_row;
+    float sum = 0;
+    for (int g = 0; g < groups; ++g) {
+      float dot = 0, total = 0;
+      for (int k = g * q.group_size; k < (g + 1) * q.group_size; ++k) {
+        float x = load(q.x, q.x_dtype, x_base + k);
+        dot += x * float(code_at(words, k, q.bits));
+        total += x;
+      }
+      int64_t at = int64_t(n) * groups + g;
+      sum += load(q.scales, q.scale_dtype, at) * dot + load(q.biases, q.scale_dtype, at) * total;
+    }
+    store(q.y, q.x_dtype, y_base + n, sum);
+  }
+}
+
+void row_straight(const Qmm& q, int64_t x_base, int64_t y_base, int begin, int end) {
+  int groups = q.K / q.group_size;
+  int64_t words_per_row = int64_t(q.K) * q.bits / 32;
+  for (int k = begin; k < end; ++k) {
+    float sum = 0;
+    for (int n = 0; n < q.N; ++n) {
+      int64_t at = int64_t(n) * groups + k / q.group_size;
+      float code = float(code_at(q.words + n * words_per_row, k, q.bits));
+      float w = load(q.scales, q.scale_dtype, at) * code + load(q.biases, q.scale_dtype, at);
+      sum += load(q.x, q.x_dtype, x_base + n) * w;
+    }
+    store(q.y, q.x_dtype, y_base + k, sum);
+  }
+}
+
+bool serves(const Qmm&) { return true; }
+int unit(const Qmm&) { return 1; }
+size_t row_bytes(const Qmm&) { return 0; }
+void prepare(const Qmm&, char*, int, int) {}
+
+void run(const Qmm& q, const char*, int begin, int end) {
+  for (int m = 0; m < q.M; ++m) {
+    scalar_row(q, m, begin, end);
+  }
+}
+
+constexpr Kernel kernels[] = {{"scalar:loops", serves, unit, row_bytes, prepare, run}};
+bool runs_here() { return true; }
+
+}  // namespace
+
+void scalar_row(const Qmm& q, int m, int begin, int end) {
+  int64_t x_base = int64_t(q.x_rows ? q.x_rows[m] : m) * q.in_features();
+  int64_t y_base = int64_t(q.y_rows ? q.y_rows[m] : m) * q.out_features();
+  (q.transpose ? row_transposed : row_straight)(q, x_base, y_base, begin, end);
+}
+
+extern const Family scalar_family;
+const Family scalar_family{"scalar", runs_here, kernels, 1};
+
+}  // namespace mlxq
