@@ -1,8 +1,8 @@
 // The plain loops: every format, dtype, shape and orientation, compiled for the baseline instruction set. The oracle of
 // the other families, and what runs where none of them does.
 //
-// prepare does nothing (row_bytes 0): run reads x as it is, widens to float32 and sums in float32, one group at a time:
-// y = sum over groups of scale * (sum x * code) + bias * (sum x).
+// prepare does nothing (row_bytes 0): run reads x as it is, widens to float32, and sums x * (scale * code + bias) in
+// float32. So an Inf or NaN in x gives what float arithmetic on the dequantized weight gives.
 #include "kernel.h"
 #include "numeric.h"
 
@@ -21,14 +21,11 @@ void row_transposed(const Qmm& q, int64_t x_base, int64_t y_base, int begin, int
     const uint32_t* words = q.words + n * words_per_row;
     float sum = 0;
     for (int g = 0; g < groups; ++g) {
-      float dot = 0, total = 0;
+      float scale = load(q.scales, q.scale_dtype, int64_t(n) * groups + g);
+      float bias = load(q.biases, q.scale_dtype, int64_t(n) * groups + g);
       for (int k = g * q.group_size; k < (g + 1) * q.group_size; ++k) {
-        float x = load(q.x, q.x_dtype, x_base + k);
-        dot += x * float(code_at(words, k, q.bits));
-        total += x;
+        sum += load(q.x, q.x_dtype, x_base + k) * (scale * float(code_at(words, k, q.bits)) + bias);
       }
-      int64_t at = int64_t(n) * groups + g;
-      sum += load(q.scales, q.scale_dtype, at) * dot + load(q.biases, q.scale_dtype, at) * total;
     }
     store(q.y, q.x_dtype, y_base + n, sum);
   }

@@ -1,0 +1,572 @@
+// AVX-512 VNNI: exact integer dot products.
+//
+// Codes are unsigned integers already, so x is made integer too: within each group of a row, x = x_scale * v with
+// |v| < 2^15 (x in 16-bit floats) or 2^23 (float32), v written as signed bytes v = 256 * high + low (65536 * high +
+// 256 * middle + low). vpdpbusd multiplies 64 code bytes by 64 plane bytes and adds fours into 16 int32 lanes; a group's
+// sum never overflows (128 * 255 * 2^15 < 2^31), and
+//
+//   y[m, n] = sum over groups of  x_scale * scale * (sum of code * v)  +  bias * (x_scale * sum of v)
+//
+// The only rounding is x's own, 2^-16 (2^-24) of the group's largest |x|. A row of x that holds Inf or NaN, or a group
+// so small that its scale is subnormal, is computed by the scalar loops.
+//
+// A byte holds F = 8 / bits codes; "field" j of byte B is code F * B + j: (byte >> bits * j) & mask. Prepared planes follow
+// that order, per chunk of 64 word bytes: [chunk][plane][field][64], padded with zeros.
+//
+//   gemv (M <= 3)   lanes run along K. A row of words streams through once for all rows of x; four rows of W at a time
+//                   share the loads of x. Limited by memory.
+//   gemm            lanes run along N. 32 rows of W are transposed, unpacked to bytes, and kept in the L2 cache:
+//                   panel[dword][field][32 rows x 4 codes]. Every block of rows of x then needs, per 64 products,
+//                   one vpdpbusd a plane with a broadcast dword of x: 24 int32 accumulators, float totals in L1.
+//                   Limited by vpdpbusd.
+#include <immintrin.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#include "kernel.h"
+#include "numeric.h"
+
+namespace mlxq {
+namespace {
+
+constexpr int gemv_rows = 3;      // the largest M that gemv takes
+constexpr int lanes = 16;
+constexpr int panel_columns = 32;
+constexpr float smallest_scaled = 0x1p-90f;  // a group with a smaller maximum would have a subnormal scale
+
+struct alignas(64) Header {
+  uint32_t exact_needed;  // the row goes through scalar_row
+};
+
+constexpr int planes_of(DType dtype) { return dtype == DType::f32 ? 3 : 2; }
+
+int groups(const Qmm& q) { return q.K / q.group_size; }
+int padded(int n) { return (n + lanes - 1) / lanes * lanes; }
+int chunks(const Qmm& q) { return (q.K * q.bits / 32 + 15) / 16; }
+
+// A prepared row: Header, x_scale[groups], x_sum[groups], planes.
+size_t scale_offset() { return sizeof(Header); }
+size_t sum_offset(const Qmm& q) { return scale_offset() + 4 * padded(groups(q)); }
+size_t plane_offset(const Qmm& q) { return sum_offset(q) + 4 * padded(groups(q)); }
+
+size_t row_bytes(const Qmm& q) {
+  return plane_offset(q) + size_t(chunks(q)) * planes_of(q.x_dtype) * (8 / q.bits) * 64;
+}
+
+__m512 load16(const void* p, DType dtype, int64_t i, __mmask16 mask = 0xffff) {
+  if (dtype == DType::f32) {
+    return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(p) + i);
+  }
+  __m256i half = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(p) + i);
+  return dtype == DType::f16 ? _mm512_cvtph_ps(half)
+                             : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+void store16(void* p, DType dtype, int64_t i, __m512 value, __mmask16 mask) {
+  if (dtype == DType::f32) {
+    _mm512_mask_storeu_ps(static_cast<float*>(p) + i, mask, value);
+    return;
+  }
+  __m256i half;
+  if (dtype == DType::f16) {
+    half = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  } else {  // round to nearest even; Inf survives, and a NaN here has its quiet bit in the upper half
+    __m512i u = _mm512_castps_si512(value);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, u), 16));
+  }
+  _mm256_mask_storeu_epi16(static_cast<uint16_t*>(p) + i, mask, half);
+}
+
+// 32 plane bytes in the order of k, regrouped by field: all of field 0, then field 1 ...
+template <int BITS>
+__m256i by_field(__m256i bytes) {
+  if constexpr (BITS == 8) {
+    return bytes;
+  } else if constexpr (BITS == 4) {
+    const __m256i order = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+    return _mm256_permute4x64_epi64(_mm256_shuffle_epi8(bytes, order), 0b11011000);
+  } else {
+    const __m256i order = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    return _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(bytes, order),
+                                       _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  }
+}
+
+// Low signed byte of v, and v without it, shifted down.
+__m512i split_low(__m512i& v) {
+  __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(v, 24), 24);
+  v = _mm512_srai_epi32(_mm512_sub_epi32(v, low), 8);
+  return low;
+}
+
+template <int BITS, int PLANES>
+void prepare_row(const Qmm& q, const void* x, int64_t base, char* row) {
+  constexpr int fields = 8 / BITS, bytes_per_field = 32 / fields;
+  constexpr float limit = PLANES == 3 ? 8355700.0f : 32639.0f;  // 127 in every plane, less what rounding adds
+  auto* header = reinterpret_cast<Header*>(row);
+  auto* scales = reinterpret_cast<float*>(row + scale_offset());
+  auto* sums = reinterpret_cast<float*>(row + sum_offset(q));
+  char* planes = row + plane_offset(q);
+  std::memset(row, 0, sizeof(Header));
+  int count = groups(q);
+  std::memset(scales + count, 0, 4 * (padded(count) - count));
+  std::memset(sums + count, 0, 4 * (padded(count) - count));
+  int last_chunk = chunks(q) - 1;
+  if (q.K * q.bits / 32 % 16 != 0) {
+    std::memset(planes + size_t(last_chunk) * PLANES * fields * 64, 0, PLANES * fields * 64);
+  }
+  const __m512 magnitude = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fffffff));
+  for (int g = 0; g < count; ++g) {
+    __m512 most = _mm512_setzero_ps();
+    __mmask16 bad = 0;
+    for (int k = g * q.group_size; k < (g + 1) * q.group_size; k += lanes) {
+      __m512 v = _mm512_and_ps(load16(x, q.x_dtype, base + k), magnitude);
+      bad |= _mm512_cmp_ps_mask(v, _mm512_set1_ps(__builtin_inff()), _CMP_NLT_UQ);
+      most = _mm512_max_ps(most, v);
+    }
+    float top = _mm512_reduce_max_ps(most);
+    if (bad || (top != 0 && top < smallest_scaled)) {
+      header->exact_needed = 1;
+      top = 0;
+    }
+    float to_integer = top != 0 ? limit / top : 0;
+    const __m512 factor = _mm512_set1_ps(to_integer);
+    __m512i total = _mm512_setzero_si512();
+    for (int k = g * q.group_size; k < (g + 1) * q.group_size; k += 32) {
+      __m512i v0 = _mm512_setzero_si512(), v1 = v0;
+      if (top != 0) {
+        v0 = _mm512_cvtps_epi32(_mm512_mul_ps(load16(x, q.x_dtype, base + k), factor));
+        v1 = _mm512_cvtps_epi32(_mm512_mul_ps(load16(x, q.x_dtype, base + k + lanes), factor));
+      }
+      total = _mm512_add_epi32(total, _mm512_add_epi32(v0, v1));
+      int first_byte = k / fields;  // of the row's words
+      char* chunk = planes + size_t(first_byte / 64) * PLANES * fields * 64 + first_byte % 64;
+      for (int plane = PLANES - 1; plane >= 0; --plane) {
+        __m512i low0 = split_low(v0), low1 = split_low(v1);
+        __m256i bytes = by_field<BITS>(
+            _mm256_set_m128i(_mm512_cvtepi32_epi8(low1), _mm512_cvtepi32_epi8(low0)));
+        char* to = chunk + plane * fields * 64;
+        if constexpr (bytes_per_field == 32) {
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bytes);
+        } else if constexpr (bytes_per_field == 16) {
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(bytes));
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 64), _mm256_extracti128_si256(bytes, 1));
+        } else {
+          alignas(32) char fieldwise[32];
+          _mm256_store_si256(reinterpret_cast<__m256i*>(fieldwise), bytes);
+          for (int j = 0; j < fields; ++j) {
+            std::memcpy(to + 64 * j, fieldwise + 8 * j, 8);
+          }
+        }
+      }
+    }
+    float scale = top / limit;
+    scales[g] = scale;
+    sums[g] = scale * float(_mm512_reduce_add_epi32(total));
+  }
+}
+
+template <int BITS>
+void prepare_bits(const Qmm& q, char* prepared, int begin, int end) {
+  for (int m = begin; m < end; ++m) {
+    int64_t base = int64_t(q.x_rows ? q.x_rows[m] : m) * q.K;
+    char* row = prepared + size_t(m) * row_bytes(q);
+    if (q.x_dtype == DType::f32) {
+      prepare_row<BITS, 3>(q, q.x, base, row);
+    } else {
+      prepare_row<BITS, 2>(q, q.x, base, row);
+    }
+  }
+}
+
+void prepare(const Qmm& q, char* prepared, int begin, int end) {
+  (q.bits == 2 ? prepare_bits<2> : q.bits == 4 ? prepare_bits<4> : prepare_bits<8>)(q, prepared, begin, end);
+  _mm256_zeroupper();
+}
+
+template <int BITS>
+__m512i field(__m512i words, int j) {
+  if constexpr (BITS == 8) {
+    return words;
+  } else {
+    const __m512i mask = _mm512_set1_epi8((1 << BITS) - 1);
+    return _mm512_and_si512(j ? _mm512_srli_epi32(words, BITS * j) : words, mask);
+  }
+}
+
+// Scale * integer sum as float, from the planes' sums. Two planes fit one int32; three do only for short sums.
+template <int PLANES>
+__m512 combine(const __m512i* sums) {
+  __m512i upper = _mm512_add_epi32(_mm512_slli_epi32(sums[0], 8), sums[1]);
+  if constexpr (PLANES == 2) {
+    return _mm512_cvtepi32_ps(upper);
+  } else {
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(upper), _mm512_set1_ps(256), _mm512_cvtepi32_ps(sums[2]));
+  }
+}
+
+int64_t y_base(const Qmm& q, int m) { return int64_t(q.y_rows ? q.y_rows[m] : m) * q.N; }
+
+// ---- gemv ----------------------------------------------------------------------------------------------------------
+
+// Rows [n, n + NR) of W times MR rows of x.
+template <int BITS, int PLANES, int MR, int NR>
+void gemv_rows_block(const Qmm& q, const char* const* rows, int m, int n) {
+  constexpr int fields = 8 / BITS, codes_per_lane = 32 / BITS;
+  const int count = groups(q), words_per_row = q.K * BITS / 32;
+  const int groups_per_chunk_x16 = 16 * codes_per_lane * 16 / q.group_size;  // times 16: 8-bit/128 has half a group
+  const uint32_t* words[NR];
+  for (int r = 0; r < NR; ++r) {
+    words[r] = q.words + int64_t(n + r) * words_per_row;
+  }
+  __m512 acc[MR][NR];
+  for (int i = 0; i < MR; ++i) {
+    for (int r = 0; r < NR; ++r) {
+      acc[i][r] = _mm512_setzero_ps();
+    }
+  }
+  const __m512i lane_code = _mm512_mullo_epi32(
+      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(codes_per_lane));
+  const int shift = __builtin_ctz(q.group_size);
+  const size_t planes_at = plane_offset(q), sums_at = sum_offset(q);
+  const int chunks_per_16_groups = 256 / groups_per_chunk_x16;
+  const int last = chunks(q);
+  for (int g0 = 0, c0 = 0; g0 < count; g0 += lanes, c0 += chunks_per_16_groups) {
+    // 16 groups: their scales once as a vector, spread over the lanes chunk by chunk.
+    __mmask16 here = count - g0 >= lanes ? 0xffff : (1u << (count - g0)) - 1;
+    __m512 scaled[MR][NR];
+    for (int r = 0; r < NR; ++r) {
+      int64_t at = int64_t(n + r) * count + g0;
+      __m512 scale = load16(q.scales, q.scale_dtype, at, here), bias = load16(q.biases, q.scale_dtype, at, here);
+      for (int i = 0; i < MR; ++i) {
+        const char* row = rows[m + i];
+        scaled[i][r] = _mm512_mul_ps(scale, _mm512_load_ps(row + scale_offset() + 4 * g0));
+        acc[i][r] = _mm512_fmadd_ps(bias, _mm512_load_ps(row + sums_at + 4 * g0), acc[i][r]);
+      }
+    }
+    int stop = c0 + chunks_per_16_groups < last ? c0 + chunks_per_16_groups : last;
+    for (int c = c0; c < stop; ++c) {
+      __mmask16 valid = words_per_row - c * 16 >= 16 ? 0xffff : (1u << (words_per_row - c * 16)) - 1;
+      __m512i group = _mm512_srli_epi32(
+          _mm512_add_epi32(lane_code, _mm512_set1_epi32((c - c0) * codes_per_lane * 16)), shift);
+      __m512i codes[NR][fields];
+      for (int r = 0; r < NR; ++r) {
+        const uint32_t* at = words[r] + c * 16;
+        _mm_prefetch(reinterpret_cast<const char*>(at + NR * words_per_row), _MM_HINT_T0);
+        __m512i w = _mm512_maskz_loadu_epi32(valid, at);
+        for (int j = 0; j < fields; ++j) {
+          codes[r][j] = field<BITS>(w, j);
+        }
+      }
+      for (int i = 0; i < MR; ++i) {
+        const char* planes = rows[m + i] + planes_at + size_t(c) * PLANES * fields * 64;
+        for (int r = 0; r < NR; ++r) {
+          __m512i sums[PLANES];
+          for (int p = 0; p < PLANES; ++p) {
+            sums[p] = _mm512_setzero_si512();
+            for (int j = 0; j < fields; ++j) {
+              sums[p] = _mm512_dpbusd_epi32(sums[p], codes[r][j], _mm512_load_si512(planes + (p * fields + j) * 64));
+            }
+          }
+          acc[i][r] = _mm512_fmadd_ps(combine<PLANES>(sums), _mm512_permutexvar_ps(group, scaled[i][r]), acc[i][r]);
+        }
+      }
+    }
+  }
+  for (int i = 0; i < MR; ++i) {
+    for (int r = 0; r < NR; ++r) {
+      store(q.y, q.x_dtype, y_base(q, m + i) + n + r, _mm512_reduce_add_ps(acc[i][r]));
+    }
+  }
+}
+
+template <int BITS, int PLANES, int MR>
+void gemv_columns(const Qmm& q, const char* const* rows, int m, int begin, int end) {
+  constexpr int NR = MR == 1 ? 4 : 2;
+  int n = begin;
+  for (; n + NR <= end; n += NR) {
+    gemv_rows_block<BITS, PLANES, MR, NR>(q, rows, m, n);
+  }
+  for (; n < end; ++n) {
+    gemv_rows_block<BITS, PLANES, MR, 1>(q, rows, m, n);
+  }
+}
+
+template <int BITS, int PLANES>
+void gemv_all(const Qmm& q, const char* prepared, int begin, int end) {
+  const char* rows[gemv_rows];
+  for (int m = 0; m < q.M; m += gemv_rows) {
+    int count = q.M - m < gemv_rows ? q.M - m : gemv_rows;
+    Qmm block = q;
+    for (int i = 0; i < count; ++i) {
+      rows[i] = prepared + size_t(m + i) * row_bytes(q);
+    }
+    // Rows of the block are rows 0 ... of a smaller product.
+    int64_t item = q.x_dtype == DType::f32 ? 4 : 2;
+    if (q.y_rows) {
+      block.y_rows = q.y_rows + m;
+    } else {
+      block.y = static_cast<char*>(q.y) + int64_t(m) * q.N * item;
+    }
+    switch (count) {
+      case 1:
+        gemv_columns<BITS, PLANES, 1>(block, rows, 0, begin, end);
+        break;
+      case 2:
+        gemv_columns<BITS, PLANES, 2>(block, rows, 0, begin, end);
+        break;
+      default:
+        gemv_columns<BITS, PLANES, 3>(block, rows, 0, begin, end);
+    }
+  }
+}
+
+// ---- gemm ----------------------------------------------------------------------------------------------------------
+
+void transpose16(__m512i* r) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// 32 rows of W, ready for the inner loop.
+struct Panel {
+  char* codes;    // [dword][field][2][64]: 16 rows x 4 codes, twice
+  float* scales;  // [group][32]
+  float* biases;  // [group][32]
+};
+
+// Memory of a thread's panel, kept between calls.
+Panel panel_memory(const Qmm& q) {
+  static thread_local char* held = nullptr;
+  static thread_local size_t size = 0;
+  size_t codes = size_t(q.K) * panel_columns, scales = size_t(padded(groups(q))) * panel_columns * 4;
+  size_t wanted = (codes + 2 * scales + 4095) / 4096 * 4096;
+  if (wanted > size) {
+    std::free(held);
+    held = static_cast<char*>(std::aligned_alloc(4096, wanted));
+    size = wanted;
+  }
+  auto* floats = reinterpret_cast<float*>(held + codes);
+  return {held, floats, floats + scales / 4};
+}
+
+template <int BITS>
+void build_panel(const Qmm& q, const Panel& panel, int n0) {
+  constexpr int fields = 8 / BITS;
+  const int words_per_row = q.K * BITS / 32, count = groups(q);
+  for (int half = 0; half < 2; ++half) {
+    int64_t row[16];
+    for (int i = 0; i < 16; ++i) {
+      int n = n0 + half * 16 + i;
+      row[i] = n < q.N ? n : q.N - 1;  // past the edge: any row, never stored
+    }
+    for (int d0 = 0; d0 < words_per_row; d0 += 16) {
+      int here = words_per_row - d0 < 16 ? words_per_row - d0 : 16;
+      __mmask16 valid = (1u << here) - 1;
+      __m512i r[16];
+      for (int i = 0; i < 16; ++i) {
+        r[i] = _mm512_maskz_loadu_epi32(valid, q.words + row[i] * words_per_row + d0);
+      }
+      transpose16(r);
+      char* to = panel.codes + (size_t(d0) * fields * 2 + half) * 64;
+      for (int i = 0; i < here; ++i) {
+        for (int j = 0; j < fields; ++j) {
+          _mm512_store_si512(to + (i * fields + j) * 128, field<BITS>(r[i], j));
+        }
+      }
+    }
+    for (int which = 0; which < 2; ++which) {
+      const void* from = which ? q.biases : q.scales;
+      float* to = which ? panel.biases : panel.scales;
+      for (int g0 = 0; g0 < count; g0 += 16) {
+        int here = count - g0 < 16 ? count - g0 : 16;
+        __mmask16 valid = (1u << here) - 1;
+        __m512i r[16];
+        for (int i = 0; i < 16; ++i) {
+          r[i] = _mm512_castps_si512(load16(from, q.scale_dtype, row[i] * count + g0, valid));
+        }
+        transpose16(r);
+        for (int i = 0; i < here; ++i) {
+          _mm512_store_si512(to + size_t(g0 + i) * panel_columns + half * 16, r[i]);
+        }
+      }
+    }
+  }
+}
+
+// MR rows of x times the panel.
+template <int BITS, int PLANES, int MR>
+void gemm_block(const Qmm& q, const Panel& panel, const char* prepared, int m, int n0, int columns) {
+  constexpr int fields = 8 / BITS;
+  const size_t stride = row_bytes(q), scales_at = scale_offset(), sums_at = sum_offset(q), planes_at = plane_offset(q);
+  const char* x[MR];
+  for (int i = 0; i < MR; ++i) {
+    x[i] = prepared + size_t(m + i) * stride;
+  }
+  alignas(64) float totals[MR][panel_columns];
+  std::memset(totals, 0, sizeof(totals));
+  const int count = groups(q), dwords = q.group_size * BITS / 32, run = dwords < 16 ? dwords : 16;
+  const char* codes = panel.codes;
+  for (int g = 0; g < count; ++g) {
+    __m512i sum[MR][2][PLANES];
+    for (int i = 0; i < MR; ++i) {
+      for (int p = 0; p < PLANES; ++p) {
+        sum[i][0][p] = sum[i][1][p] = _mm512_setzero_si512();
+      }
+    }
+    for (int d = g * dwords; d < (g + 1) * dwords; d += run) {  // runs stay within a chunk
+      size_t at = planes_at + size_t(d / 16) * PLANES * fields * 64 + d % 16 * 4;
+      for (int t = 0; t < run; ++t, at += 4) {
+        for (int j = 0; j < fields; ++j, codes += 128) {
+          __m512i w0 = _mm512_load_si512(codes), w1 = _mm512_load_si512(codes + 64);
+          for (int i = 0; i < MR; ++i) {
+            for (int p = 0; p < PLANES; ++p) {
+              int32_t four;
+              std::memcpy(&four, x[i] + at + (p * fields + j) * 64, 4);
+              __m512i v = _mm512_set1_epi32(four);
+              sum[i][0][p] = _mm512_dpbusd_epi32(sum[i][0][p], w0, v);
+              sum[i][1][p] = _mm512_dpbusd_epi32(sum[i][1][p], w1, v);
+            }
+          }
+        }
+      }
+    }
+    for (int h = 0; h < 2; ++h) {
+      __m512 scale = _mm512_load_ps(panel.scales + size_t(g) * panel_columns + h * 16);
+      __m512 bias = _mm512_load_ps(panel.biases + size_t(g) * panel_columns + h * 16);
+      for (int i = 0; i < MR; ++i) {
+        float x_scale, x_sum;
+        std::memcpy(&x_scale, x[i] + scales_at + 4 * g, 4);
+        std::memcpy(&x_sum, x[i] + sums_at + 4 * g, 4);
+        __m512 total = _mm512_load_ps(totals[i] + h * 16);
+        total = _mm512_fmadd_ps(bias, _mm512_set1_ps(x_sum), total);
+        total = _mm512_fmadd_ps(combine<PLANES>(sum[i][h]), _mm512_mul_ps(scale, _mm512_set1_ps(x_scale)), total);
+        _mm512_store_ps(totals[i] + h * 16, total);
+      }
+    }
+  }
+  for (int i = 0; i < MR; ++i) {
+    for (int h = 0; h < 2 && h * 16 < columns; ++h) {
+      int here = columns - h * 16 < 16 ? columns - h * 16 : 16;
+      store16(q.y, q.x_dtype, y_base(q, m + i) + n0 + h * 16, _mm512_load_ps(totals[i] + h * 16), (1u << here) - 1);
+    }
+  }
+}
+
+template <int BITS, int PLANES>
+void gemm_all(const Qmm& q, const char* prepared, int begin, int end) {
+  constexpr int MR = PLANES == 2 ? 6 : 4;
+  Panel panel = panel_memory(q);
+  for (int n0 = begin; n0 < end; n0 += panel_columns) {
+    int columns = end - n0 < panel_columns ? end - n0 : panel_columns;
+    build_panel<BITS>(q, panel, n0);
+    int m = 0;
+    for (; m + MR <= q.M; m += MR) {
+      gemm_block<BITS, PLANES, MR>(q, panel, prepared, m, n0, columns);
+    }
+    switch (q.M - m) {
+      case 5:
+        gemm_block<BITS, PLANES, MR == 6 ? 5 : 1>(q, panel, prepared, m, n0, columns);
+        break;
+      case 4:
+        gemm_block<BITS, PLANES, MR == 6 ? 4 : 1>(q, panel, prepared, m, n0, columns);
+        break;
+      case 3:
+        gemm_block<BITS, PLANES, 3>(q, panel, prepared, m, n0, columns);
+        break;
+      case 2:
+        gemm_block<BITS, PLANES, 2>(q, panel, prepared, m, n0, columns);
+        break;
+      case 1:
+        gemm_block<BITS, PLANES, 1>(q, panel, prepared, m, n0, columns);
+    }
+  }
+}
+
+// ---- entries -------------------------------------------------------------------------------------------------------
+
+using Run = void (*)(const Qmm&, const char*, int, int);
+
+template <template <int, int> class Body>
+Run choose(const Qmm& q) {
+  bool wide = q.x_dtype == DType::f32;
+  switch (q.bits) {
+    case 2:
+      return wide ? Body<2, 3>::run : Body<2, 2>::run;
+    case 4:
+      return wide ? Body<4, 3>::run : Body<4, 2>::run;
+    default:
+      return wide ? Body<8, 3>::run : Body<8, 2>::run;
+  }
+}
+
+template <int BITS, int PLANES>
+struct Gemv {
+  static void run(const Qmm& q, const char* x, int begin, int end) { gemv_all<BITS, PLANES>(q, x, begin, end); }
+};
+
+template <int BITS, int PLANES>
+struct Gemm {
+  static void run(const Qmm& q, const char* x, int begin, int end) { gemm_all<BITS, PLANES>(q, x, begin, end); }
+};
+
+template <template <int, int> class Body>
+void run(const Qmm& q, const char* prepared, int begin, int end) {
+  choose<Body>(q)(q, prepared, begin, end);
+  _mm256_zeroupper();
+  for (int m = 0; m < q.M; ++m) {
+    if (reinterpret_cast<const Header*>(prepared + size_t(m) * row_bytes(q))->exact_needed) {
+      scalar_row(q, m, begin, end);
+    }
+  }
+}
+
+bool serves_gemv(const Qmm& q) { return q.transpose && q.M <= gemv_rows; }
+bool serves_gemm(const Qmm& q) { return q.transpose; }
+int gemv_unit(const Qmm&) { return 16; }
+int gemm_unit(const Qmm&) { return panel_columns; }
+
+constexpr Kernel kernels[] = {
+    {"avx512_vnni:gemv", serves_gemv, gemv_unit, row_bytes, prepare, run<Gemv>},
+    {"avx512_vnni:gemm", serves_gemm, gemm_unit, row_bytes, prepare, run<Gemm>},
+};
+
+bool runs_here() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
+}
+
+}  // namespace
+
+extern const Family avx512_vnni_family;
+const Family avx512_vnni_family{"avx512_vnni", runs_here, kernels, 2};
+
+}  // namespace mlxq
