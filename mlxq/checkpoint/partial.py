@@ -1,0 +1,102 @@
+"""A folder that appears under its final name complete or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def partial_folder(dst: Path, overwrite: bool = False) -> Iterator[Path]:
+    """An empty folder beside `dst` that becomes `dst` when the block ends, and vanishes when the block raises.
+
+    It is named .<name>.partial-<pid> and locked: what a killed process left behind has lost its lock, and the next
+    conversion to the same name removes it. With overwrite, an existing model folder is replaced at the end.
+    Raises FileExistsError when dst exists, OSError with one sentence when the disk is full.
+    """
+    dst = Path(os.path.abspath(dst))
+    check_destination(dst, overwrite)
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(dst)
+    folder = dst.parent / f".{dst.name}.partial-{os.getpid()}"
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        raise FileExistsError(f"{dst}: this process is converting to it already ({folder})") from None
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+        _sync(*folder.iterdir(), folder)
+        _publish(folder, dst, overwrite)
+        _sync(dst.parent)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(f"{dst}: no space left on the device ({error.strerror}); nothing was kept") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # gone already when it was published
+        os.close(lock)
+
+
+def check_destination(dst: Path, overwrite: bool) -> None:
+    """Raises FileExistsError, with the way out, unless a new folder may take the name."""
+    if not os.path.lexists(dst):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{dst} exists already: choose another name, remove it, or ask for overwriting")
+    if not dst.is_dir() or (any(dst.iterdir()) and not (dst / "config.json").is_file()):
+        raise FileExistsError(
+            f"{dst} exists and is not a model folder (no config.json): it is not overwritten"
+        )
+
+
+def _remove_stale(dst: Path) -> None:
+    for folder in dst.parent.glob(f".{_literal(dst.name)}.partial-*"):
+        try:
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            continue  # its owner lives
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(lock)
+
+
+def _publish(folder: Path, dst: Path, overwrite: bool) -> None:
+    aside = dst.parent / f".{dst.name}.replaced-{os.getpid()}"
+    if overwrite and os.path.lexists(dst):
+        os.rename(dst, aside)
+    try:
+        os.rename(folder, dst)
+    except OSError as error:
+        if os.path.lexists(aside):
+            os.rename(aside, dst)
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise FileExistsError(
+                f"{dst} appeared while the model was being written: it is not replaced"
+            ) from None
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(*paths: Path) -> None:
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _literal(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

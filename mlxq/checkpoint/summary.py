@@ -1,0 +1,222 @@
+"""What a model folder or a GGUF file holds, read from headers alone, and the table that shows it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mlxq.checkpoint.gguf import Gguf
+from mlxq.checkpoint.huggingface import read_json
+from mlxq.checkpoint.safetensors import read_header
+from mlxq.format import BITS, GROUP_SIZES
+
+
+@dataclass
+class Layer:
+    """One module, or one tensor that stands alone.
+
+    path     components joined by '/'
+    stored   how it is stored: "4-bit/64", "bfloat16", "mxfp4", a GGUF type, ...
+    weights  logical weights; bytes with scales and biases
+    error    relative Frobenius error of what is stored, when it is known
+    """
+
+    path: str
+    stored: str
+    weights: int
+    bytes: int
+    error: float | None = None
+    norm: float = 0.0
+
+
+@dataclass
+class Summary:
+    """Layers of a model, their sizes, and remarks for the user.
+
+    kept_float   layers that could be quantized and are not, with the reason
+    """
+
+    path: Path
+    title: str
+    layers: list[Layer] = field(default_factory=list)
+    kept_float: dict[str, str] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+    seconds: float | None = None
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(layer.bytes for layer in self.layers)
+
+    @property
+    def parameters(self) -> int:
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.total_bytes / self.parameters if self.parameters else 0.0
+
+    @property
+    def relative_error(self) -> float | None:
+        """Relative Frobenius error over all layers whose error is known."""
+        return _joint_error(self.layers)
+
+    def groups(self) -> list[tuple[str, int, str, int, int, float | None]]:
+        """Rows of the table: (pattern, layers, stored, weights, bytes, relative error); numbers in paths become *."""
+        grouped: dict[tuple[str, str], list[Layer]] = {}
+        for layer in self.layers:
+            grouped.setdefault((re.sub(r"\d+(?=/|$)", "*", layer.path), layer.stored), []).append(layer)
+        return [
+            (
+                pattern,
+                len(many),
+                stored,
+                sum(m.weights for m in many),
+                sum(m.bytes for m in many),
+                _joint_error(many),
+            )
+            for (pattern, stored), many in grouped.items()
+        ]
+
+    def table(self):
+        """A rich Table of the groups, with totals."""
+        from rich.table import Table
+
+        table = Table(
+            title=self.title, title_justify="left", caption_justify="left", caption="\n".join(self._caption())
+        )
+        with_error = any(layer.error is not None for layer in self.layers)
+        table.add_column("layers", overflow="fold")
+        for name in ("count", "stored", "weights", "bytes") + (("rel. error",) if with_error else ()):
+            table.add_column(name, justify="right", no_wrap=True)
+
+        def row(*cells: str) -> list[str]:
+            return list(cells if with_error else cells[:-1])
+
+        for pattern, count, stored, weights, size, error in self.groups():
+            table.add_row(
+                *row(pattern, str(count), stored, f"{weights:,}", human_bytes(size), _percent(error))
+            )
+        table.add_section()
+        bits = f"{self.bits_per_weight:.3f} bits/weight"
+        total = row("total", str(len(self.layers)), bits, f"{self.parameters:,}", human_bytes(self.total_bytes),
+                    _percent(self.relative_error))  # fmt: skip
+        table.add_row(*total)
+        return table
+
+    def _caption(self) -> Iterable[str]:
+        reasons: dict[str, list[str]] = {}
+        for path, reason in self.kept_float.items():
+            reasons.setdefault(reason, []).append(path)
+        for reason, paths in reasons.items():
+            shown = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+            yield f"float: {shown} ({reason})"
+        yield from self.notices
+
+
+def _joint_error(layers: list[Layer]) -> float | None:
+    known = [layer for layer in layers if layer.error is not None]
+    if not known:
+        return None
+    norm = math.sqrt(sum(layer.norm**2 for layer in known))
+    return math.sqrt(sum((layer.error * layer.norm) ** 2 for layer in known)) / norm if norm else 0.0
+
+
+def _percent(error: float | None) -> str:
+    return "" if error is None else "0" if error == 0 else f"{100 * error:.3g} %"
+
+
+def human_bytes(count: int) -> str:
+    """1,234,567 as "1.23 MB" (decimal units, as disks are sold)."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.4g} {unit}"
+    return f"{count} B"
+
+
+def inspect(path: str | Path) -> Summary:
+    """Layers, widths and sizes of a model folder (ours, mlx-lm's or Hugging Face's) or of a GGUF file.
+
+    Reads config.json and headers, no tensor. Raises FileNotFoundError or ValueError that name the file at fault.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        return _inspect_gguf(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} does not exist: inspect wants a model folder or a GGUF file")
+    config = read_json(path / "config.json")
+    files = sorted(path.glob("model*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{path} holds no model*.safetensors")
+    entries = {}
+    for file in files:
+        entries |= read_header(file)[0]
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        for name, where in read_json(index).get("weight_map", {}).items():
+            if name not in entries:
+                raise ValueError(f"{index} names {name} in {where}, which is not there")
+    settings = config.get("quantization") or {}
+    summary = Summary(path, f"{path}: {config.get('model_type', 'unknown architecture')}")
+    parts: dict[str, dict] = {}
+    for name, entry in entries.items():
+        base, _, kind = name.rpartition(".")
+        quantized = kind in ("weight", "scales", "biases", "global_scale") and f"{base}.scales" in entries
+        parts.setdefault(base if quantized else name, {})[kind if quantized else "alone"] = entry
+    for name, tensors in sorted(parts.items(), key=lambda item: _natural(item[0])):
+        size = sum(entry.nbytes for entry in tensors.values())
+        slashed = name.replace(".", "/")
+        if "alone" in tensors:
+            entry = tensors["alone"]
+            summary.layers.append(
+                Layer(slashed, _FLOAT_NAMES.get(entry.dtype, entry.dtype), entry.size, size)
+            )
+            continue
+        if "weight" not in tensors:
+            raise ValueError(f"{path}: {name} has scales but no weight")
+        stored, weights = _packed(name, tensors, settings)
+        summary.layers.append(Layer(slashed, stored, weights, size))
+    return summary
+
+
+_FLOAT_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+
+
+def _natural(name: str) -> list:
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+
+def _packed(name: str, tensors: dict, settings: dict) -> tuple[str, int]:
+    """(how it is stored, logical weights) of one quantized module."""
+    words, scales = tensors["weight"], tensors["scales"]
+    own = settings.get(name)
+    chosen = own if isinstance(own, dict) else settings
+    mode = chosen.get("mode", "affine")
+    rows = math.prod(words.shape[:-1])
+    if not words.shape or not scales.shape or words.shape[:-1] != scales.shape[:-1]:
+        raise ValueError(f"{name}: weight is {words.shape} but scales are {scales.shape}")
+    bits, group = chosen.get("bits"), chosen.get("group_size")
+    if mode != "affine" or "biases" not in tensors:
+        return mode if mode != "affine" else "unknown", rows * words.shape[-1] * 32 // (bits or 4)
+    product = words.shape[-1] * 32 / scales.shape[-1]  # bits * group_size, whatever K is
+    if bits is None or group is None or bits * group != product:
+        fitting = [(b, g) for g in (group, *GROUP_SIZES) for b in BITS if g and b * g == product]
+        if not fitting:
+            raise ValueError(
+                f"{name}: {words.shape[-1]} words and {scales.shape[-1]} scales a row fit no width and group size"
+            )
+        bits, group = fitting[0]
+    return f"{bits}-bit/{group}", rows * scales.shape[-1] * group
+
+
+def _inspect_gguf(path: Path) -> Summary:
+    file = Gguf(path)
+    summary = Summary(
+        path, f"{path}: GGUF {file.metadata.get('general.architecture', 'of unknown architecture')}"
+    )
+    for name, block in sorted(file.tensors.items(), key=lambda item: _natural(item[0])):
+        slashed = name.removesuffix(".weight").replace(".", "/")
+        summary.layers.append(Layer(slashed, block.type, math.prod(block.shape), block.rows.nbytes))
+    return summary

@@ -1,0 +1,421 @@
+"""From a checkpoint to MLX format: one tensor at a time, into a folder that appears complete or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mlxq import format
+from mlxq.checkpoint.gguf import GgufCheckpoint
+from mlxq.checkpoint.huggingface import HuggingFaceCheckpoint, resolve
+from mlxq.checkpoint.partial import check_destination, partial_folder
+from mlxq.checkpoint.safetensors import STORED, Planned, Writer, as_stored
+from mlxq.checkpoint.skeleton import Skeleton
+from mlxq.checkpoint.summary import Layer, Summary, human_bytes, inspect
+from mlxq.format import Format, Packed
+from mlxq.ptq import METHODS
+from mlxq.rules import Rule, assign, parse_rule
+
+__all__ = ["Report", "convert", "inspect"]
+
+DEFAULT = Format(4, 64)
+GGUF_GROUP = 32
+SHARD_BYTES = 5 << 30  # mlx-lm's
+SLAB_WEIGHTS = 1 << 21  # weights in float32 at once: 8 MB
+
+Report = Summary
+
+
+@dataclass
+class Step:
+    """What happens to one tensor.
+
+    format        None keeps it in float (or whatever it is)
+    repack        codes are taken over as they are
+    dtype         of scales and biases, or of the tensor itself
+    """
+
+    name: str
+    tensor: object
+    dtype: str
+    format: Format | None = None
+    repack: bool = False
+
+    @property
+    def path(self) -> str:
+        return self.name.removesuffix(".weight") if self.format else self.name
+
+    @property
+    def rows(self) -> int:
+        return int(np.prod(self.tensor.shape[:-1], dtype=np.int64))
+
+    def planned(self) -> list[Planned]:
+        """The tensors that this one becomes."""
+        shape = self.tensor.shape
+        if self.format is None:
+            return [Planned(self.name, STORED.get(self.dtype, self.dtype), shape)]
+        *leading, K = shape
+        groups = (*leading, self.format.groups(K))
+        scale = STORED[self.dtype]
+        return [
+            Planned(self.name, "U32", (*leading, self.format.words_per_row(K))),
+            Planned(f"{self.path}.scales", scale, groups),
+            Planned(f"{self.path}.biases", scale, groups),
+        ]
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    bits: int | None = None,
+    group_size: int | None = None,
+    dtype: str | None = None,
+    rules: Iterable[str | Rule] = (),
+    embedding_bits: int | None = None,
+    quantization_rule: str = "affine",
+    allow_nonfinite: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    max_shard_bytes: int = SHARD_BYTES,
+    progress: bool = True,
+) -> Report:
+    """Write the model src in MLX format, quantized, as the new folder dst, and report what was done.
+
+    src               a Hugging Face folder, a hub id, or a GGUF file
+    bits, group_size  default 4 and 64. A GGUF keeps its own widths and groups of 32 when both are None; when one is
+                      given, the other defaults to 4 or 32
+    dtype             of what stays in float and of scales and biases; default: the source's (the dtype that most of
+                      its weights have), float16 for a GGUF
+    rules             "PATTERN=bits:8,group_size:32" or Rule; they win over embedding_bits, that over the model's own
+                      preferences, those over bits and group_size
+    embedding_bits    width of the token embedding and of the output head
+    quantization_rule "affine" (ours) or "mlx" (the codes of mx.quantize)
+    allow_nonfinite   keep layers that hold NaN or Inf in float and list them, instead of refusing
+    overwrite         replace dst if it is a model folder; it stays until the new one is complete
+
+    A layer whose K its group size does not divide stays in float and is listed, as in mlx-lm. GGUF Q4_0, Q4_1 and
+    Q8_0 tensors are repacked, not quantized again, where the wanted format has their width and groups of 32. Peak
+    memory is one tensor and a slab of 8 MB, whatever the model's size; for stacked experts twice the stack.
+
+    Raises FileExistsError, FileNotFoundError, ValueError, ImportError or OSError with one sentence; nothing is left
+    under dst then.
+    """
+    begin = time.monotonic()
+    _check_arguments(bits, group_size, dtype, embedding_bits, quantization_rule, max_shard_bytes)
+    rules = [parse_rule(rule) if isinstance(rule, str) else rule for rule in rules]
+    dst = Path(dst).expanduser().absolute()
+    check_destination(dst, overwrite)
+    src = resolve(src)
+    if dst == src.resolve() or dst in src.resolve().parents:
+        raise ValueError(f"{dst} is or holds the source {src}: choose another folder")
+    checkpoint = _open(src)
+    with partial_folder(dst, overwrite) as folder:
+        workspace = folder / "workspace"
+        if isinstance(checkpoint, HuggingFaceCheckpoint):
+            checkpoint.prepare(workspace)
+            dtype = dtype or checkpoint.float_dtype()
+        planner = _Planner(
+            checkpoint, bits, group_size, dtype or "float16", rules, embedding_bits, trust_remote_code
+        )
+        report = Summary(dst, f"{dst.name}: {checkpoint.config['model_type']}")
+        broken = planner.nonfinite_layers() if allow_nonfinite else {}
+        steps = planner.steps(report, broken)
+        plan = [planned for step in steps for planned in step.planned()]
+        writer = Writer(folder, plan, max_shard_bytes, parameters=sum(_size(step) for step in steps))
+        _check_space(folder, writer.file_bytes)
+        bar = _progress_bar(sum(_size(step) for step in steps)) if progress else nullcontext()
+        with writer, bar:
+            for step in steps:
+                layer = _write(
+                    step, writer, quantization_rule, broken.keys() | set(), bar if progress else None
+                )
+                report.layers.append(layer)
+        _write_config(checkpoint.config, planner, steps, dtype or "float16", folder)
+        report.notices += checkpoint.write_tokenizer(folder)
+        shutil.rmtree(workspace, ignore_errors=True)
+    report.seconds = time.monotonic() - begin
+    return report
+
+
+def _check_arguments(bits, group_size, dtype, embedding_bits, quantization_rule, max_shard_bytes) -> None:
+    Format(bits or DEFAULT.bits, group_size or DEFAULT.group_size)
+    if embedding_bits is not None:
+        Format(embedding_bits, group_size or DEFAULT.group_size)
+    if dtype is not None and dtype not in format.STORAGE:
+        raise ValueError(f"convert: dtype {dtype!r} does not exist; built: {', '.join(format.STORAGE)}")
+    if quantization_rule not in format.RULES:
+        raise ValueError(
+            f"convert: no quantization rule {quantization_rule!r}; built: {', '.join(format.RULES)}"
+        )
+    if max_shard_bytes <= 0:
+        raise ValueError(f"convert: shards of {max_shard_bytes} bytes cannot hold a tensor")
+
+
+def _open(src: Path) -> GgufCheckpoint | HuggingFaceCheckpoint:
+    if src.is_dir():
+        checkpoint = HuggingFaceCheckpoint(src)
+        for key in ("quantization", "quantization_config"):
+            if found := checkpoint.config.get(key):
+                method = found.get("quant_method", "MLX") if isinstance(found, dict) else found
+                raise ValueError(f"{src} is quantized already ({method}): convert starts from float weights")
+        return checkpoint
+    if src.suffix in (".safetensors", ".bin", ".json"):
+        raise ValueError(f"{src} is one file of a model: give its folder, {src.parent}")
+    return GgufCheckpoint(src)
+
+
+class _Planner:
+    """Decides, before anything is written, what every tensor becomes."""
+
+    def __init__(self, checkpoint, bits, group_size, dtype, rules, embedding_bits, trust_remote_code):
+        self.checkpoint, self.dtype, self.rules = checkpoint, dtype, rules
+        self.embedding_bits, self.trust_remote_code = embedding_bits, trust_remote_code
+        self.is_gguf = isinstance(checkpoint, GgufCheckpoint)
+        self.keeps_own_widths = self.is_gguf and bits is None and group_size is None
+        default_group = GGUF_GROUP if self.is_gguf else DEFAULT.group_size
+        self.default = Format(bits or DEFAULT.bits, group_size or default_group)
+        self.kept_float: dict[str, str] = {}
+
+    def _load(self):
+        checkpoint = self.checkpoint
+        folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+        skeleton = Skeleton(checkpoint.config, folder, self.trust_remote_code)
+        weights = checkpoint.weights(skeleton)
+        skeleton.check({name: tensor.shape for name, tensor in weights.items()}, checkpoint.path)
+        return skeleton, weights
+
+    def nonfinite_layers(self) -> dict[str, str]:
+        """Names of tensors that hold NaN or Inf, with a reason. Reads the whole checkpoint once."""
+        _, weights = self._load()
+        broken = {}
+        for name, tensor in weights.items():
+            if _is_float(tensor.dtype):
+                if not all(np.isfinite(values).all() for values in _slabs(tensor)):
+                    broken[name] = "it holds NaN or Inf"
+            tensor.release()
+        return broken
+
+    def steps(self, report: Summary, broken: dict[str, str]) -> list[Step]:
+        """One step for each parameter of the model, in the model's order."""
+        skeleton, weights = self._load()
+        self.modules = skeleton.quantizable()
+        slashed = {path: path.replace(".", "/") for path in self.modules}
+        chosen = assign(self.rules, slashed.values())
+        steps = []
+        for name in skeleton.shapes():
+            tensor, path = weights.pop(name), name.removesuffix(".weight")
+            keeps_dtype = not _is_float(tensor.dtype) or not skeleton.may_cast(name)
+            step = Step(name, tensor, _own_dtype(tensor) if keeps_dtype else self.dtype)
+            if path in self.modules and name.endswith(".weight"):
+                opinion = skeleton.wanted(path, self.modules[path])
+                wanted = self._wanted(path, tensor, chosen.get(slashed[path]), opinion)
+                if name in broken:
+                    wanted = broken[name]
+                if isinstance(wanted, Format) and tensor.shape[-1] % wanted.group_size:
+                    fits = [g for g in format.GROUP_SIZES if tensor.shape[-1] % g == 0]
+                    hint = f"; {fits[-1]} would fit" if fits else ""
+                    wanted = (
+                        f"K={tensor.shape[-1]} is not a multiple of the group size {wanted.group_size}{hint}"
+                    )
+                if isinstance(wanted, Format):
+                    step = self._quantizing(step, wanted, report)
+                else:
+                    self.kept_float[path] = report.kept_float[slashed[path]] = wanted
+            elif name in broken:
+                report.kept_float[name.replace(".", "/")] = broken[name]
+            steps.append(step)
+        return steps
+
+    def _wanted(self, path: str, tensor, rule: Rule | None, opinion: bool | dict) -> Format | str:
+        """The format of one layer, or the reason why it stays in float."""
+        import mlx.nn as nn
+
+        group_size = self.default.group_size
+        if rule is not None:
+            return Format(rule.bits, rule.group_size or group_size) if rule.bits else "a rule says so"
+        is_vocabulary = isinstance(self.modules[path], nn.Embedding) or path.split(".")[-1] == "lm_head"
+        if self.embedding_bits is not None and is_vocabulary:
+            return Format(self.embedding_bits, group_size)
+        if not opinion:
+            return "mlx-lm keeps it in float"
+        if self.keeps_own_widths:
+            return _own_format(tensor)
+        if isinstance(opinion, dict):
+            return Format(opinion.get("bits", self.default.bits), opinion.get("group_size", group_size))
+        return self.default
+
+    def _quantizing(self, step: Step, wanted: Format, report: Summary) -> Step:
+        step = Step(step.name, step.tensor, self.dtype, wanted, step.tensor.repacks_to == wanted)
+        if not step.repack:
+            return step
+        largest = step.tensor.largest_scale()
+        if not np.isfinite(largest):
+            raise ValueError(f"{step.path}: NaN or Inf in the scales of the GGUF")
+        if largest > format.LARGEST[self.dtype]:
+            step.dtype = "float32"
+            report.notices.append(
+                f"{step.path}: scales and biases are float32; {largest:.6g} is too much for {self.dtype}"
+            )
+        return step
+
+
+def _own_format(tensor) -> Format | str:
+    """The format nearest to how a GGUF stores the tensor."""
+    if tensor.repacks_to:
+        return tensor.repacks_to
+    if not tensor.is_quantized:
+        return "float in the GGUF"
+    fitting = [bits for bits in format.KERNEL_BITS if bits >= tensor.source_bits]
+    return Format(fitting[0] if fitting else format.KERNEL_BITS[-1], GGUF_GROUP)
+
+
+def _is_float(dtype: str) -> bool:
+    return "float" in dtype
+
+
+def _own_dtype(tensor) -> str:
+    if _is_float(tensor.dtype):
+        return tensor.dtype if tensor.dtype in format.STORAGE else "float32"
+    return {"bool": "BOOL", "int": "I", "uint": "U"}[tensor.dtype.rstrip("0123456789")] + tensor.dtype.lstrip(
+        "boluint"
+    )
+
+
+def _size(step: Step) -> int:
+    return int(np.prod(step.tensor.shape, dtype=np.int64))
+
+
+def _bounds(tensor) -> Iterator[tuple[int, int]]:
+    K = tensor.shape[-1] if tensor.shape else 1
+    rows = int(np.prod(tensor.shape[:-1], dtype=np.int64))
+    height = max(1, SLAB_WEIGHTS // K)
+    for start in range(0, rows, height):
+        yield start, min(rows, start + height)
+
+
+def _slabs(tensor) -> Iterator[np.ndarray]:
+    for start, stop in _bounds(tensor):
+        yield tensor.read(start, stop)
+
+
+def _write(step: Step, writer: Writer, rule: str, broken: set[str], bar) -> Layer:
+    """Read, quantize and write one tensor slab by slab; its line of the report."""
+    tensor, stored = step.tensor, step.planned()
+    layer = Layer(
+        step.path.replace(".", "/"),
+        str(step.format or step.dtype),
+        _size(step),
+        sum(p.nbytes for p in stored),
+    )
+    error = norm = 0.0
+    for start, stop in _bounds(tensor):
+        if not _is_float(tensor.dtype):
+            writer.write(step.name, tensor.read_raw(start, stop))
+            continue
+        values = tensor.read(start, stop)
+        if not np.isfinite(values).all() and step.name not in broken:
+            raise ValueError(
+                f"{step.path}: NaN or Inf in the weights (rows {start} to {stop - 1}); such layers are kept in float "
+                "only when that is asked for"
+            )
+        if step.format is None:
+            kept = _cast(step, values)
+            writer.write(step.name, kept)
+            restored = format.store(values, step.dtype)
+        else:
+            packed = _pack(step, values, start, stop, rule)
+            for planned, array in zip(stored, (packed.words, packed.scales, packed.biases), strict=True):
+                writer.write(
+                    planned.name, array if array.dtype == np.uint32 else as_stored(array, step.dtype)
+                )
+            restored = format.dequantize(packed)
+        if step.name not in broken:
+            difference = (restored - values).reshape(-1)
+            error += float(np.dot(difference, difference))
+            norm += float(np.dot(values.reshape(-1), values.reshape(-1)))
+        if bar is not None:
+            bar.advance(bar.task_ids[0], values.size)
+    tensor.release()
+    layer.error, layer.norm = (error / norm) ** 0.5 if norm else 0.0, norm**0.5
+    return layer
+
+
+def _pack(step: Step, values: np.ndarray, start: int, stop: int, rule: str) -> Packed:
+    if step.repack:
+        packed = step.tensor.read_packed(start, stop)
+        scales, biases = (format.store(array, step.dtype) for array in (packed.scales, packed.biases))
+        return Packed(packed.words, scales, biases, packed.format)
+    try:
+        return METHODS["rtn"](values, None, step.format, rule=rule, scale_dtype=step.dtype)
+    except ValueError as error:
+        raise ValueError(f"{step.path}: {error}") from None
+
+
+def _cast(step: Step, values: np.ndarray) -> np.ndarray:
+    finite = values[np.isfinite(values)]
+    largest = float(np.abs(finite).max()) if finite.size else 0.0
+    if largest > format.LARGEST[step.dtype]:
+        raise ValueError(f"{step.path}: {largest:.6g} is too much for {step.dtype}; ask for another dtype")
+    return as_stored(values, step.dtype)
+
+
+def _write_config(config: dict, planner: _Planner, steps: list[Step], dtype: str, folder: Path) -> None:
+    """config.json with the same block twice, as mlx-lm writes it: the common format, then every layer that differs."""
+    from mlx_lm.utils import save_config
+
+    config = dict(config)
+    quantized = [step for step in steps if step.format]
+    if quantized:
+        sizes: dict[Format, int] = {}
+        for step in quantized:
+            sizes[step.format] = sizes.get(step.format, 0) + _size(step)
+        common = planner.default if planner.default in sizes else max(sizes, key=sizes.get)
+        if planner.keeps_own_widths:
+            common = max(sizes, key=sizes.get)
+        block: dict[str, object] = {"group_size": common.group_size, "bits": common.bits, "mode": "affine"}
+        for step in quantized:
+            if step.format != common:
+                block[step.path] = {
+                    "group_size": step.format.group_size,
+                    "bits": step.format.bits,
+                    "mode": "affine",
+                }
+        block |= dict.fromkeys(planner.kept_float, False)
+        config["quantization"] = block
+    for key in ("dtype", "torch_dtype"):
+        if key in config:
+            config[key] = dtype
+    save_config(config, folder / "config.json", keep_vision_config="vision_config" in config)
+
+
+def _check_space(folder: Path, wanted: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if wanted > free:
+        raise OSError(f"{folder.parent}: {human_bytes(wanted)} are needed and {human_bytes(free)} are free")
+
+
+def _progress_bar(total: int):
+    """A bar on stderr with rate and remaining time; silent when that is not a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    class Rate(TextColumn):
+        def render(self, task):
+            from rich.text import Text
+
+            return Text(f"{(task.speed or 0) / 1e6:.1f} M weights/s")
+
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("converting"), BarColumn(), TaskProgressColumn(), Rate(""), TimeRemainingColumn(),
+        console=console, disable=not console.is_terminal, transient=True,
+    )  # fmt: skip
+    bar.add_task("converting", total=total)
+    return bar
