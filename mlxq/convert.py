@@ -1,4 +1,4 @@
-"""From a checkpoint to MLX format: one tensor at a time, into a folder that appears complete or not at all."""
+"""From a checkpoint to MLX format, one tensor at a time, into a folder that appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -89,23 +89,24 @@ def convert(
     """Write the model src in MLX format, quantized, as the new folder dst, and report what was done.
 
     src               a Hugging Face folder, a hub id, or a GGUF file
-    bits, group_size  default 4 and 64. A GGUF keeps its own widths and groups of 32 when both are None; when one is
-                      given, the other defaults to 4 or 32
-    dtype             of what stays in float and of scales and biases; default: the source's (the dtype that most of
-                      its weights have), float16 for a GGUF
-    rules             "PATTERN=bits:8,group_size:32" or Rule; they win over embedding_bits, that over the model's own
-                      preferences, those over bits and group_size
+    bits, group_size  default 4 and 64. A GGUF keeps its own widths and groups of 32 when both are None;
+                      when one is given, the other defaults to 4 or 32
+    dtype             of what stays in float and of scales and biases; default: the one that most of the
+                      source's weights have, float16 for a GGUF
+    rules             "PATTERN=bits:8,group_size:32" or Rule; they win over embedding_bits, that over the
+                      model's own preferences, those over bits and group_size
     embedding_bits    width of the token embedding and of the output head
     quantization_rule "affine" (ours) or "mlx" (the codes of mx.quantize)
     allow_nonfinite   keep layers that hold NaN or Inf in float and list them, instead of refusing
     overwrite         replace dst if it is a model folder; it stays until the new one is complete
 
-    A layer whose K its group size does not divide stays in float and is listed, as in mlx-lm. GGUF Q4_0, Q4_1 and
-    Q8_0 tensors are repacked, not quantized again, where the wanted format has their width and groups of 32. Peak
-    memory is one tensor and a slab of 8 MB, whatever the model's size; for stacked experts twice the stack.
+    A layer whose K its group size does not divide stays in float and is listed, as in mlx-lm. GGUF Q4_0,
+    Q4_1 and Q8_0 tensors are repacked, not quantized again, where the wanted format has their width and
+    groups of 32. Peak memory is one tensor and a slab of 8 MB, whatever the model's size; for stacked
+    experts twice the stack.
 
-    Raises FileExistsError, FileNotFoundError, ValueError, ImportError or OSError with one sentence; nothing is left
-    under dst then.
+    Raises FileExistsError, FileNotFoundError, ValueError, ImportError or OSError with one sentence;
+    nothing is left under dst then.
     """
     begin = time.monotonic()
     _check_arguments(bits, group_size, dtype, embedding_bits, quantization_rule, max_shard_bytes)
@@ -322,8 +323,8 @@ def _write(step: Step, writer: Writer, rule: str, broken: set[str], bar) -> Laye
         values = tensor.read(start, stop)
         if not np.isfinite(values).all() and step.name not in broken:
             raise ValueError(
-                f"{step.path}: NaN or Inf in the weights (rows {start} to {stop - 1}); such layers are kept in float "
-                "only when that is asked for"
+                f"{step.path}: NaN or Inf in the weights (rows {start} to {stop - 1}); "
+                "such layers are kept in float only when that is asked for"
             )
         if step.format is None:
             kept = _cast(step, values)
@@ -367,7 +368,7 @@ def _cast(step: Step, values: np.ndarray) -> np.ndarray:
 
 
 def _write_config(config: dict, planner: _Planner, steps: list[Step], dtype: str, folder: Path) -> None:
-    """config.json with the same block twice, as mlx-lm writes it: the common format, then every layer that differs."""
+    """config.json with the same block twice, as mlx-lm writes it: the common format, then what differs."""
     from mlx_lm.utils import save_config
 
     config = dict(config)

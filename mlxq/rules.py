@@ -1,4 +1,4 @@
-"""Which format for which module: the first rule that matches wins, and a rule that matches nothing is an error."""
+"""Which format for which module: the first rule that matches wins; one that matches nothing is an error."""
 
 from __future__ import annotations
 

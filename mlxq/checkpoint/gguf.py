@@ -1,7 +1,7 @@
-"""GGUF files: a checked reader, repacking of quantized blocks without loss, and what a GGUF says about its model.
+"""GGUF files: a checked reader, repacking of quantized blocks without loss, and the model that they describe.
 
-The gguf package gives the constants, the tensor names and the dequantizers. Its GGUFReader is not used: it believes
-every length in the file (an array of 2^60 items hangs it) and takes seconds for a vocabulary.
+The gguf package gives the constants, the tensor names and the dequantizers. Its GGUFReader is not used:
+it believes every length in the file (an array of 2^60 items hangs it) and takes seconds for a vocabulary.
 
 Blocks that are repacked hold 32 weights with one scale d (and one minimum m), both float16:
 
@@ -18,7 +18,6 @@ import math
 import mmap
 import os
 import re
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -188,7 +187,7 @@ class GgufTensor:
         return self.block.rows[self.order[start:stop]]
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Rows as float32 (stop - start, K). Raises ValueError for a type that the gguf package cannot decode."""
+        """Rows as float32 (stop - start, K). Raises ValueError for a type that the gguf package lacks."""
         from gguf import GGMLQuantizationType, dequantize
 
         try:
@@ -227,7 +226,7 @@ class GgufTensor:
         )
 
     def largest_scale(self) -> float:
-        """The largest |scale| or |bias| of the repacked tensor; NaN or Inf when the file holds such a scale."""
+        """The largest |scale| or |bias| of the repacked tensor; NaN or Inf when the file has such a scale."""
         kind = self.block.type
         blocks = self.block.rows.reshape(-1, self.block.rows.shape[1] * GROUP // self.shape[-1])
         halves = 2 if kind == "Q4_1" else 1
@@ -240,7 +239,7 @@ class GgufTensor:
 
 
 def undo_rope_permutation(rows: int, heads: int) -> np.ndarray:
-    """Row of the file for each row of the model, for Q and K of llama: GGUF interleaves the halves of each head."""
+    """Row of the file for each row of llama's Q or K: GGUF interleaves the two halves of each head."""
     return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
 
 
@@ -403,7 +402,7 @@ class GgufCheckpoint:
         return GgufTensor(block).read(0, len(block.rows)).reshape(-1)
 
     def _llama3_scaling(self, config: dict) -> dict:
-        # GGUF keeps only the resulting divisors of the frequencies. Llama 3.1 and 3.2 share every parameter but the
+        # GGUF keeps only the divisors of the frequencies. Llama 3.1 and 3.2 share every parameter but the
         # factor, which is the largest divisor; the formula must give back the rest.
         divisors = self._values("rope_freqs.weight")
         scaling = {
@@ -421,13 +420,11 @@ class GgufCheckpoint:
             wavelengths < 8192 / 4, 1.0, np.where(wavelengths > 8192, scaling["factor"], blended)
         )
         if not np.allclose(divisors, expected, rtol=1e-3):
-            raise ValueError(
-                f"{self.path}: rope_freqs.weight is not Llama 3's frequency scaling; nothing else is built"
-            )
+            raise ValueError(f"{self.path}: rope_freqs.weight is not the scaling of Llama 3")
         return scaling
 
     def weights(self, skeleton) -> dict[str, GgufTensor]:
-        """Tensors under mlx-lm's names. Raises ValueError for tensors that the model does not use or that it lacks."""
+        """Tensors under mlx-lm's names. Raises ValueError for tensors too many or too few."""
         from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
         arch = next(key for key, name in MODEL_ARCH_NAMES.items() if name == self.gguf_name)
@@ -476,7 +473,7 @@ class GgufCheckpoint:
         return {name: value for name, value in ids.items() if value is not None}
 
     def eos_ids(self) -> list[int]:
-        """Tokens that end an answer: the file's eos, eot and eom, and control tokens that llama.cpp ends at."""
+        """Tokens that end an answer: eos, eot and eom, and the control tokens at which llama.cpp stops."""
         metadata = self.file.metadata
         ids = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
         kinds = metadata.get("tokenizer.ggml.token_type", ())

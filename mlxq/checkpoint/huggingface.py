@@ -1,4 +1,4 @@
-"""Hugging Face folders: configuration, lazily loaded tensors under mlx-lm's names, and the files that travel along."""
+"""Hugging Face folders: configuration, lazy tensors under mlx-lm's names, the files that travel along."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def resolve(src: str | Path) -> Path:
         ) from None
     except Exception as error:  # without a network every layer below raises a class of its own
         raise FileNotFoundError(
-            f"{text}: no such folder here, and the Hugging Face hub cannot be reached ({type(error).__name__}); "
+            f"{text}: no such folder, and the Hugging Face hub is out of reach ({type(error).__name__}); "
             "download the model where there is a network and give its folder"
         ) from None
 
@@ -73,8 +73,8 @@ def read_json(path: Path) -> dict:
 def read_config(folder: Path) -> dict:
     """config.json as mlx-lm's models want it.
 
-    transformers 5 nests rope_theta and rope_scaling under rope_parameters; most models of mlx-lm 0.32 look for them
-    at the top and silently take 10000 otherwise, so they are put there too.
+    transformers 5 nests rope_theta and rope_scaling under rope_parameters; most models of mlx-lm 0.32
+    look for them at the top and silently take 10000 otherwise, so they are put there too.
     """
     from mlx_lm.utils import load_config
 
@@ -225,7 +225,7 @@ class HuggingFaceCheckpoint:
             self.config.setdefault("tie_word_embeddings", False)
 
     def float_dtype(self) -> str:
-        """The float dtype that most weights have; config.json decides when there is none that MLX computes in."""
+        """The float dtype that most weights have; config.json decides when MLX computes in none of them."""
         names = {stored: name for name, stored in STORED.items() if name != "uint32"}
         sizes = dict.fromkeys(names.values(), 0)
         for entry in self.entries.values():

@@ -13,11 +13,11 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def partial_folder(dst: Path, overwrite: bool = False) -> Iterator[Path]:
-    """An empty folder beside `dst` that becomes `dst` when the block ends, and vanishes when the block raises.
+    """An empty folder beside `dst` that becomes `dst` when the block ends and vanishes when it raises.
 
-    It is named .<name>.partial-<pid> and locked: what a killed process left behind has lost its lock, and the next
-    conversion to the same name removes it. With overwrite, an existing model folder is replaced at the end.
-    Raises FileExistsError when dst exists, OSError with one sentence when the disk is full.
+    It is named .<name>.partial-<pid> and locked: what a killed process left behind has lost its lock, and
+    the next conversion to the same name removes it. With overwrite, an existing model folder is replaced
+    at the end. Raises FileExistsError when dst exists, OSError with one sentence when the disk is full.
     """
     dst = Path(os.path.abspath(dst))
     check_destination(dst, overwrite)

@@ -1,7 +1,7 @@
-"""Safetensors files: a header that is checked before anything trusts it, and a writer that holds no shard in memory.
+"""Safetensors files: a header checked before anything trusts it, and a writer that holds no shard in memory.
 
-A file is  u64 length | JSON header | tensors  with, per tensor, {"dtype", "shape", "data_offsets": [begin, end]}
-relative to the end of the header.
+A file is  u64 length | JSON header | tensors  with, per tensor, {"dtype", "shape", "data_offsets":
+[begin, end]} relative to the end of the header.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Entry:
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """Entries by tensor name, in file order, and the metadata. No tensor is read.
 
-    Raises ValueError, naming the file, when the header is cut off, is not JSON, or does not describe the file:
-    spans that overlap, leave gaps, end outside the file or disagree with dtype and shape.
+    Raises ValueError, naming the file, when the header is cut off, is not JSON, or does not describe the
+    file: spans that overlap, leave gaps, end outside the file or disagree with dtype and shape.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -59,7 +59,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         length = int.from_bytes(prefix, "little")
         if length > min(size - 8, MAX_HEADER_BYTES):
             raise ValueError(
-                f"{path}: the header claims {length} bytes but the file holds {size}: truncated, or not safetensors"
+                f"{path}: the header claims {length} bytes of a file of {size}: truncated, or not safetensors"
             )
         text = file.read(length)
     try:
@@ -103,12 +103,12 @@ def _entry(path: Path, name: str, fields: object, data_begin: int, size: int) ->
     begin, end = (data_begin + offset for offset in span)
     if begin > end or end > size:
         raise ValueError(
-            f"{path}: tensor {name} lies at bytes {begin} to {end} of a file of {size}: truncated, or a false header"
+            f"{path}: tensor {name} lies at bytes {begin} to {end} of a file of {size}: truncated"
         )
     wanted = math.prod(shape) * BYTES[fields["dtype"]]
     if end - begin != wanted:
         raise ValueError(
-            f"{path}: tensor {name} is {fields['dtype']} {tuple(shape)}, {wanted} bytes, but spans {end - begin}"
+            f"{path}: {name}, {fields['dtype']} {tuple(shape)}, needs {wanted} bytes, has {end - begin}"
         )
     return Entry(fields["dtype"], tuple(shape), begin, end)
 
@@ -140,7 +140,8 @@ class Writer:
     with Writer(folder, plan, max_shard_bytes, parameters) as writer:
         writer.write(name, array)        any number of times per tensor, in order of the bytes
 
-    Leaving the block without an exception checks that every byte came, writes the index and syncs to the disk.
+    Leaving the block without an exception checks that every byte came, writes the index and syncs to the
+    disk.
     """
 
     def __init__(self, folder: Path, plan: Iterable[Planned], max_shard_bytes: int, parameters: int):

@@ -1,4 +1,4 @@
-"""mlx-lm's own model class, built without weights: it knows the names, the shapes and what can be quantized."""
+"""mlx-lm's own model class, built without weights: it knows names, shapes and what can be quantized."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from mlx.utils import tree_flatten
 def model_classes(config: dict, folder: Path, trust_remote_code: bool) -> tuple[type, type]:
     """(Model, ModelArgs) of mlx-lm for this configuration.
 
-    Raises ValueError for an unknown model_type (with near ones) and, unless trust_remote_code, for a configuration
-    that names Python code of its own (`model_file`).
+    Raises ValueError for an unknown model_type (with near ones) and, unless trust_remote_code, for a
+    configuration that names Python code of its own (`model_file`).
     """
     import mlx_lm.models
     from mlx_lm.utils import _get_classes
@@ -24,7 +24,7 @@ def model_classes(config: dict, folder: Path, trust_remote_code: bool) -> tuple[
     if (model_file := config.get("model_file")) is not None:
         if not trust_remote_code:
             raise ValueError(
-                f"{folder}: config.json wants to run the code in {model_file!r}; it runs only with trust_remote_code"
+                f"{folder}: config.json wants to run {model_file!r}; code runs only with trust_remote_code"
             )
         spec = importlib.util.spec_from_file_location("custom_model", folder / model_file)
         module = importlib.util.module_from_spec(spec)
@@ -40,8 +40,8 @@ def model_classes(config: dict, folder: Path, trust_remote_code: bool) -> tuple[
         near = difflib.get_close_matches(model_type, known, n=4, cutoff=0.5)
         hint = f"; near names: {', '.join(near)}" if near else ""
         raise ValueError(
-            f"{folder}: mlx-lm {mlx_lm.__version__} has no model of type {model_type!r} ({len(known)} files in "
-            f"mlx_lm/models){hint}"
+            f"{folder}: mlx-lm {mlx_lm.__version__} has no model of type {model_type!r} "
+            f"({len(known)} files in mlx_lm/models){hint}"
         ) from None
 
 
@@ -57,11 +57,11 @@ class Skeleton:
             self.model: nn.Module = model_class(arguments.from_dict(config))
         except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, OverflowError) as error:
             raise ValueError(
-                f"{folder}: config.json does not make a {config['model_type']} model: {type(error).__name__}: {error}"
+                f"{folder}: config.json makes no {config['model_type']}: {type(error).__name__}: {error}"
             ) from None
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """mlx-lm's renaming, stacking and dropping of tensors, all lazy. It may change the model too (tied heads)."""
+        """mlx-lm's renaming, stacking and dropping of tensors, all lazy; can change the model (tied head)."""
         if not hasattr(self.model, "sanitize"):
             return weights
         try:

@@ -64,7 +64,7 @@ class Summary:
         return _joint_error(self.layers)
 
     def groups(self) -> list[tuple[str, int, str, int, int, float | None]]:
-        """Rows of the table: (pattern, layers, stored, weights, bytes, relative error); numbers in paths become *."""
+        """Rows of the table: (pattern, layers, stored, weights, bytes, relative error); numbers become *."""
         grouped: dict[tuple[str, str], list[Layer]] = {}
         for layer in self.layers:
             grouped.setdefault((re.sub(r"\d+(?=/|$)", "*", layer.path), layer.stored), []).append(layer)
@@ -101,9 +101,8 @@ class Summary:
             )
         table.add_section()
         bits = f"{self.bits_per_weight:.3f} bits/weight"
-        total = row("total", str(len(self.layers)), bits, f"{self.parameters:,}", human_bytes(self.total_bytes),
-                    _percent(self.relative_error))  # fmt: skip
-        table.add_row(*total)
+        size, error = human_bytes(self.total_bytes), _percent(self.relative_error)
+        table.add_row(*row("total", str(len(self.layers)), bits, f"{self.parameters:,}", size, error))
         return table
 
     def _caption(self) -> Iterable[str]:
@@ -139,7 +138,8 @@ def human_bytes(count: int) -> str:
 def inspect(path: str | Path) -> Summary:
     """Layers, widths and sizes of a model folder (ours, mlx-lm's or Hugging Face's) or of a GGUF file.
 
-    Reads config.json and headers, no tensor. Raises FileNotFoundError or ValueError that name the file at fault.
+    Reads config.json and headers, no tensor. Raises FileNotFoundError or ValueError that name the file at
+    fault.
     """
     path = Path(path).expanduser()
     if path.is_file():
@@ -205,7 +205,7 @@ def _packed(name: str, tensors: dict, settings: dict) -> tuple[str, int]:
         fitting = [(b, g) for g in (group, *GROUP_SIZES) for b in BITS if g and b * g == product]
         if not fitting:
             raise ValueError(
-                f"{name}: {words.shape[-1]} words and {scales.shape[-1]} scales a row fit no width and group size"
+                f"{name}: {words.shape[-1]} words and {scales.shape[-1]} scales a row fit no format"
             )
         bits, group = fitting[0]
     return f"{bits}-bit/{group}", rows * scales.shape[-1] * group
