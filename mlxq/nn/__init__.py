@@ -1,0 +1,1 @@
+"""Packed layers for each framework: mlxq.nn.mlx."""
