@@ -3,12 +3,12 @@
     W[n, k] = scales[n, k // group_size] * code[n, k] + biases[n, k // group_size]
 
 Codes of a row are one little-endian bit stream along K, viewed as uint32 words: code k occupies bits
-[k * bits, (k + 1) * bits), lowest first. This is MLX's own layout for its mode "affine". format.h holds the same
-constants for C++, Metal and CUDA; a test compares the two.
+[k * bits, (k + 1) * bits), lowest first. This is MLX's own layout for its mode "affine". format.h holds the
+same constants for C++, Metal and CUDA; a test compares the two.
 
 Two rules choose the codes. `mlx` is bit for bit what mx.quantize does on the CPU. `affine` is ours, specified
-below operation by operation so that every device gives the same bits. numpy's version here is the oracle of the
-native ones.
+below operation by operation so that every device gives the same bits. numpy's version here is the oracle of
+the native ones.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ STORAGE = ("float32", "float16", "bfloat16")
 RULES = ("affine", "mlx")
 
 F32 = np.float32
+# Of rule "affine" (affine_groups); format.h has the same. With these no float32 subnormal decides a result.
 FLUSH_BELOW = F32(2.0**-126)
-CONSTANT_BELOW = F32(2.0**-100)
-CONSTANT_SCALE = F32(2.0**-14)
+CONSTANT_BELOW = F32(2.0**-80)
+ERROR_BELOW = F32(2.0**-80)
 RANGE_LIMIT = F32(2.0**127)
-SMALLEST_SCALE = {"float32": F32(2.0**-126), "float16": F32(2.0**-24), "bfloat16": F32(2.0**-126)}
-LARGEST = {"float32": F32(3.4028234663852886e38), "float16": F32(65504), "bfloat16": F32(3.3895313892515355e38)}
+CONSTANT_SCALE = F32(2.0**-14)  # exact in every storage and normal in each
+SMALLEST_SCALE = {"float32": F32(2.0**-90), "float16": F32(2.0**-24), "bfloat16": F32(2.0**-90)}
 
 _BLOCK = 1 << 18  # elements quantized at a time: the temporaries stay in the cache, memory stays flat
 
@@ -125,14 +126,14 @@ class Packed:
         names = dtype_name(self.scales), dtype_name(self.biases)
         if names[0] not in STORAGE or names[0] != names[1]:
             raise ValueError(
-                f"Packed: scales are {names[0]} and biases {names[1]}; wanted both of one of {_listed(STORAGE)}"
+                f"Packed: scales are {names[0]} and biases {names[1]}; both must be one of {_listed(STORAGE)}"
             )
         if len(words) < 2:
             raise ValueError(f"Packed: words have shape {words}; wanted (..., N, K * bits / 32)")
         if scales != biases:
             raise ValueError(f"Packed: scales have shape {scales} but biases {biases}")
         if scales[:-1] != words[:-1]:
-            raise ValueError(f"Packed: words have shape {words} but scales {scales}; all axes but the last must agree")
+            raise ValueError(f"Packed: words are {words} but scales {scales}; only the last axis may differ")
         if words[-1] != self.format.words_per_row(self.K):
             raise ValueError(
                 f"Packed: words hold K={words[-1] * 32 / self.format.bits:g} ({words[-1]} words of "
@@ -185,7 +186,7 @@ def unpack(words: np.ndarray, bits: int, K: int) -> np.ndarray:
     _check_width("unpack", bits)
     words = np.asarray(words)
     if words.dtype != np.uint32 or words.ndim < 1:
-        raise ValueError(f"unpack: words are {words.dtype} of shape {words.shape}; wanted uint32 (..., K * bits / 32)")
+        raise ValueError(f"unpack: words are {words.dtype} of shape {words.shape}; wanted uint32 (..., n)")
     if K % 32 or words.shape[-1] * 32 != K * bits:
         raise ValueError(
             f"unpack: {words.shape[-1]} words do not hold K={K} codes of {bits} bits; "
@@ -208,9 +209,9 @@ def quantize(w: np.ndarray, fmt: Format, rule: str = "affine", scale_dtype: str 
 
     w   float32 or float16   (..., N, K)   bfloat16 weights come as float32 arrays of the same values
 
-    Scales and biases are float32 for "float32", float16 for "float16" and, for "bfloat16", float32 arrays whose
-    values are exactly bfloat16. Raises ValueError if group_size does not divide K, if w holds NaN or infinity (how
-    many, and the first index), or if a scale or bias is too large for scale_dtype.
+    Scales and biases are float32 for "float32", float16 for "float16" and, for "bfloat16", float32 arrays of
+    values that are exactly bfloat16. Raises ValueError if group_size does not divide K, if w holds NaN or
+    infinity (how many, and the first index), or if a scale or bias is too large for scale_dtype.
 
     Rule "mlx": mx.quantize(w.astype(scale_dtype)) as the CPU back end of MLX 0.32.4 computes it, to the bit.
     Rule "affine": see affine_groups.
@@ -238,7 +239,8 @@ def quantize(w: np.ndarray, fmt: Format, rule: str = "affine", scale_dtype: str 
         rows = slice(start, start + step)
         codes[rows], scales[rows], biases[rows] = groups_of(flat[rows].astype(F32), fmt.levels, scale_dtype)
     grouped = (*w.shape[:-1], K // fmt.group_size)
-    return Packed(pack(codes.reshape(w.shape), fmt.bits), scales.reshape(grouped), biases.reshape(grouped), fmt)
+    words = pack(codes.reshape(w.shape), fmt.bits)
+    return Packed(words, scales.reshape(grouped), biases.reshape(grouped), fmt)
 
 
 def dequantize(packed: Packed) -> np.ndarray:
@@ -255,40 +257,91 @@ def dequantize(packed: Packed) -> np.ndarray:
 
 
 def affine_groups(w: np.ndarray, levels: int, storage: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes uint8 (G, group_size), scales and biases float32 (G,) holding values of storage, by the rule "affine".
+    """Codes uint8 (G, group_size), scales and biases float32 (G,), rounded to storage: rule "affine".
 
     w   float32   (G, group_size)   finite; one group a row
 
-    Every operation is one IEEE float32 operation, rounded to nearest even; none is contracted.
+    Every operation is one IEEE float32 operation, rounded to nearest even, none contracted, no division made
+    a product. store(x) is x rounded to storage. No float32 subnormal decides anything, so devices that flush
+    them agree.
 
-        w     = 0 where |w| < 2^-126                        (devices may flush subnormals)
-        bias  = store(min(w))
-        range = max(w) - bias
-        scale = max(store(range / levels), smallest)        smallest positive value that a scale may have
-        code  = clip(rint((w - bias) / scale), 0, levels)   against the values as they are stored
+        w = 0 where |w| < 2^-126;   lo = min(w), hi = max(w), range = hi - lo, half = range / 2^(bits + 1)
 
-    A group whose range is below 2^-100 has code 0 everywhere, bias = store(min(w)) and scale 2^-14. Raises ValueError
-    if storage cannot hold a bias or a scale.
+        Three grids are tried:
+        span  bias = store(lo)         scale = store((hi - bias) / levels)
+              the ends of the range are on the grid
+        bins  bias = store(lo + half)  scale = store(((hi - half) - bias) / levels)
+              the middles of 2^bits equal bins
+        zero  bias = store(edge)       |scale| = store(|bias| / max(rint(|edge| / (range / levels)), 1))
+              zero is on the grid; if |lo| > |hi|, edge = lo and scale > 0, else edge = hi and scale < 0
+        |scale| is at least 2^-24 in float16 and 2^-90 otherwise; scales of span and bins are positive.
+
+        code  = rint(clip((w - bias) / scale, 0, levels))
+        error = (w - (scale * code + bias)) * 2^-floor(log2(range))
+        Squared, set to 0 below 2^-80, and summed in halves: t[i] += t[i + n/2] for i < n/2 until one is left.
+        The smallest sum wins, the earlier grid at a tie. A grid with an infinite scale or bias is left out.
+
+    A group whose range is below 2^-80 has code 0 everywhere, bias = store(lo) and scale 2^-14. Raises
+    ValueError if the range is 2^127 or more, or if storage cannot hold any of the three grids.
     """
     w = np.where(np.abs(w) < FLUSH_BELOW, F32(0), w)
-    lo, hi = w.min(-1), w.max(-1)
+    steps = F32(levels)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        lo, hi = w.min(-1), w.max(-1)
+        reach = hi - lo
+        constant = reach < CONSTANT_BELOW
+        usable = reach < RANGE_LIMIT
+        scale, bias = np.full_like(lo, CONSTANT_SCALE), store(lo, storage)
+        codes = np.zeros_like(w)
+        best = np.where(constant & np.isfinite(bias), F32(0), F32(np.inf))
+        unit = (np.uint32(254 << 23) - (reach.view(np.uint32) & np.uint32(0x7F800000))).view(F32)
+        for s, b in _grids(lo, hi, reach, steps, storage):
+            q = w - b[:, None]
+            q /= s[:, None]
+            q = np.rint(np.clip(q, F32(0), steps, out=q), out=q)
+            t = q * s[:, None]
+            t += b[:, None]
+            t = np.subtract(w, t, out=t)
+            t *= unit[:, None]
+            t *= t
+            t[t < ERROR_BELOW] = 0
+            while t.shape[1] > 1:
+                half = t.shape[1] // 2
+                t = t[:, :half] + t[:, half:]
+            better = ~constant & usable & np.isfinite(s) & np.isfinite(b) & (t[:, 0] < best)
+            best = np.where(better, t[:, 0], best)
+            scale, bias = np.where(better, s, scale), np.where(better, b, bias)
+            codes = np.where(better[:, None], q, codes)
+    too_large = np.isinf(best)
+    if too_large.any():
+        first = int(np.argmax(too_large))
+        _refuse_overflow(f"a group that spans {lo[first]:g} to {hi[first]:g}", storage)
+    return codes.astype(np.uint8), scale, bias
+
+
+def _grids(lo, hi, reach, steps, storage):
+    """The (scale, bias) pairs that rule "affine" tries, in its order."""
+    smallest = SMALLEST_SCALE[storage]
     bias = store(lo, storage)
-    _check_stored(bias, lo, "bias", storage)
-    reach = hi - bias
-    constant = reach < CONSTANT_BELOW
-    scale = np.maximum(store(reach / F32(levels), storage), SMALLEST_SCALE[storage])
-    _check_stored(scale, reach / F32(levels), "scale", storage)
-    scale = np.where(constant, CONSTANT_SCALE, scale)
-    codes = np.clip(np.rint((w - bias[:, None]) / scale[:, None]), 0, levels)
-    return np.where(constant[:, None], F32(0), codes).astype(np.uint8), scale, bias
+    yield np.maximum(store((hi - bias) / steps, storage), smallest), bias
+    half = reach * (F32(0.5) / (steps + F32(1)))
+    bias = store(lo + half, storage)
+    yield np.maximum(store(((hi - half) - bias) / steps, storage), smallest), bias
+    low = np.abs(lo) > np.abs(hi)
+    edge = np.where(low, lo, hi)
+    bias = store(edge, storage)
+    count = np.maximum(np.rint(np.abs(edge) / (reach / steps)), F32(1))
+    scale = np.maximum(store(np.abs(bias) / count, storage), smallest)
+    yield np.where(low, scale, -scale), bias
 
 
 def mlx_groups(w: np.ndarray, levels: int, storage: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes uint8 (G, group_size), scales and biases float32 (G,) holding values of storage, by the rule "mlx".
+    """Codes uint8 (G, group_size), scales and biases float32 (G,), rounded to storage: rule "mlx".
 
     w   float32   (G, group_size)   finite; one group a row; rounded to storage first, as MLX would see it
 
-    Source: mlx/backend/cpu/quantized.cpp, quantize(). Codes come from the scale and bias before they are stored.
+    Source: quantize() in mlx/backend/cpu/quantized.cpp. Codes come from scales and biases not yet rounded to
+    storage. Raises ValueError if a scale or bias is too large for storage, where MLX would write infinity.
     """
     w = store(w, storage)
     lo, hi = w.min(-1), w.max(-1)
@@ -306,19 +359,25 @@ def mlx_groups(w: np.ndarray, levels: int, storage: str) -> tuple[np.ndarray, np
             moved = steps != 0
             scale = np.where(moved, edge / np.where(moved, steps, F32(1)), scale)
             bias = np.where(moved, edge, F32(0))
-        codes = np.clip(np.rint((w - bias[:, None]) / scale[:, None]), 0, levels).astype(np.uint8)
-        return codes, store(scale, storage), store(bias, storage)
+        codes = np.clip(np.rint((w - bias[:, None]) / scale[:, None]), 0, levels)
+        scale, bias = store(scale, storage), store(bias, storage)
+    finite = np.isfinite(scale) & np.isfinite(bias)
+    if not finite.all():
+        first = int(np.argmin(finite))
+        _refuse_overflow(f"a group that spans {lo[first]:g} to {hi[first]:g}", storage)
+    return codes.astype(np.uint8), scale, bias
 
 
 def store(x: np.ndarray, storage: str) -> np.ndarray:
-    """The float32 values nearest to x that the storage dtype can hold (ties to even; overflow gives infinity)."""
+    """The float32 values nearest to x that storage can hold, ties to even; overflow gives infinity."""
     if storage == "float32":
         return x
     if storage == "float16":
         with np.errstate(over="ignore"):
             return x.astype(np.float16).astype(F32)
     bits = np.ascontiguousarray(x, F32).view(np.uint32)
-    return ((bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) & np.uint32(0xFFFF0000)).view(F32)
+    bits = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
+    return (bits & np.uint32(0xFFFF0000)).view(F32)
 
 
 def check_finite(where: str, w: np.ndarray) -> None:
@@ -338,11 +397,10 @@ def _check_width(where: str, bits: int) -> None:
         raise ValueError(f"{where}: {bits}-bit codes do not exist; bits: {_listed(BITS)}")
 
 
-def _check_stored(stored: np.ndarray, wanted: np.ndarray, what: str, storage: str) -> None:
-    bad = ~np.isfinite(stored)
-    if bad.any():
-        value = wanted[np.argmax(bad)]
-        way_out = "use scale_dtype bfloat16 or float32" if storage == "float16" else "scale the weights down"
-        raise ValueError(
-            f"quantize: a {what} of {value:g} is too large for {storage} (at most {LARGEST[storage]:g}); {way_out}"
-        )
+def _refuse_overflow(what: str, storage: str) -> None:
+    largest = {"float32": "3.4e38", "float16": "65504", "bfloat16": "3.39e38"}[storage]
+    way_out = "use bfloat16 or float32 scales" if storage == "float16" else "scale the weights down"
+    raise ValueError(
+        f"quantize: {storage} cannot hold the scale or the bias of {what} (its largest value is {largest}); "
+        f"{way_out}"
+    )
