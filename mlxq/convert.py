@@ -259,7 +259,7 @@ class _Planner:
         largest = step.tensor.largest_scale()
         if not np.isfinite(largest):
             raise ValueError(f"{step.path}: NaN or Inf in the scales of the GGUF")
-        if largest > format.LARGEST[self.dtype]:
+        if not _fits(largest, self.dtype):
             step.dtype = "float32"
             report.notices.append(
                 f"{step.path}: scales and biases are float32; {largest:.6g} is too much for {self.dtype}"
@@ -287,6 +287,10 @@ def _own_dtype(tensor) -> str:
     return {"bool": "BOOL", "int": "I", "uint": "U"}[tensor.dtype.rstrip("0123456789")] + tensor.dtype.lstrip(
         "boluint"
     )
+
+
+def _fits(value: float, dtype: str) -> bool:
+    return bool(np.isfinite(format.store(np.array([value], np.float32), dtype)[0]))
 
 
 def _size(step: Step) -> int:
@@ -361,8 +365,8 @@ def _pack(step: Step, values: np.ndarray, start: int, stop: int, rule: str) -> P
 
 def _cast(step: Step, values: np.ndarray) -> np.ndarray:
     finite = values[np.isfinite(values)]
-    largest = float(np.abs(finite).max()) if finite.size else 0.0
-    if largest > format.LARGEST[step.dtype]:
+    largest = float(np.abs(finite).max(initial=0.0))
+    if not _fits(largest, step.dtype):
         raise ValueError(f"{step.path}: {largest:.6g} is too much for {step.dtype}; ask for another dtype")
     return as_stored(values, step.dtype)
 
