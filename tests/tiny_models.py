@@ -114,7 +114,7 @@ ARCHITECTURES = tuple(CONFIGS)
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
-def tensor_shapes(arch: str) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(arch: str, layers: int = LAYERS) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor that transformers saves for the tiny model of this architecture."""
     config = COMMON | CONFIGS[arch][1]
     query, key = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
@@ -127,7 +127,7 @@ def tensor_shapes(arch: str) -> dict[str, tuple[int, ...]]:
         shapes[f"{prefix}.up_proj.weight"] = (width, HIDDEN)
         shapes[f"{prefix}.down_proj.weight"] = (HIDDEN, width)
 
-    for layer in range(LAYERS):
+    for layer in range(layers):
         at = f"model.layers.{layer}"
         attention = f"{at}.self_attn"
         norms = ["post_attention_layernorm"]
@@ -247,6 +247,7 @@ def make_hf_model(
     seed: int = 0,
     *,
     shards: int = 1,
+    layers: int = LAYERS,
     overrides: dict | None = None,
 ) -> Path:
     """Folder of a tiny random model in Hugging Face's layout, with a tokenizer that has a chat template.
@@ -260,6 +261,7 @@ def make_hf_model(
     folder.mkdir(parents=True, exist_ok=True)
     class_name, changes = CONFIGS[arch]
     config = COMMON | changes | {"architectures": [class_name], "model_type": arch, "torch_dtype": dtype}
+    config["num_hidden_layers"] = layers
     config |= overrides or {}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     generation = {"bos_token_id": 0, "eos_token_id": [2], "pad_token_id": 0}
@@ -268,7 +270,7 @@ def make_hf_model(
     rng = np.random.default_rng(seed)
     tensors = {
         name: to_dtype(random_tensor(name, shape, rng, arch), dtype)
-        for name, shape in tensor_shapes(arch).items()
+        for name, shape in tensor_shapes(arch, layers).items()
     }
     if shards == 1:
         write_safetensors(folder / "model.safetensors", tensors, dtype)
