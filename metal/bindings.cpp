@@ -1,6 +1,8 @@
 // The only C++ that knows Python. Docstrings live in mlxq/ops, which is what people call.
+#include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -17,6 +19,7 @@
 #include "cpu/kernel.h"
 #include "pool.h"
 #include "qmm.h"
+#include "quantize.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -106,11 +109,55 @@ size_t advise_huge_pages(const mx::array& a) {
 #endif
 }
 
-template <typename T>
-nb::object owned(std::vector<T>* data, size_t rows) {
-  nb::capsule owner(data, [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); });
-  size_t columns = rows ? data->size() / rows : 0;
-  return nb::cast(nb::ndarray<nb::numpy, T, nb::ndim<2>>(data->data(), {rows, columns}, owner));
+// A numpy array of shape (rows, columns) that owns its memory, not yet filled.
+nb::ndarray<nb::numpy> empty(size_t rows, size_t columns, nb::dlpack::dtype dtype) {
+  char* data = new char[rows * columns * (dtype.bits / 8) + 1];
+  nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<char*>(p); });
+  size_t shape[2] = {rows, columns};
+  return nb::ndarray<nb::numpy>(data, 2, shape, owner, nullptr, dtype);
+}
+
+// (words, scales, biases) of rule "affine", rows shared out over the pool; None when the weights cannot be quantized:
+// mlxq.format says why. bfloat16 comes and goes as uint16.
+nb::object quantize(const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>& w, const std::string& w_dtype,
+                    int bits, int group_size, const std::string& storage) {
+  size_t rows = w.shape(0), K = w.shape(1), width = w.itemsize();
+  DType from = dtype_of(w_dtype), to = dtype_of(storage);
+  if (width != (from == DType::f32 ? 4 : 2)) {
+    throw std::invalid_argument("quantize: w is said to be " + w_dtype + " but its items have " +
+                                std::to_string(width) + " bytes");
+  }
+  if (K == 0 || K % group_size != 0) {
+    return nb::none();
+  }
+  size_t words_per_row = K * bits / 32, groups = K / group_size, stored = to == DType::f32 ? 4 : 2;
+  auto scale_dtype = to == DType::f32   ? nb::dtype<float>()
+                     : to == DType::f16 ? nb::dlpack::dtype{uint8_t(nb::dlpack::dtype_code::Float), 16, 1}
+                                        : nb::dtype<uint16_t>();
+  auto words = empty(rows, words_per_row, nb::dtype<uint32_t>());
+  auto scales = empty(rows, groups, scale_dtype), biases = empty(rows, groups, scale_dtype);
+  QuantizeReport report;
+  {
+    nb::gil_scoped_release release;
+    constexpr size_t weights_per_task = 1 << 18;
+    size_t step = std::max<size_t>(1, weights_per_task / K);
+    int tasks = int((rows + step - 1) / step);
+    std::vector<QuantizeReport> reports(tasks);
+    parallel(tasks, [&](int task) {
+      size_t row = task * step, here = std::min(step, rows - row);
+      reports[task] = quantize_rows(static_cast<const char*>(w.data()) + row * K * width, from, here, K, bits,
+                                    group_size, to, static_cast<uint32_t*>(words.data()) + row * words_per_row,
+                                    static_cast<char*>(scales.data()) + row * groups * stored,
+                                    static_cast<char*>(biases.data()) + row * groups * stored);
+    });
+    for (int task = 0; task < tasks; ++task) {
+      report.merge(reports[task], int64_t(task * step * K));
+    }
+  }
+  if (!report.ok()) {
+    return nb::none();
+  }
+  return nb::make_tuple(words, scales, biases);
 }
 
 }  // namespace
@@ -119,12 +166,21 @@ nb::object owned(std::vector<T>* data, size_t rows) {
 NB_MODULE(_ext, m) {
   using namespace mlxq;
   m.attr("MLX_VERSION") = MLXQ_MLX_VERSION;
+  nb::register_exception_translator([](const std::exception_ptr& thrown, void*) {
+    try {
+      std::rethrow_exception(thrown);
+    } catch (const DtypeError& error) {
+      PyErr_SetString(PyExc_TypeError, error.what());
+    }
+  });
   m.def("probe", [](const mx::array& a) { return a; });  // a TypeError here means a foreign mlx or nanobind ABI
 
   m.def("qmm", &qmm, "x"_a, "words"_a, "scales"_a, "biases"_a, "transpose"_a, "group_size"_a, "bits"_a,
         "stream"_a = nb::none());
   m.def("gather_qmm", &gather_qmm, "x"_a, "words"_a, "scales"_a, "biases"_a, "lhs_indices"_a.none(),
         "rhs_indices"_a.none(), "transpose"_a, "group_size"_a, "bits"_a, "sorted_indices"_a, "stream"_a = nb::none());
+
+  m.def("quantize", &quantize, "w"_a, "w_dtype"_a, "bits"_a, "group_size"_a, "storage"_a);
 
   m.def("isa_levels", &levels);
   m.def("isa", [] { return std::string(level() < 0 ? "" : families[level()]->name); });

@@ -64,13 +64,13 @@ Sizes check(const char* op, const array& x, const array& words, const array& sca
         text(op, ": ", bits, "-bit groups of ", group_size, " do not exist; built: ", built_formats()));
   }
   if (!is_float(x.dtype())) {
-    throw std::invalid_argument(text(op, ": x is ", x.dtype(), "; wanted float32, float16 or bfloat16"));
+    throw DtypeError(text(op, ": x is ", x.dtype(), "; wanted float32, float16 or bfloat16"));
   }
   if (words.dtype() != mx::uint32) {
-    throw std::invalid_argument(text(op, ": words are ", words.dtype(), "; wanted uint32"));
+    throw DtypeError(text(op, ": words are ", words.dtype(), "; wanted uint32"));
   }
   if (!is_float(scales.dtype()) || !is_float(biases.dtype())) {
-    throw std::invalid_argument(text(op, ": scales are ", scales.dtype(), " and biases ", biases.dtype(),
+    throw DtypeError(text(op, ": scales are ", scales.dtype(), " and biases ", biases.dtype(),
                                      "; wanted float32, float16 or bfloat16"));
   }
   if (experts ? words.ndim() < 2 : words.ndim() != 2) {
@@ -148,7 +148,7 @@ DType to_dtype(mx::Dtype dtype) {
   if (dtype == mx::bfloat16) {
     return DType::bf16;
   }
-  throw std::invalid_argument(text("dtype is ", dtype, "; wanted float32, float16 or bfloat16"));
+  throw DtypeError(text("dtype is ", dtype, "; wanted float32, float16 or bfloat16"));
 }
 
 array qmm(const array& x, const array& words, const array& scales, const array& biases, bool transpose, int group_size,
@@ -175,7 +175,7 @@ array gather_qmm(const array& x, const array& words, const array& scales, const 
   auto indices = [&](const std::optional<array>& given, const array& of, const char* what) {
     if (given) {
       if (!mx::issubdtype(given->dtype(), mx::integer)) {
-        throw std::invalid_argument(text("gather_qmm: ", what, " are ", given->dtype(), "; wanted integers"));
+        throw DtypeError(text("gather_qmm: ", what, " are ", given->dtype(), "; wanted integers"));
       }
       return mx::astype(*given, mx::int32, stream);
     }

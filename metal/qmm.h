@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <stdexcept>
 #include <utility>
 #include <vector>
 
@@ -24,6 +25,11 @@ mx::array qmm(const mx::array& x, const mx::array& words, const mx::array& scale
 mx::array gather_qmm(const mx::array& x, const mx::array& words, const mx::array& scales, const mx::array& biases,
                      const std::optional<mx::array>& lhs_indices, const std::optional<mx::array>& rhs_indices,
                      bool transpose, int group_size, int bits, bool sorted_indices, mx::StreamOrDevice s = {});
+
+// A dtype that an operation does not take: Python's TypeError.
+struct DtypeError : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
 
 // DType of an MLX array's dtype; throws for those that have none.
 DType to_dtype(mx::Dtype dtype);

@@ -200,16 +200,23 @@ __m512i field(__m512i words, int j) {
   }
 }
 
-// Scale * integer sum as float, from the planes' sums. Two planes fit one int32; three do only for short sums.
-template <int PLANES>
-__m512 combine(const __m512i* sums) {
-  __m512i upper = _mm512_add_epi32(_mm512_slli_epi32(sums[0], 8), sums[1]);
-  if constexpr (PLANES == 2) {
-    return _mm512_cvtepi32_ps(upper);
-  } else {
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(upper), _mm512_set1_ps(256), _mm512_cvtepi32_ps(sums[2]));
-  }
+// A group's integer sum as float, from the sums of its planes: two planes fit one int32, three do not.
+// By value, and every loop below that indexes accumulators is unrolled by pragma: otherwise gcc keeps them in memory.
+__m512 combine(__m512i high, __m512i low) {
+  return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
 }
+
+__m512 combine(__m512i high, __m512i middle, __m512i low) {
+  return _mm512_fmadd_ps(combine(high, middle), _mm512_set1_ps(256), _mm512_cvtepi32_ps(low));
+}
+
+// vpdpbusd in place. As an intrinsic gcc 12 gives half the accumulators a second register and moves them every round.
+void dot(__m512i& sum, __m512i codes, __m512i plane) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(plane));
+}
+
+#define MLXQ_COMBINE(sums) (PLANES == 2 ? combine(sums[0], sums[1]) : combine(sums[0], sums[1], sums[PLANES - 1]))
+#define MLXQ_UNROLL _Pragma("GCC unroll 16")
 
 int64_t y_base(const Qmm& q, int m) { return int64_t(q.y_rows ? q.y_rows[m] : m) * q.N; }
 
@@ -222,11 +229,14 @@ void gemv_rows_block(const Qmm& q, const char* const* rows, int m, int n) {
   const int count = groups(q), words_per_row = q.K * BITS / 32;
   const int groups_per_chunk_x16 = 16 * codes_per_lane * 16 / q.group_size;  // times 16: 8-bit/128 has half a group
   const uint32_t* words[NR];
+  MLXQ_UNROLL
   for (int r = 0; r < NR; ++r) {
     words[r] = q.words + int64_t(n + r) * words_per_row;
   }
   __m512 acc[MR][NR];
+  MLXQ_UNROLL
   for (int i = 0; i < MR; ++i) {
+    MLXQ_UNROLL
     for (int r = 0; r < NR; ++r) {
       acc[i][r] = _mm512_setzero_ps();
     }
@@ -241,9 +251,11 @@ void gemv_rows_block(const Qmm& q, const char* const* rows, int m, int n) {
     // 16 groups: their scales once as a vector, spread over the lanes chunk by chunk.
     __mmask16 here = count - g0 >= lanes ? 0xffff : (1u << (count - g0)) - 1;
     __m512 scaled[MR][NR];
+    MLXQ_UNROLL
     for (int r = 0; r < NR; ++r) {
       int64_t at = int64_t(n + r) * count + g0;
       __m512 scale = load16(q.scales, q.scale_dtype, at, here), bias = load16(q.biases, q.scale_dtype, at, here);
+      MLXQ_UNROLL
       for (int i = 0; i < MR; ++i) {
         const char* row = rows[m + i];
         scaled[i][r] = _mm512_mul_ps(scale, _mm512_load_ps(row + scale_offset() + 4 * g0));
@@ -256,30 +268,38 @@ void gemv_rows_block(const Qmm& q, const char* const* rows, int m, int n) {
       __m512i group = _mm512_srli_epi32(
           _mm512_add_epi32(lane_code, _mm512_set1_epi32((c - c0) * codes_per_lane * 16)), shift);
       __m512i codes[NR][fields];
+      MLXQ_UNROLL
       for (int r = 0; r < NR; ++r) {
         const uint32_t* at = words[r] + c * 16;
         _mm_prefetch(reinterpret_cast<const char*>(at + NR * words_per_row), _MM_HINT_T0);
         __m512i w = _mm512_maskz_loadu_epi32(valid, at);
+        MLXQ_UNROLL
         for (int j = 0; j < fields; ++j) {
           codes[r][j] = field<BITS>(w, j);
         }
       }
+      MLXQ_UNROLL
       for (int i = 0; i < MR; ++i) {
         const char* planes = rows[m + i] + planes_at + size_t(c) * PLANES * fields * 64;
+        MLXQ_UNROLL
         for (int r = 0; r < NR; ++r) {
           __m512i sums[PLANES];
+          MLXQ_UNROLL
           for (int p = 0; p < PLANES; ++p) {
             sums[p] = _mm512_setzero_si512();
+            MLXQ_UNROLL
             for (int j = 0; j < fields; ++j) {
               sums[p] = _mm512_dpbusd_epi32(sums[p], codes[r][j], _mm512_load_si512(planes + (p * fields + j) * 64));
             }
           }
-          acc[i][r] = _mm512_fmadd_ps(combine<PLANES>(sums), _mm512_permutexvar_ps(group, scaled[i][r]), acc[i][r]);
+          acc[i][r] = _mm512_fmadd_ps(MLXQ_COMBINE(sums), _mm512_permutexvar_ps(group, scaled[i][r]), acc[i][r]);
         }
       }
     }
   }
+  MLXQ_UNROLL
   for (int i = 0; i < MR; ++i) {
+    MLXQ_UNROLL
     for (int r = 0; r < NR; ++r) {
       store(q.y, q.x_dtype, y_base(q, m + i) + n + r, _mm512_reduce_add_ps(acc[i][r]));
     }
@@ -427,6 +447,7 @@ void gemm_block(const Qmm& q, const Panel& panel, const char* prepared, int m, i
   constexpr int fields = 8 / BITS;
   const size_t stride = row_bytes(q), scales_at = scale_offset(), sums_at = sum_offset(q), planes_at = plane_offset(q);
   const char* x[MR];
+  MLXQ_UNROLL
   for (int i = 0; i < MR; ++i) {
     x[i] = prepared + size_t(m + i) * stride;
   }
@@ -436,7 +457,9 @@ void gemm_block(const Qmm& q, const Panel& panel, const char* prepared, int m, i
   const char* codes = panel.codes;
   for (int g = 0; g < count; ++g) {
     __m512i sum[MR][2][PLANES];
+    MLXQ_UNROLL
     for (int i = 0; i < MR; ++i) {
+      MLXQ_UNROLL
       for (int p = 0; p < PLANES; ++p) {
         sum[i][0][p] = sum[i][1][p] = _mm512_setzero_si512();
       }
@@ -444,34 +467,40 @@ void gemm_block(const Qmm& q, const Panel& panel, const char* prepared, int m, i
     for (int d = g * dwords; d < (g + 1) * dwords; d += run) {  // runs stay within a chunk
       size_t at = planes_at + size_t(d / 16) * PLANES * fields * 64 + d % 16 * 4;
       for (int t = 0; t < run; ++t, at += 4) {
+        MLXQ_UNROLL
         for (int j = 0; j < fields; ++j, codes += 128) {
           __m512i w0 = _mm512_load_si512(codes), w1 = _mm512_load_si512(codes + 64);
+          MLXQ_UNROLL
           for (int i = 0; i < MR; ++i) {
+            MLXQ_UNROLL
             for (int p = 0; p < PLANES; ++p) {
               int32_t four;
               std::memcpy(&four, x[i] + at + (p * fields + j) * 64, 4);
               __m512i v = _mm512_set1_epi32(four);
-              sum[i][0][p] = _mm512_dpbusd_epi32(sum[i][0][p], w0, v);
-              sum[i][1][p] = _mm512_dpbusd_epi32(sum[i][1][p], w1, v);
+              dot(sum[i][0][p], w0, v);
+              dot(sum[i][1][p], w1, v);
             }
           }
         }
       }
     }
+    MLXQ_UNROLL
     for (int h = 0; h < 2; ++h) {
       __m512 scale = _mm512_load_ps(panel.scales + size_t(g) * panel_columns + h * 16);
       __m512 bias = _mm512_load_ps(panel.biases + size_t(g) * panel_columns + h * 16);
+      MLXQ_UNROLL
       for (int i = 0; i < MR; ++i) {
         float x_scale, x_sum;
         std::memcpy(&x_scale, x[i] + scales_at + 4 * g, 4);
         std::memcpy(&x_sum, x[i] + sums_at + 4 * g, 4);
         __m512 total = _mm512_load_ps(totals[i] + h * 16);
         total = _mm512_fmadd_ps(bias, _mm512_set1_ps(x_sum), total);
-        total = _mm512_fmadd_ps(combine<PLANES>(sum[i][h]), _mm512_mul_ps(scale, _mm512_set1_ps(x_scale)), total);
+        total = _mm512_fmadd_ps(MLXQ_COMBINE(sum[i][h]), _mm512_mul_ps(scale, _mm512_set1_ps(x_scale)), total);
         _mm512_store_ps(totals[i] + h * 16, total);
       }
     }
   }
+  MLXQ_UNROLL
   for (int i = 0; i < MR; ++i) {
     for (int h = 0; h < 2 && h * 16 < columns; ++h) {
       int here = columns - h * 16 < 16 ? columns - h * 16 : 16;

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import warnings
 
 import mlx.core as mx
@@ -32,6 +33,8 @@ def _load():
             f"mlxq's compiled kernels were built for mlx {built} and this is mlx {mx.__version__}; "
             f"run: pip install mlx=={built}"
         )
+    if isa := os.environ.get("MLXQ_ISA"):
+        _ext.set_isa(isa)  # ValueError for a family that this machine lacks: never a silent substitute
     return _ext, None
 
 
@@ -164,15 +167,17 @@ def _check(x, words, scales, biases, fmt: format.Format, transpose: bool, op: st
 
 
 def quantize(w, fmt: format.Format, rule: str, scale_dtype: str) -> format.Packed | None:
-    """Packed weights through the compiled quantizer; None when it does not serve this call."""
+    """Packed weights through the compiled quantizer; None when it does not serve or refuses them."""
     module = _load()[0]
     name = bridge.dtype_name(w)
     if module is None or rule != "affine" or name not in format.STORAGE or w.ndim < 2:
         return None
     bits_of_w = bridge.host_bits(w)
     rows = bits_of_w.reshape(-1, bits_of_w.shape[-1])
-    words, scales, biases = module.quantize(rows, name, fmt.bits, fmt.group_size, scale_dtype)
-    words, scales, biases = (a.reshape(*bits_of_w.shape[:-1], -1) for a in (words, scales, biases))
+    parts = module.quantize(rows, name, fmt.bits, fmt.group_size, scale_dtype)
+    if parts is None:
+        return None  # NaN, overflow or a wrong shape: the plain path says which
+    words, scales, biases = (a.reshape(*bits_of_w.shape[:-1], -1) for a in parts)
     return format.Packed(
         bridge.like(words, w),
         bridge.from_host_bits(scales, w, scale_dtype),
