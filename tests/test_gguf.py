@@ -1,4 +1,4 @@
-"""The GGUF reader, lossless repacking, and models converted from GGUF against the same model from its folder."""
+"""The GGUF reader, lossless repacking, and GGUF models against the same models from their folders."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def relative_error(found, wanted) -> float:
 
 
 def random_blocks(kind: str, rows: int, K: int, seed: int = 0) -> np.ndarray:
-    """Rows of random blocks: every code, and scales over the whole range of float16 but its last seven powers."""
+    """Rows of random blocks: every code, and scales whose 128-fold float16 still holds."""
     rng = np.random.default_rng(seed)
     count = rows * K // 32
     head = 2 if kind == "Q4_1" else 1

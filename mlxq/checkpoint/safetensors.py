@@ -68,7 +68,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         raise ValueError(f"{path}: the safetensors header is not JSON ({error})") from None
     if not isinstance(header, dict):
         raise ValueError(f"{path}: the safetensors header is not a JSON object")
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}  # mx.save_safetensors writes null
     if not isinstance(metadata, dict):
         raise ValueError(f"{path}: __metadata__ is not a JSON object")
 
