@@ -73,7 +73,7 @@ def like(array: np.ndarray, template, dtype: str | None = None):
 
 
 def host_bits(array) -> np.ndarray:
-    """A C-contiguous numpy view (copied only when it must be) of the stored bits: bfloat16 shows as uint16."""
+    """A C-contiguous numpy view (copied only when it must be) of the stored bits; bfloat16: uint16."""
     which, name = kind(array), dtype_name(array)
     if which == "numpy":
         return np.ascontiguousarray(array)
@@ -88,7 +88,7 @@ def host_bits(array) -> np.ndarray:
 
 
 def from_host_bits(bits: np.ndarray, template, dtype: str):
-    """The reverse of host_bits, in the framework of `template`; for numpy, bfloat16 becomes float32 (exact)."""
+    """The reverse of host_bits, in the framework of `template`; numpy gets bfloat16 as float32 (exact)."""
     if dtype != "bfloat16":
         return like(bits, template)
     which = kind(template)

@@ -184,7 +184,7 @@ def test_compile_checkpoint_and_shapeless_compile_change_nothing():
 
 
 def test_compile_merges_equal_products_and_only_those():
-    """is_equivalent: the same product twice runs once, products that differ in orientation or format run both."""
+    """is_equivalent: equal products run once, those that differ in orientation or format both."""
     p, x = packed(64, 64), normal(64, 64)
     q32 = format.Packed(p.words, mx.repeat(p.scales, 2, -1), mx.repeat(p.biases, 2, -1), format.Format(4, 32))
     mx.eval(q32.scales, q32.biases)

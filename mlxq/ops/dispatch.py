@@ -25,14 +25,14 @@ def qmm(x, w: format.Packed, transpose: bool = True):
         return native.qmm(x, w, transpose)
     if which == "numpy":
         return reference.qmm(x, w, transpose).astype(x.dtype)
-    raise TypeError("qmm: torch tensors are not served yet; pass an mx.array (mlxq.bridge.to_mx) or numpy")
+    raise TypeError("qmm: torch tensors are not served; pass an mx.array (mlxq.bridge.to_mx) or numpy")
 
 
 def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpose=True, sorted_indices=False):
     """Blocks of x times the experts that the indices choose, in x's dtype with float32 accumulation.
 
-    x            (*X, M, K)     lhs_indices  integer, index into the flattened *X; None: 0, 1, 2 ... in shape *X
-    w            (*E, N, K)     rhs_indices  integer, index into the flattened *E; None: 0, 1, 2 ... in shape *E
+    x            (*X, M, K)     lhs_indices  integers into the flattened *X; None: 0, 1, 2 ... in shape *X
+    w            (*E, N, K)     rhs_indices  integers into the flattened *E; None: 0, 1, 2 ... in shape *E
     result       (*broadcast(lhs_indices, rhs_indices), M, N), or (..., M, K) when transpose is False
 
     sorted_indices promises that rhs_indices ascend; the answer does not depend on it.
@@ -43,7 +43,7 @@ def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpos
         return native.gather_qmm(x, w, lhs_indices, rhs_indices, transpose, sorted_indices)
     if which == "numpy":
         return reference.gather_qmm(x, w, lhs_indices, rhs_indices, transpose).astype(x.dtype)
-    raise TypeError("gather_qmm: torch tensors are not served yet; pass an mx.array (mlxq.bridge.to_mx) or numpy")
+    raise TypeError("gather_qmm: torch tensors are not served; pass an mx.array (mlxq.bridge.to_mx) or numpy")
 
 
 def quantize(w, fmt: format.Format, rule: str = "affine", scale_dtype: str | None = None) -> format.Packed:
@@ -78,7 +78,8 @@ def dequantize(packed: format.Packed, dtype: str | None = None):
     dtype = dtype or bridge.dtype_name(packed.scales)
     if bridge.kind(packed.words) == "mlx":
         return native.dequantize(packed, dtype)
-    host = format.Packed(*(bridge.to_numpy(a) for a in (packed.words, packed.scales, packed.biases)), packed.format)
+    parts = (bridge.to_numpy(a) for a in (packed.words, packed.scales, packed.biases))
+    host = format.Packed(*parts, packed.format)
     out = format.dequantize(host).astype(np.float32)
     if bridge.kind(packed.words) == "torch":
         return bridge.like(out, packed.words, dtype)

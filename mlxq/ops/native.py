@@ -1,7 +1,7 @@
 """mx.array operations on the compiled primitive, and on stock MLX where there is none.
 
-The extension serves 2, 4 and 8 bits on CPU streams. Everything else goes to stock MLX in float32: other widths,
-GPU streams, and every call when the extension cannot be loaded (said once, as a warning).
+The extension serves 2, 4 and 8 bits on CPU streams. Everything else goes to stock MLX in float32: other
+widths, GPU streams, and every call when the extension cannot be loaded (said once, as a warning).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _load():
 
         _ext.probe(mx.zeros((1,)))
     except ImportError as error:
-        return None, f"mlxq's compiled kernels could not be loaded ({error}); reinstall mlxq for this Python and mlx"
+        return None, f"mlxq's compiled kernels could not be loaded ({error}); reinstall mlxq"
     except TypeError:
         built = getattr(_ext, "MLX_VERSION", "?")
         return None, (
@@ -57,7 +57,7 @@ def native_error() -> str | None:
 
 
 def isa_levels() -> tuple[str, ...]:
-    """Names of the CPU kernel families that run on this machine, best last; ("stock",) without the extension."""
+    """Names of the CPU kernel families that run here, best last; ("stock",) without the extension."""
     module = _load()[0]
     return tuple(module.isa_levels()) if module else ("stock",)
 
@@ -90,7 +90,7 @@ def kernel_for(M, N, K, bits, group_size, x_dtype="float32", scale_dtype="float3
 
 @contextlib.contextmanager
 def forced_isa(name: str):
-    """Use no kernel family better than `name` inside the block, as the variable MLXQ_ISA does for a whole run.
+    """Use no kernel family better than `name` inside the block, as MLXQ_ISA does for a whole run.
 
     Raises ValueError when this machine has no such family.
     """
@@ -138,7 +138,8 @@ def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpos
     bits, group_size = w.format.bits, w.format.group_size
     module = _ext() if bits in format.KERNEL_BITS else None
     if module is not None:
-        return module.gather_qmm(x, words, scales, biases, lhs, rhs, transpose, group_size, bits, sorted_indices)
+        parts = (x, words, scales, biases, lhs, rhs)
+        return module.gather_qmm(*parts, transpose, group_size, bits, sorted_indices)
     _check(x, words, scales, biases, w.format, transpose, "gather_qmm")
     y = mx.gather_qmm(
         x.astype(mx.float32),

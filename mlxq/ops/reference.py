@@ -23,7 +23,7 @@ def qmm(x, packed: format.Packed, transpose: bool = True) -> np.ndarray:
     return bridge.to_numpy(x).astype(np.float64) @ (w.T if transpose else w)
 
 
-def gather_qmm(x, packed: format.Packed, lhs_indices=None, rhs_indices=None, transpose: bool = True) -> np.ndarray:
+def gather_qmm(x, packed: format.Packed, lhs_indices=None, rhs_indices=None, transpose=True) -> np.ndarray:
     """Row blocks x[lhs] times experts w[rhs] in float64; shapes as mx.gather_qmm.
 
     x            (*X, M, K)            lhs_indices  index into the flattened *X
