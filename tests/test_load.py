@@ -225,6 +225,17 @@ def test_quantized_weights_without_a_quantization_block_are_refused(damaged):
         mlxq.load(damaged)
 
 
+def test_a_quantization_block_can_be_given_by_the_caller(damaged):
+    change_config(damaged, quantization=None, quantization_config=None)
+    model, _ = mlxq.load(damaged, model_config={"quantization": {"bits": 4, "group_size": 32}})
+    assert type(model.lm_head) is layers.QuantizedLinear
+
+
+def test_an_adapter_that_is_not_there_is_named(quantized, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"adapter path does not exist: {tmp_path}/none"):
+        mlxq.load(quantized, adapter_path=tmp_path / "none")
+
+
 def test_missing_tensors_are_counted_and_named(damaged):
     def drop(weights):
         for name in [n for n in weights if "layers.1." in n]:

@@ -187,6 +187,7 @@ def test_adapters_saved_from_ours_load_in_both(folder, tmp_path):
         str(tmp_path / "adapters.safetensors"), dict(tree_flatten(model.trainable_parameters()))
     )
     again, _ = mlxq.load(folder, adapter_path=tmp_path)
+    assert not any(module.training for module in again.modules())
     assert isinstance(again.layers[1].self_attn.o_proj.linear, layers.QuantizedLinear)
     assert mx.array_equal(again(TOKENS), model(TOKENS))
     stock, _ = mlx_lm.load(str(folder), adapter_path=str(tmp_path))
