@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import afm7, mla, switch_layers
 
 from mlxq import bridge, ops
-from mlxq.format import BITS, GROUP_SIZES, Format
+from mlxq.format import BITS, GROUP_SIZES, Format, Packed
 from mlxq.nn import mlx as layers
 from mlxq.ops import reference
 
@@ -127,7 +127,8 @@ def test_embedding_rounds_each_weight_once(dtype, rounding):
 
 
 def test_embedding_unpacks_no_row_that_was_not_asked_for():
-    layer = layers.QuantizedEmbedding(2**16, 512)  # 16 MiB packed, 128 MiB as float32
+    words, scales = mx.ones((2**16, 64), dtype=mx.uint32), mx.ones((2**16, 8))  # 128 MiB as float32
+    layer = layers.QuantizedEmbedding.from_packed(Packed(words, scales, scales, Format(4, 64)))
     mx.eval(layer.parameters())
     mx.reset_peak_memory()
     before = mx.get_active_memory()
@@ -365,7 +366,7 @@ def test_packed_arrays_that_disagree_are_refused():
     packed = layers.QuantizedLinear(128, 8).packed
     with pytest.raises(ValueError):
         layers.QuantizedLinear.from_packed(
-            type(packed)(packed.words, packed.scales[:4], packed.biases, packed.format)
+            Packed(packed.words, packed.scales[:4], packed.biases, packed.format)
         )
 
 
