@@ -25,9 +25,9 @@ from mlxq.rules import Rule, assign, parse_rule
 __all__ = ["Report", "convert", "inspect"]
 
 DEFAULT = Format(4, 64)
-GGUF_GROUP = 32
+GGUF_DEFAULT = Format(4, 32)
 SHARD_BYTES = 5 << 30  # mlx-lm's
-SLAB_WEIGHTS = 1 << 21  # weights in float32 at once: 8 MB
+SLAB_WEIGHTS = 1 << 18  # weights in float32 at once: 1 MB, and about five times that with every temporary
 
 Report = Summary
 
@@ -102,7 +102,7 @@ def convert(
 
     A layer whose K its group size does not divide stays in float and is listed, as in mlx-lm. GGUF Q4_0,
     Q4_1 and Q8_0 tensors are repacked, not quantized again, where the wanted format has their width and
-    groups of 32. Peak memory is one tensor and a slab of 8 MB, whatever the model's size; for stacked
+    groups of 32. Peak memory is one tensor and a few MB, whatever the model's size; for stacked
     experts twice the stack.
 
     Raises FileExistsError, FileNotFoundError, ValueError, ImportError or OSError with one sentence;
@@ -125,7 +125,7 @@ def convert(
         planner = _Planner(
             checkpoint, bits, group_size, dtype or "float16", rules, embedding_bits, trust_remote_code
         )
-        report = Summary(dst, f"{dst.name}: {checkpoint.config['model_type']}")
+        report = Summary(dst, f"{dst.name}: {checkpoint.config.get('model_type')}")
         broken = planner.nonfinite_layers() if allow_nonfinite else {}
         steps = planner.steps(report, broken)
         plan = [planned for step in steps for planned in step.planned()]
@@ -146,9 +146,9 @@ def convert(
 
 
 def _check_arguments(bits, group_size, dtype, embedding_bits, quantization_rule, max_shard_bytes) -> None:
-    Format(bits or DEFAULT.bits, group_size or DEFAULT.group_size)
+    chosen = _with_defaults(bits, group_size, DEFAULT)
     if embedding_bits is not None:
-        Format(embedding_bits, group_size or DEFAULT.group_size)
+        Format(embedding_bits, chosen.group_size)
     if dtype is not None and dtype not in format.STORAGE:
         raise ValueError(f"convert: dtype {dtype!r} does not exist; built: {', '.join(format.STORAGE)}")
     if quantization_rule not in format.RULES:
@@ -157,6 +157,12 @@ def _check_arguments(bits, group_size, dtype, embedding_bits, quantization_rule,
         )
     if max_shard_bytes <= 0:
         raise ValueError(f"convert: shards of {max_shard_bytes} bytes cannot hold a tensor")
+
+
+def _with_defaults(bits: int | None, group_size: int | None, default: Format) -> Format:
+    return Format(
+        default.bits if bits is None else bits, default.group_size if group_size is None else group_size
+    )
 
 
 def _open(src: Path) -> GgufCheckpoint | HuggingFaceCheckpoint:
@@ -180,8 +186,7 @@ class _Planner:
         self.embedding_bits, self.trust_remote_code = embedding_bits, trust_remote_code
         self.is_gguf = isinstance(checkpoint, GgufCheckpoint)
         self.keeps_own_widths = self.is_gguf and bits is None and group_size is None
-        default_group = GGUF_GROUP if self.is_gguf else DEFAULT.group_size
-        self.default = Format(bits or DEFAULT.bits, group_size or default_group)
+        self.default = _with_defaults(bits, group_size, GGUF_DEFAULT if self.is_gguf else DEFAULT)
         self.kept_float: dict[str, str] = {}
 
     def _load(self):
@@ -274,7 +279,7 @@ def _own_format(tensor) -> Format | str:
     if not tensor.is_quantized:
         return "float in the GGUF"
     fitting = [bits for bits in format.KERNEL_BITS if bits >= tensor.source_bits]
-    return Format(fitting[0] if fitting else format.KERNEL_BITS[-1], GGUF_GROUP)
+    return Format(fitting[0] if fitting else format.KERNEL_BITS[-1], GGUF_DEFAULT.group_size)
 
 
 def _is_float(dtype: str) -> bool:
