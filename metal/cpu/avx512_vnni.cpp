@@ -13,7 +13,7 @@
 // A byte holds F = 8 / bits codes; "field" j of byte B is code F * B + j: (byte >> bits * j) & mask. Prepared planes follow
 // that order, per chunk of 64 word bytes: [chunk][plane][field][64], padded with zeros.
 //
-//   gemv (M <= 3)   lanes run along K. A row of words streams through once for all rows of x; four rows of W at a time
+//   gemv (M <= 4)   lanes run along K. A row of words streams through once for all rows of x; four rows of W at a time
 //                   share the loads of x. Limited by memory.
 //   gemm            lanes run along N. 32 rows of W are transposed, unpacked to bytes, and kept in the L2 cache:
 //                   panel[dword][field][32 rows x 4 codes]. Every block of rows of x then needs, per 64 products,
@@ -24,13 +24,14 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "avx512_common.h"
 #include "kernel.h"
 #include "numeric.h"
 
 namespace mlxq {
 namespace {
 
-constexpr int gemv_rows = 3;      // the largest M that gemv takes
+constexpr int gemv_rows = 4;      // the largest M that gemv takes
 constexpr int lanes = 16;
 constexpr int panel_columns = 32;
 constexpr float smallest_scaled = 0x1p-90f;  // a group with a smaller maximum would have a subnormal scale
@@ -52,33 +53,6 @@ size_t plane_offset(const Qmm& q) { return sum_offset(q) + 4 * padded(groups(q))
 
 size_t row_bytes(const Qmm& q) {
   return plane_offset(q) + size_t(chunks(q)) * planes_of(q.x_dtype) * (8 / q.bits) * 64;
-}
-
-__m512 load16(const void* p, DType dtype, int64_t i, __mmask16 mask = 0xffff) {
-  if (dtype == DType::f32) {
-    return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(p) + i);
-  }
-  __m256i half = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(p) + i);
-  return dtype == DType::f16 ? _mm512_cvtph_ps(half)
-                             : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-void store16(void* p, DType dtype, int64_t i, __m512 value, __mmask16 mask) {
-  if (dtype == DType::f32) {
-    _mm512_mask_storeu_ps(static_cast<float*>(p) + i, mask, value);
-    return;
-  }
-  __m256i half;
-  if (dtype == DType::f16) {
-    half = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  } else {  // round to nearest even; Inf survives, and a NaN here has its quiet bit in the upper half
-    __m512i u = _mm512_castps_si512(value);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, u), 16));
-  }
-  _mm256_mask_storeu_epi16(static_cast<uint16_t*>(p) + i, mask, half);
 }
 
 // 32 plane bytes in the order of k, regrouped by field: all of field 0, then field 1 ...
@@ -218,8 +192,6 @@ void dot(__m512i& sum, __m512i codes, __m512i plane) {
 #define MLXQ_COMBINE(sums) (PLANES == 2 ? combine(sums[0], sums[1]) : combine(sums[0], sums[1], sums[PLANES - 1]))
 #define MLXQ_UNROLL _Pragma("GCC unroll 16")
 
-int64_t y_base(const Qmm& q, int m) { return int64_t(q.y_rows ? q.y_rows[m] : m) * q.N; }
-
 // ---- gemv ----------------------------------------------------------------------------------------------------------
 
 // Rows [n, n + NR) of W times MR rows of x.
@@ -301,7 +273,7 @@ void gemv_rows_block(const Qmm& q, const char* const* rows, int m, int n) {
   for (int i = 0; i < MR; ++i) {
     MLXQ_UNROLL
     for (int r = 0; r < NR; ++r) {
-      store(q.y, q.x_dtype, y_base(q, m + i) + n + r, _mm512_reduce_add_ps(acc[i][r]));
+      store(q.y, q.x_dtype, y_row(q, m + i) + n + r, _mm512_reduce_add_ps(acc[i][r]));
     }
   }
 }
@@ -341,39 +313,16 @@ void gemv_all(const Qmm& q, const char* prepared, int begin, int end) {
       case 2:
         gemv_columns<BITS, PLANES, 2>(block, rows, 0, begin, end);
         break;
-      default:
+      case 3:
         gemv_columns<BITS, PLANES, 3>(block, rows, 0, begin, end);
+        break;
+      default:
+        gemv_columns<BITS, PLANES, 4>(block, rows, 0, begin, end);
     }
   }
 }
 
 // ---- gemm ----------------------------------------------------------------------------------------------------------
-
-void transpose16(__m512i* r) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
-}
 
 // 32 rows of W, ready for the inner loop.
 struct Panel {
@@ -504,7 +453,7 @@ void gemm_block(const Qmm& q, const Panel& panel, const char* prepared, int m, i
   for (int i = 0; i < MR; ++i) {
     for (int h = 0; h < 2 && h * 16 < columns; ++h) {
       int here = columns - h * 16 < 16 ? columns - h * 16 : 16;
-      store16(q.y, q.x_dtype, y_base(q, m + i) + n0 + h * 16, _mm512_load_ps(totals[i] + h * 16), (1u << here) - 1);
+      store16(q.y, q.x_dtype, y_row(q, m + i) + n0 + h * 16, _mm512_load_ps(totals[i] + h * 16), (1u << here) - 1);
     }
   }
 }
