@@ -52,6 +52,9 @@ def test_any_rank_of_x_and_no_rows_at_all(shape, transpose):
 @pytest.mark.parametrize("bits", [1, 3, 5, 6])
 def test_widths_without_a_kernel_give_the_answer_too(bits):
     p = packed(40, 128, format.Format(bits, 32))
+    experts = packed(40, 128, format.Format(bits, 32), lead=(2,))
+    assert ops.qmm(mx.zeros((0, 128)), p).shape == (0, 40)  # stock MLX dies of it
+    assert ops.gather_qmm(mx.zeros((3, 0, 128)), experts, None, mx.array([0, 1, 1])).shape == (3, 0, 40)
     x = normal(3, 128, dtype=mx.bfloat16)
     y = ops.qmm(x, p)
     assert y.dtype == mx.bfloat16 and ops.kernel_for(3, 40, 128, bits, 32) == "stock"
@@ -277,6 +280,8 @@ def test_gather_refuses_indices_out_of_range():
 
 def test_an_empty_sum_is_zero():
     p = packed(40, 64)
+    empty = ops.dequantize(format.Packed(p.words[:0], p.scales[:0], p.biases[:0], FMT), "float16")
+    assert empty.shape == (0, 64) and empty.dtype == mx.float16
     nothing = format.Packed(p.words[:0], p.scales[:0], p.biases[:0], FMT)
     assert mx.array_equal(ops.qmm(mx.zeros((3, 0)), nothing, transpose=False), mx.zeros((3, 64)))
     assert ops.qmm(mx.zeros((3, 64)), nothing).shape == (3, 0)

@@ -12,6 +12,7 @@ import os
 import warnings
 
 import mlx.core as mx
+import numpy as np
 
 from mlxq import bridge, format
 
@@ -111,14 +112,22 @@ def advise_huge_pages(arrays) -> int:
     return sum(module.advise_huge_pages(a) for a in arrays) if module else 0
 
 
+def _parts(w: format.Packed) -> tuple[mx.array, mx.array, mx.array]:
+    if type(w.words) is mx.array and type(w.scales) is mx.array and type(w.biases) is mx.array:
+        return w.words, w.scales, w.biases  # every call of every layer comes this way
+    return bridge.to_mx(w.words), bridge.to_mx(w.scales), bridge.to_mx(w.biases)
+
+
 def qmm(x: mx.array, w: format.Packed, transpose: bool = True) -> mx.array:
     """x times packed weights; see mlxq.ops.qmm."""
-    words, scales, biases = (bridge.to_mx(a) for a in (w.words, w.scales, w.biases))
+    words, scales, biases = _parts(w)
     bits, group_size = w.format.bits, w.format.group_size
     module = _ext() if bits in format.KERNEL_BITS else None
     if module is not None:
         return module.qmm(x, words, scales, biases, transpose, group_size, bits)
     _check(x, words, scales, biases, w.format, transpose, "qmm")
+    if x.size == 0:  # stock MLX divides by the number of rows
+        return mx.zeros((*x.shape[:-1], w.N if transpose else w.K), x.dtype)
     y = mx.quantized_matmul(
         x.astype(mx.float32),
         words,
@@ -133,7 +142,7 @@ def qmm(x: mx.array, w: format.Packed, transpose: bool = True) -> mx.array:
 
 def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpose=True, sorted_indices=False):
     """Blocks of x times chosen experts; see mlxq.ops.gather_qmm."""
-    words, scales, biases = (bridge.to_mx(a) for a in (w.words, w.scales, w.biases))
+    words, scales, biases = _parts(w)
     lhs, rhs = (None if i is None else bridge.to_mx(i) for i in (lhs_indices, rhs_indices))
     bits, group_size = w.format.bits, w.format.group_size
     module = _ext() if bits in format.KERNEL_BITS else None
@@ -141,6 +150,10 @@ def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpos
         parts = (x, words, scales, biases, lhs, rhs)
         return module.gather_qmm(*parts, transpose, group_size, bits, sorted_indices)
     _check(x, words, scales, biases, w.format, transpose, "gather_qmm")
+    if x.size == 0:
+        batches = (x.shape[:-2] if lhs is None else lhs.shape, words.shape[:-2] if rhs is None else rhs.shape)
+        leading = np.broadcast_shapes(*batches)
+        return mx.zeros((*leading, x.shape[-2], w.N if transpose else w.K), x.dtype)
     y = mx.gather_qmm(
         x.astype(mx.float32),
         words,
@@ -189,7 +202,9 @@ def quantize(w, fmt: format.Format, rule: str, scale_dtype: str) -> format.Packe
 
 def dequantize(packed: format.Packed, dtype: str) -> mx.array:
     """scale * code + bias in float32, then cast to dtype."""
-    words, scales, biases = (bridge.to_mx(a) for a in (packed.words, packed.scales, packed.biases))
+    words, scales, biases = _parts(packed)
+    if words.size == 0:  # stock MLX cannot reshape an empty array
+        return mx.zeros(packed.shape, getattr(mx, dtype))
     out = mx.dequantize(
         words,
         scales.astype(mx.float32),
