@@ -100,10 +100,10 @@ def convert(
     allow_nonfinite   keep layers that hold NaN or Inf in float and list them, instead of refusing
     overwrite         replace dst if it is a model folder; it stays until the new one is complete
 
-    A layer whose K its group size does not divide stays in float and is listed, as in mlx-lm. GGUF Q4_0,
-    Q4_1 and Q8_0 tensors are repacked, not quantized again, where the wanted format has their width and
-    groups of 32. Peak memory is one tensor and a few MB, whatever the model's size; for stacked
-    experts twice the stack.
+    A layer whose K its group size does not divide stays in float and is listed, as in mlx-lm. GGUF tensors of
+    type Q4_0, Q4_1, Q8_0 and Q4_K are repacked, not quantized again, where the wanted format has their width
+    and groups of 32. Peak memory is one tensor and a few MB, whatever the model's size; for stacked experts
+    twice the stack.
 
     Raises FileExistsError, FileNotFoundError, ValueError, ImportError or OSError with one sentence;
     nothing is left under dst then.
@@ -212,6 +212,7 @@ class _Planner:
         """One step for each parameter of the model, in the model's order."""
         skeleton, weights = self._load()
         self.modules = skeleton.quantizable()
+        self.keeps_vision = any("vision_tower" in name for name in weights)
         slashed = {path: path.replace(".", "/") for path in self.modules}
         chosen = assign(self.rules, slashed.values())
         steps = []
@@ -402,7 +403,7 @@ def _write_config(config: dict, planner: _Planner, steps: list[Step], dtype: str
     for key in ("dtype", "torch_dtype"):
         if key in config:
             config[key] = dtype
-    save_config(config, folder / "config.json", keep_vision_config="vision_config" in config)
+    save_config(config, folder / "config.json", keep_vision_config=planner.keeps_vision)
 
 
 def _check_space(folder: Path, wanted: int) -> None:

@@ -25,12 +25,17 @@ def relative_error(found, wanted) -> float:
     return float(np.linalg.norm(np.float64(found) - wanted) / np.linalg.norm(np.float64(wanted)))
 
 
-def random_blocks(kind: str, rows: int, K: int, seed: int = 0) -> np.ndarray:
+def random_blocks(kind: str, rows: int, K: int, seed: int = 0, exponents=(-18, 8)) -> np.ndarray:
     """Rows of random blocks: every code, and scales whose 128-fold float16 still holds."""
     rng = np.random.default_rng(seed)
+    if kind == "Q4_K":
+        blocks = rng.integers(0, 256, (rows * K // 256, 144), dtype=np.uint8)
+        halves = np.ldexp(rng.uniform(-1, 1, (len(blocks), 2)), rng.integers(*exponents, (len(blocks), 2)))
+        blocks[:, :4] = halves.astype(np.float16).view(np.uint8)
+        return blocks.reshape(rows, -1)
     count = rows * K // 32
     head = 2 if kind == "Q4_1" else 1
-    scales = np.ldexp(rng.uniform(-1, 1, (count, head)), rng.integers(-20, 8, (count, head))).astype(
+    scales = np.ldexp(rng.uniform(-1, 1, (count, head)), rng.integers(*exponents, (count, head))).astype(
         np.float16
     )
     body = rng.integers(0, 256, (count, 32 if kind == "Q8_0" else 16), dtype=np.uint8)
@@ -39,23 +44,21 @@ def random_blocks(kind: str, rows: int, K: int, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", REPACKED)
 def test_repacked_blocks_hold_exactly_what_gguf_dequantizes(kind):
-    tensor = GgufTensor(Block("t", kind, (24, 96), random_blocks(kind, 24, 96)))
+    tensor = GgufTensor(Block("t", kind, (24, 512), random_blocks(kind, 24, 512)))
     packed = tensor.read_packed(0, 24).validate()
-    wanted = gguf.dequantize(tensor.block.rows, Type[kind])
-    # scale * code and + bias are exact in float64; float16 storage holds d, m, -8 d and -128 d exactly
-    codes = format.unpack(packed.words, packed.format.bits, 96).reshape(24, 3, 32)
-    scales, biases = (
-        a.astype(np.float16).astype(np.float64)[..., None] for a in (packed.scales, packed.biases)
-    )
-    exact = (scales * codes + biases).reshape(24, 96)
-    assert np.array_equal(exact.astype(np.float32), wanted)
+    codes = format.unpack(packed.words, packed.format.bits, 512).reshape(24, 16, 32)
+    # float16 holds d, m, -8 d and -128 d exactly; Q4_K's products of d and 6 bits need float32
+    storage = np.float32 if kind == "Q4_K" else np.float16
+    scales, biases = (a.astype(storage).astype(np.float64)[..., None] for a in (packed.scales, packed.biases))
+    exact = (scales * codes + biases).reshape(24, 512)  # float64 has room for every product and sum
+    assert np.array_equal(exact.astype(np.float32), gguf.dequantize(tensor.block.rows, Type[kind]))
     assert len(np.unique(codes)) == 2**packed.format.bits
 
 
 @pytest.mark.parametrize("kind", REPACKED)
 def test_rows_are_taken_in_the_order_of_the_model(kind):
     order = undo_rope_permutation(24, heads=3)
-    plain = GgufTensor(Block("t", kind, (24, 64), random_blocks(kind, 24, 64)))
+    plain = GgufTensor(Block("t", kind, (24, 256), random_blocks(kind, 24, 256)))
     turned = GgufTensor(plain.block, order)
     assert np.array_equal(turned.read(5, 17), plain.read(0, 24)[order][5:17])
     assert np.array_equal(turned.read_packed(5, 17).words, plain.read_packed(0, 24).words[order][5:17])
@@ -245,7 +248,12 @@ def write_gguf(folder, path, arch: str, kind: Type, metadata: dict | None = None
         if name == "gemma3" and key.endswith("norm.weight"):
             values = values + 1
         chosen = kind if values.ndim > 1 and "gate_inp" not in names.get_name(base) else Type.F32
-        data = gguf.quantize(np.ascontiguousarray(values), chosen)
+        if chosen == Type.Q4_K and values.shape[-1] % 256:
+            chosen = Type.Q8_0
+        if chosen == Type.Q4_K:  # the gguf package cannot quantize to it
+            data = random_blocks("Q4_K", *values.shape, exponents=(-13, -12))
+        else:
+            data = gguf.quantize(np.ascontiguousarray(values), chosen)
         writer.add_tensor(f"{names.get_name(base)}.{suffix}", data, raw_dtype=chosen)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -9,7 +9,9 @@ Blocks that are repacked hold 32 weights with one scale d (and one minimum m), b
     Q4_1   d, m, 16 bytes           W = d * q + m         scale d, bias      m, code q
     Q8_0   d, 32 signed bytes       W = d * q             scale d, bias -128 d, code q + 128
 
-In the 4-bit blocks element i is the low nibble of byte i and element i + 16 its high nibble.
+In the 4-bit blocks element i is the low nibble of byte i and element i + 16 its high nibble. Q4_K is repacked
+too: 256 weights in eight groups of 32, scales d * s and biases -dmin * m with 6-bit s and m, so float16 rounds
+them. Its bytes hold element i of one group in the low and of the next group in the high nibble.
 """
 
 from __future__ import annotations
@@ -26,7 +28,13 @@ import numpy as np
 from mlxq.format import Format, Packed, pack
 
 GROUP = 32
-REPACKED = {"Q4_0": Format(4, GROUP), "Q4_1": Format(4, GROUP), "Q8_0": Format(8, GROUP)}
+REPACKED = {kind: Format(4, GROUP) for kind in ("Q4_0", "Q4_1", "Q4_K")} | {"Q8_0": Format(8, GROUP)}
+_HEADS = {
+    "Q4_0": (32, 2),
+    "Q4_1": (32, 4),
+    "Q8_0": (32, 2),
+    "Q4_K": (256, 16),
+}  # weights and head bytes of a block
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 _SCALARS = {
@@ -203,39 +211,48 @@ class GgufTensor:
         return values + np.float32(self.offset) if self.offset else values
 
     def read_packed(self, start: int, stop: int) -> Packed:
-        """Rows as they are, repacked; scales and biases are float32 and exact.
-
-        Raises ValueError for NaN or Inf in a scale.
-        """
-        kind, rows = self.block.type, self._rows(start, stop)
-        scale_bytes = {"Q4_0": 2, "Q4_1": 4, "Q8_0": 2}[kind]
-        blocks = np.ascontiguousarray(rows).reshape(
-            len(rows), -1, self.block.rows.shape[1] * GROUP // self.shape[-1]
-        )
-        head = np.ascontiguousarray(blocks[..., :scale_bytes]).view(np.float16).astype(np.float32)
-        scales, body = head[..., 0], blocks[..., scale_bytes:]
+        """Rows as they are, repacked; scales and biases are float32 and exact."""
+        kind, rows, K = self.block.type, self._rows(start, stop), self.shape[-1]
+        weights, head_bytes = _HEADS[kind]
+        blocks = np.ascontiguousarray(rows).reshape(len(rows) * K // weights, -1)
+        scales, biases = _scales_and_biases(kind, blocks[:, :head_bytes])
+        body = blocks[:, head_bytes:]
         if kind == "Q8_0":
             codes = body ^ np.uint8(0x80)  # int8 + 128 as uint8
-            biases = np.float32(-128) * scales
         else:
-            codes = np.concatenate([body & np.uint8(15), body >> 4], axis=-1)
-            biases = head[..., 1] if kind == "Q4_1" else np.float32(-8) * scales
-        codes = codes.reshape(len(rows), self.shape[-1])
-        return Packed(
-            pack(codes, self.repacks_to.bits), scales, np.ascontiguousarray(biases), self.repacks_to
-        )
+            halves = body.reshape(len(blocks), -1, 16 if kind != "Q4_K" else 32)
+            codes = np.concatenate([halves & np.uint8(15), halves >> 4], axis=-1)
+        packed = pack(codes.reshape(len(rows), K), self.repacks_to.bits)
+        grouped = (len(rows), K // GROUP)
+        return Packed(packed, scales.reshape(grouped), biases.reshape(grouped), self.repacks_to)
 
     def largest_scale(self) -> float:
         """The largest |scale| or |bias| of the repacked tensor; NaN or Inf when the file has such a scale."""
-        kind = self.block.type
-        blocks = self.block.rows.reshape(-1, self.block.rows.shape[1] * GROUP // self.shape[-1])
-        halves = 2 if kind == "Q4_1" else 1
-        head = np.ascontiguousarray(blocks[:, : 2 * halves]).view(np.float16)
-        largest = np.abs(head).max(axis=0).astype(np.float64)  # max keeps NaN
-        return float(largest.max() if halves == 2 else largest[0] * (128 if kind == "Q8_0" else 8))
+        weights, head_bytes = _HEADS[self.block.type]
+        blocks = self.block.rows.reshape(math.prod(self.shape) // weights, -1)
+        largest = [0.0]
+        for start in range(
+            0, len(blocks), 1 << 16
+        ):  # the heads of a whole tensor would be a tensor's worth of memory
+            heads = _scales_and_biases(self.block.type, blocks[start : start + (1 << 16), :head_bytes])
+            largest += [float(np.abs(part).max()) for part in heads]  # max keeps NaN
+        return float(np.max(largest))
 
     def release(self) -> None:
         """Nothing is held: rows are read from the mapped file."""
+
+
+def _scales_and_biases(kind: str, heads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float32 (blocks, groups of a block) each, from the first bytes of every block."""
+    heads = np.ascontiguousarray(heads)
+    halves = heads[:, :4].copy().view(np.float16).astype(np.float32)
+    if kind == "Q4_K":
+        from gguf.quants import Q4_K
+
+        scales, minima = Q4_K.get_scale_min(heads[:, 4:])
+        return halves[:, :1] * scales, -halves[:, 1:] * minima
+    scales = halves[:, :1]
+    return scales, halves[:, 1:] if kind == "Q4_1" else np.float32(-128 if kind == "Q8_0" else -8) * scales
 
 
 def undo_rope_permutation(rows: int, heads: int) -> np.ndarray:
