@@ -10,7 +10,7 @@ Blocks that are repacked hold 32 weights with one scale d (and one minimum m), b
     Q8_0   d, 32 signed bytes       W = d * q             scale d, bias -128 d, code q + 128
 
 In the 4-bit blocks element i is the low nibble of byte i and element i + 16 its high nibble. Q4_K is repacked
-too: 256 weights in eight groups of 32, scales d * s and biases -dmin * m with 6-bit s and m, so float16 rounds
+too: 256 weights in eight groups of 32, scales d * s and biases -dmin * m with 6-bit s and m: float16 rounds
 them. Its bytes hold element i of one group in the low and of the next group in the high nibble.
 """
 
