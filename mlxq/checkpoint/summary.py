@@ -67,7 +67,8 @@ class Summary:
         """Rows of the table: (pattern, layers, stored, weights, bytes, relative error); numbers become *."""
         grouped: dict[tuple[str, str], list[Layer]] = {}
         for layer in self.layers:
-            grouped.setdefault((re.sub(r"\d+(?=/|$)", "*", layer.path), layer.stored), []).append(layer)
+            pattern = re.sub(r"\d+(?=/|$)", "*", layer.path.removesuffix("/weight"))
+            grouped.setdefault((pattern, layer.stored), []).append(layer)
         return [
             (
                 pattern,
@@ -82,14 +83,20 @@ class Summary:
 
     def table(self):
         """A rich Table of the groups, with totals."""
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
         table = Table(
-            title=self.title, title_justify="left", caption_justify="left", caption="\n".join(self._caption())
+            title=self.title,
+            title_justify="left",
+            caption="\n".join(self._caption()),
+            caption_justify="left",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
         )
         with_error = any(layer.error is not None for layer in self.layers)
         table.add_column("layers", overflow="fold")
-        for name in ("count", "stored", "weights", "bytes") + (("rel. error",) if with_error else ()):
+        for name in ("count", "stored", "weights", "bytes") + (("error",) if with_error else ()):
             table.add_column(name, justify="right", no_wrap=True)
 
         def row(*cells: str) -> list[str]:
@@ -97,15 +104,18 @@ class Summary:
 
         for pattern, count, stored, weights, size, error in self.groups():
             table.add_row(
-                *row(pattern, str(count), stored, f"{weights:,}", human_bytes(size), _percent(error))
+                *row(pattern, str(count), stored, short_count(weights), human_bytes(size), _percent(error))
             )
         table.add_section()
-        bits = f"{self.bits_per_weight:.3f} bits/weight"
+        bits = f"{self.bits_per_weight:.3f} bits"
         size, error = human_bytes(self.total_bytes), _percent(self.relative_error)
-        table.add_row(*row("total", str(len(self.layers)), bits, f"{self.parameters:,}", size, error))
+        table.add_row(*row("total", str(len(self.layers)), bits, short_count(self.parameters), size, error))
         return table
 
     def _caption(self) -> Iterable[str]:
+        yield "bytes and the total's bits/weight include scales and biases" + (
+            "; error is relative, Frobenius" if self.relative_error is not None else ""
+        )
         reasons: dict[str, list[str]] = {}
         for path, reason in self.kept_float.items():
             reasons.setdefault(reason, []).append(path)
@@ -133,6 +143,14 @@ def human_bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:.4g} {unit}"
     return f"{count} B"
+
+
+def short_count(count: int) -> str:
+    """1,234,567 as "1.235 M"."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.4g} {unit}"
+    return str(count)
 
 
 def inspect(path: str | Path) -> Summary:
