@@ -127,7 +127,7 @@ nb::object quantize(const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::dev
     throw std::invalid_argument("quantize: w is said to be " + w_dtype + " but its items have " +
                                 std::to_string(width) + " bytes");
   }
-  if (K == 0 || K % group_size != 0) {
+  if (K == 0 || group_size <= 0 || K % group_size != 0) {
     return nb::none();
   }
   size_t words_per_row = K * bits / 32, groups = K / group_size, stored = to == DType::f32 ? 4 : 2;

@@ -32,13 +32,12 @@ static inline uint16_t float_to_bf16(float f) {
   return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
+// Subnormals by way of an integer: as a float32 subnormal on the way they would be zero on a CPU set to flush those.
 static inline float f16_to_float(uint16_t h) {
-  uint32_t sign = uint32_t(h & 0x8000) << 16, rest = h & 0x7fff;
-  if (rest >= 0x7c00) {  // Inf, NaN
-    return bits_to_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);
-  }
-  // Shifted into place the exponent is 112 too small; the product is exact, subnormals included.
-  return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * 0x1p112f));
+  uint32_t rest = h & 0x7fff;
+  float subnormal = float(int32_t(rest)) * 0x1p-24f;
+  uint32_t normal = (rest << 13) + (112u << 23) + (rest >= 0x7c00 ? 112u << 23 : 0);
+  return bits_to_float((rest < 0x400 ? float_to_bits(subnormal) : normal) | uint32_t(h & 0x8000) << 16);
 }
 
 // Round to nearest even, overflow to infinity; NaN stays NaN.

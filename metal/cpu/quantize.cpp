@@ -18,27 +18,15 @@ namespace {
 
 constexpr int kLanes = 16;  // partial minima and maxima; group sizes are multiples of it
 
-// Not numeric.h's: that one makes a float32 subnormal on the way, which a CPU set to flush them (DAZ) turns into zero.
-inline float widen_f16(uint16_t h) {
-  uint32_t rest = h & 0x7fff;
-  float subnormal = float(int32_t(rest)) * 5.96046448e-08f;  // 2^-24
-  uint32_t normal = (rest << 13) + (112u << 23) + (rest >= 0x7c00 ? 112u << 23 : 0);
-  return bits_to_float((rest < 0x400 ? float_to_bits(subnormal) : normal) | uint32_t(h & 0x8000) << 16);
-}
-
 inline float stored(float x, DType storage) {
   switch (storage) {
     case DType::f32:
       return x;
     case DType::f16:
-      return widen_f16(float_to_f16(x));
+      return f16_to_float(float_to_f16(x));
     default:
       return bf16_to_float(float_to_bf16(x));
   }
-}
-
-inline float read_stored(const void* p, DType storage, int64_t i) {
-  return storage == DType::f16 ? widen_f16(static_cast<const uint16_t*>(p)[i]) : load(p, storage, i);
 }
 
 inline bool is_finite(float x) { return (float_to_bits(x) & 0x7f800000) != 0x7f800000; }
@@ -172,7 +160,7 @@ QuantizeReport quantize_groups(const void* w, DType w_dtype, int64_t groups, int
         break;
       case DType::f16:
         for (int i = 0; i < G; i++) {
-          x[i] = widen_f16(static_cast<const uint16_t*>(w)[at + i]);
+          x[i] = f16_to_float(static_cast<const uint16_t*>(w)[at + i]);
         }
         break;
       case DType::bf16:
@@ -208,7 +196,7 @@ void dequantize_groups(const unsigned char* words, const void* scales, const voi
                        int64_t groups, int bits, float* w) {
   uint64_t mask = (1u << bits) - 1;
   for (int64_t group = 0; group < groups; group++) {
-    float scale = read_stored(scales, storage, group), bias = read_stored(biases, storage, group);
+    float scale = load(scales, storage, group), bias = load(biases, storage, group);
     for (int i = 0; i < G; i += 8, words += bits, w += 8) {
       uint64_t lanes = 0;
       for (int j = 0; j < bits; j++) {
