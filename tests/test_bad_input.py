@@ -99,13 +99,11 @@ def test_the_source_is_not_overwritten_by_itself(source):
         "no such model",
         "model.gguf",
         "x/model.safetensors",
-        "",
     ],
 )
 def test_a_path_that_does_not_exist_is_not_looked_up_on_the_hub(name, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # importing it would raise
-    if name:
-        refuse(name, tmp_path, FileNotFoundError, "no such file or folder, and not a hub id")
+    refuse(name, tmp_path, FileNotFoundError, "no such file or folder, and not a hub id")
 
 
 def test_a_hub_id_without_a_network_is_one_sentence(tmp_path):
@@ -307,6 +305,27 @@ def test_a_disk_that_fills_up_leaves_nothing(source, tmp_path, monkeypatch):
         source, tmp_path, OSError, "no space left on the device (No space left on device); nothing was kept"
     )
     assert written
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=80k", "tmpfs", str(disk)]
+    if sys.platform != "linux" or subprocess.run(["mount", *options], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_small_disk_is_refused_and_stays_empty_when_it_fills_all_the_same(source, small_disk, monkeypatch):
+    import shutil
+
+    refuse(source, small_disk, OSError, "are free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 0, 2**40))
+    refuse(
+        source, small_disk, OSError, "no space left on the device (No space left on device); nothing was kept"
+    )
 
 
 def test_a_file_size_limit_leaves_nothing(source, tmp_path):

@@ -129,6 +129,7 @@ class ArrayTensor:
     def release(self) -> None:
         """Drop the values."""
         self.array = None
+        mx.clear_cache()  # Metal's allocator keeps freed buffers otherwise
 
 
 class HuggingFaceCheckpoint:
