@@ -1,0 +1,7 @@
+"""`python -m mlxq` is `mlxq`."""
+
+import sys
+
+from mlxq.cli import main
+
+sys.exit(main())

@@ -1,0 +1,163 @@
+"""The command line: `mlxq convert | inspect | chat | doctor`.
+
+Only argparse and the modules that declare flags are imported before a command runs, so `mlxq --help` answers
+at once. Exit codes: 0 done, 1 doctor found something wrong, 2 bad input (one line on stderr, no traceback
+unless MLXQ_TRACEBACK=1), 130 interrupted, 141 the reader of our output went away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from mlxq import __version__, chat, doctor
+
+# What bad input raises. Anything else is our own mistake and keeps its traceback.
+_BAD_INPUT = (ValueError, TypeError, OSError, ImportError)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code of one `mlxq` command line (argv without the program's name; default: this process's)."""
+    try:
+        args = _parser().parse_args(argv)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at exit: give it something that accepts the bytes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        return 130
+    except _BAD_INPUT as error:
+        if os.environ.get("MLXQ_TRACEBACK") == "1":
+            raise
+        print(f"mlxq: {_message(error)}", file=sys.stderr)
+        return 2
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with our form of an error: one line, and where to read more."""
+
+    def error(self, message):
+        self.exit(2, f"mlxq: {message}\nTry: {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="mlxq",
+        description="Quantize language models to MLX format and run them on mlxq's own kernels.",
+        epilog="Start here: `mlxq chat` talks to a small model that comes with mlxq. `mlxq COMMAND --help` "
+        "has every flag of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"mlxq {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, text, add_arguments, run in (
+        ("chat", "talk to a model in this terminal, or answer one --prompt", chat.add_arguments, chat.run),
+        ("convert", "quantize a Hugging Face or GGUF model to MLX format", _convert_arguments, _convert),
+        ("inspect", "show layers, bits, sizes and bits per weight of a model", _inspect_arguments, _inspect),
+        (
+            "doctor",
+            "check this installation and every kernel that runs here",
+            doctor.add_arguments,
+            doctor.run,
+        ),
+    ):
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        add_arguments(command)
+        command.set_defaults(run=run)
+    return parser
+
+
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("src", metavar="SRC", help="Hugging Face folder, hub id, or GGUF file")
+    parser.add_argument("dst", metavar="DST", help="folder to write; must not exist")
+    parser.add_argument(
+        "--bits", type=int, metavar="B", help="bits per weight (default 4; a GGUF keeps its own)"
+    )
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        metavar="G",
+        help="weights per scale (default 64; a GGUF keeps its own groups of 32)",
+    )
+    parser.add_argument(
+        "--embedding-bits", type=int, metavar="B", help="bits of the embedding and output head"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="of scales, norms and layers kept in float (default: the source's; float16 for GGUF)",
+    )
+    parser.add_argument(
+        "--rule",
+        action="append",
+        default=[],
+        metavar="PATTERN=bits:B,group_size:G",
+        help="other settings for modules whose whole path, '/' between components, matches the regular "
+        "expression; bits:none keeps them in float; may be repeated, the first match wins",
+    )
+    parser.add_argument(
+        "--quantization-rule",
+        choices=("affine", "mlx"),
+        default="affine",
+        help="affine: ours, the same bits on every device (default); mlx: the codes of mx.quantize",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace DST if it is a model folder")
+    parser.add_argument(
+        "--allow-nonfinite",
+        action="store_true",
+        help="keep layers with NaN or Inf in float instead of refusing",
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with the model's tokenizer or config",
+    )
+
+
+def _convert(args: argparse.Namespace) -> int:
+    chat.quiet_transformers(args.src)
+    from rich.console import Console
+
+    from mlxq.convert import convert
+
+    report = convert(
+        args.src,
+        args.dst,
+        bits=args.bits,
+        group_size=args.group_size,
+        dtype=args.dtype,
+        rules=args.rule,
+        embedding_bits=args.embedding_bits,
+        quantization_rule=args.quantization_rule,
+        allow_nonfinite=args.allow_nonfinite,
+        overwrite=args.overwrite,
+        trust_remote_code=args.trust_remote_code,
+    )
+    console = Console(highlight=False)
+    console.print(report.table())
+    console.print(
+        f"{report.path} is written in {report.seconds:.1f} s. Try: mlxq chat {args.dst}", markup=False
+    )
+    return 0
+
+
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="model folder, or GGUF file")
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from mlxq.checkpoint.summary import inspect
+
+    Console(highlight=False).print(inspect(args.model).table())
+    return 0
