@@ -1,0 +1,122 @@
+"""Writes the README's measured tables from tools/results/: of each machine the newest run on a quiet machine.
+
+    python tools/readme_tables.py            rewrite what stands between <!-- table: TOOL --> and <!-- end -->
+    python tools/readme_tables.py --check    exit code 1 if that would change the README
+
+The keys of the result files are described at the heads of bench_common.py, bench_qmm.py and bench_decode.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "tools" / "results"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; columns after the first are numbers, on the right."""
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def where(result: dict) -> str:
+    """Machine, versions and command in one paragraph."""
+    about = result["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
+    features = ", ".join(f for f in about["features"] if re.search("avx2|avx512f|vnni|bf16|asimd", f))
+    return (
+        f"{about['cpu']} {about['family']} ({features}), {about['cores']} cores, {about['date'][:10]}, "
+        f"commit {about['commit'][:9]}; {versions}. `{about['command']}`"
+    )
+
+
+def bars(result: dict) -> str:
+    """The bars of the issue, met or not."""
+    word = {True: "yes", False: "**no**", None: "not taken"}
+    rows = []
+    for b in result["bars"]:
+        rows.append([b["what"], number(b["measured"]), f"{b['sense']} {b['bar']:g}", word[b["met"]]])
+    return table(["what", "measured", "bar", "met"], rows)
+
+
+def qmm_times(result: dict) -> str:
+    """Milliseconds of one 4096 x 4096 product at 4 bits or in float, on the faster pages, all threads."""
+    rows = [r for r in result["rows"] if r["N"] == r["K"] == 4096 and r["bits"] in (4, 16, 32, None)]
+    rows = [r for r in rows if r["family"] != "stream"]
+    if not rows:
+        return ""
+    most = max(r["threads"] for r in rows)
+    best: dict[tuple, float] = {}
+    for r in rows:
+        if r["threads"] == most:
+            key = r["contender"], r["M"], r["state"]
+            best[key] = min(r["ms"], best.get(key, r["ms"]))
+    columns = sorted({key[1:] for key in best}, key=lambda c: (c[1] != "hot", c[0]))
+    names = list(dict.fromkeys(name for name, _, _ in best))
+    body = [[name, *(number(best.get((name, *column))) for column in columns)] for name in names]
+    return "Milliseconds, 4096 x 4096:\n\n" + table(["contender", *(f"M={m} {s}" for m, s in columns)], body)
+
+
+def decode_rates(result: dict) -> str:
+    """Tokens per second of a whole model."""
+    rows = result["rows"]
+    whats = list(dict.fromkeys(r["what"] for r in rows))
+    rates: dict[tuple, dict] = {}
+    for r in rows:
+        rates.setdefault((r["contender"], r["threads"]), {})[r["what"]] = number(r["tokens_per_s"])
+    body = [[name, str(n), *(r.get(what, "-") for what in whats)] for (name, n), r in rates.items()]
+    return "Tokens per second:\n\n" + table(["contender", "threads", *whats], body)
+
+
+DETAILS = {"bench_qmm": qmm_times, "bench_decode": decode_rates}
+
+
+def newest(tool: str) -> list[dict]:
+    """The newest quiet result of a tool on each machine."""
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob(f"{tool}-*.json")]
+    quiet = [result for result in results if not result["machine"]["noisy"]]
+    by_cpu = {}
+    for result in sorted(quiet, key=lambda result: result["machine"]["date"]):
+        by_cpu[result["machine"]["cpu"], result["machine"]["family"]] = result
+    return [by_cpu[cpu] for cpu in sorted(by_cpu)]
+
+
+def section(tool: str) -> str:
+    """All that stands between a tool's markers."""
+    results = newest(tool)
+    if not results:
+        return f"No run of `tools/{tool}.py` on a quiet machine is on file."
+    parts = []
+    for result in results:
+        missing = [f"Not timed: {sentence}" for sentence in result.get("missing", ())]
+        parts += [f"**{tool}**: {where(result)}", bars(result), DETAILS[tool](result), *missing]
+    return "\n\n".join(part for part in parts if part)
+
+
+def rewritten(text: str) -> str:
+    """The README with its tables made anew."""
+    return re.sub(
+        r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)",
+        lambda found: f"{found[1]}{section(found[2])}\n{found[3]}",
+        text,
+        flags=re.S,
+    )
+
+
+if __name__ == "__main__":
+    before = README.read_text(encoding="utf-8")
+    after = rewritten(before)
+    if sys.argv[1:] == ["--check"]:
+        sys.exit(before != after)
+    README.write_text(after, encoding="utf-8")
