@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,31 +114,25 @@ def convert(
     dst = Path(dst).expanduser().absolute()
     check_destination(dst, overwrite)
     src = resolve(src)
-    if dst == src.resolve() or dst in src.resolve().parents:
+    if dst.resolve() in (src.resolve(), *src.resolve().parents):
         raise ValueError(f"{dst} is or holds the source {src}: choose another folder")
     checkpoint = _open(src)
     with partial_folder(dst, overwrite) as folder:
         workspace = folder / "workspace"
-        if isinstance(checkpoint, HuggingFaceCheckpoint):
-            checkpoint.prepare(workspace)
-            dtype = dtype or checkpoint.float_dtype()
-        planner = _Planner(
-            checkpoint, bits, group_size, dtype or "float16", rules, embedding_bits, trust_remote_code
-        )
+        checkpoint.prepare(workspace)
+        dtype = dtype or checkpoint.float_dtype()
+        planner = _Planner(checkpoint, bits, group_size, dtype, rules, embedding_bits, trust_remote_code)
         report = Summary(dst, f"{dst.name}: {checkpoint.config.get('model_type')}")
         broken = planner.nonfinite_layers() if allow_nonfinite else {}
         steps = planner.steps(report, broken)
         plan = [planned for step in steps for planned in step.planned()]
         writer = Writer(folder, plan, max_shard_bytes, parameters=sum(_size(step) for step in steps))
         _check_space(folder, writer.file_bytes)
-        bar = _progress_bar(sum(_size(step) for step in steps)) if progress else nullcontext()
-        with writer, bar:
+        bar = _progress_bar(writer.parameters) if progress else nullcontext()
+        with writer, bar as bar:  # nullcontext gives None
             for step in steps:
-                layer = _write(
-                    step, writer, quantization_rule, broken.keys() | set(), bar if progress else None
-                )
-                report.layers.append(layer)
-        _write_config(checkpoint.config, planner, steps, dtype or "float16", folder)
+                report.layers.append(_write(step, writer, quantization_rule, broken, bar))
+        _write_config(checkpoint.config, planner, steps, dtype, folder)
         report.notices += checkpoint.write_tokenizer(folder)
         shutil.rmtree(workspace, ignore_errors=True)
     report.seconds = time.monotonic() - begin
@@ -316,7 +310,7 @@ def _slabs(tensor) -> Iterator[np.ndarray]:
         yield tensor.read(start, stop)
 
 
-def _write(step: Step, writer: Writer, rule: str, broken: set[str], bar) -> Layer:
+def _write(step: Step, writer: Writer, rule: str, broken: Container[str], bar) -> Layer:
     """Read, quantize and write one tensor slab by slab; its line of the report."""
     tensor, stored = step.tensor, step.planned()
     layer = Layer(
@@ -354,7 +348,8 @@ def _write(step: Step, writer: Writer, rule: str, broken: set[str], bar) -> Laye
         if bar is not None:
             bar.advance(bar.task_ids[0], values.size)
     tensor.release()
-    layer.error, layer.norm = (error / norm) ** 0.5 if norm else 0.0, norm**0.5
+    if step.name not in broken:
+        layer.error, layer.norm = (error / norm) ** 0.5 if norm else 0.0, norm**0.5
     return layer
 
 

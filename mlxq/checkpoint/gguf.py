@@ -440,6 +440,13 @@ class GgufCheckpoint:
             raise ValueError(f"{self.path}: rope_freqs.weight is not the scaling of Llama 3")
         return scaling
 
+    def prepare(self, workspace: Path) -> None:
+        """Nothing to prepare: blocks are read from the mapped file."""
+
+    def float_dtype(self) -> str:
+        """float16, in which GGUF keeps its scales."""
+        return "float16"
+
     def weights(self, skeleton) -> dict[str, GgufTensor]:
         """Tensors under mlx-lm's names. Raises ValueError for tensors too many or too few."""
         from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
