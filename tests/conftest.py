@@ -2,7 +2,7 @@
 
 import os
 
-# Before any test file imports huggingface_hub, which reads it once. CI has a network, the project's own machines
-# have none: with this both give the same errors for a name that is neither a folder nor on the hub.
+# Before any test file imports huggingface_hub, which reads it once. Machines with and without a network then give
+# the same errors for a name that is neither a folder nor on the hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("MLXQ_TRACEBACK", None)  # tests read the one line that bad input gives
