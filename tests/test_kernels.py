@@ -19,8 +19,8 @@ if not ops.native_available():
 FAMILIES = ops.isa_levels()
 SERVE_ALL = ("scalar", "avx2", "avx512", "neon")  # without help from the families below
 DTYPE = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-# Relative Frobenius error of one product. float32: sums of up to 4224 rounded terms. Narrow dtypes: half a unit
-# in y's last place at the bottom of a binade, and room for a kernel that rounds x or w. (Bars: 1e-5, 1e-3, 8e-3.)
+# Relative Frobenius error of one product. float32: sums of up to 4224 rounded terms. Narrow dtypes: half a
+# unit in y's last place at the bottom of a binade, and room for a kernel that rounds x or w.
 BOUND = {"float32": 3e-6, "float16": 2**-11 + 4e-5, "bfloat16": 2**-8 + 1e-3}
 
 

@@ -43,7 +43,7 @@ def _object(name: str, command: list[str], source: Path, keep: Path) -> Path:
 
 
 def build(compiler: str, processor: str, link: tuple[str, ...] = ()) -> Path:
-    """The harness with every family of the processor; objects stay in build/harness until a source changes."""
+    """The harness with every family of the processor; objects stay in build/harness until sources change."""
     keep = ROOT / "build/harness" / processor
     keep.mkdir(parents=True, exist_ok=True)
     flags = families(processor)
@@ -77,8 +77,8 @@ def run(command: list, lines: list[str] | None = None) -> tuple[list[str], Answe
     return head.removeprefix("families:").split(), found
 
 
-# Relative Frobenius error that a kernel may have, by the dtype of x as the harness numbers it: float32 sums of
-# up to 4224 terms; else half a unit in y's last place and room for a kernel that rounds x.
+# Relative Frobenius error that a kernel may have, by the dtype of x as the harness numbers it: float32 sums
+# of up to 4224 terms; else half a unit in y's last place and room for a kernel that rounds x.
 BOUND = (3e-6, 2**-11 + 4e-5, 2**-8 + 1e-3)
 
 
