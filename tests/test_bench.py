@@ -1,0 +1,246 @@
+"""The benchmark tools' parts on tiny sizes: answers, layout of the results, the bars. Nothing about time."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlxq import ops
+
+TOOLS = Path(__file__).resolve().parent.parent / "tools"
+sys.path.insert(0, str(TOOLS))
+
+import bench_common as common  # noqa: E402
+import bench_decode  # noqa: E402
+import bench_qmm  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    not ops.native_available(), reason=f"needs the extension: {ops.native_error()}"
+)
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+N, K = 192, 576
+
+
+@pytest.fixture(scope="module")
+def weight():
+    return bench_qmm.Weight(N, K)
+
+
+# Roundings of x and y: none, 2^-9, 2^-9 (and of the zeros), 8 bits.
+TORCH_LIMITS = {"float32": 1e-6, "bfloat16": 5e-3, "int4": 5e-3, "int8": 2e-2}
+
+
+def product_error(contender) -> float:
+    x = bench_qmm.activations(5, K)
+    contender.set_x(x)
+    contender.time(1)
+    contender.time(3)
+    return bench_qmm.checked_error(contender, x)
+
+
+class Counter:
+    """A contender whose calls take no time but are counted."""
+
+    def __init__(self, name: str, seconds: float):
+        self.name, self.seconds, self.turns = name, seconds, []
+
+    def time(self, calls: int) -> float:
+        self.turns.append(calls)
+        return self.seconds * calls
+
+
+def test_the_machine_is_described_in_plain_json():
+    about = common.machine()
+    assert json.loads(json.dumps(about)) == about
+    assert about["cores"] >= 1 and about["l3_bytes"] >= 1 << 18
+    assert about["versions"]["mlx"]
+
+
+def test_summary_is_the_median_with_its_quartiles():
+    said = common.summary([0.005, 0.001, 0.003, 0.002, 0.004])
+    assert said == pytest.approx({"ms": 3, "ms_min": 1, "ms_q1": 2, "ms_q3": 4, "repeats": 5})
+    assert common.summary([0.001, 0.003])["ms"] == pytest.approx(2)
+
+
+def test_contenders_are_timed_in_blocks_in_turn():
+    fast, medium, slow = Counter("fast", 1e-6), Counter("medium", 0.01), Counter("slow", 9.0)
+    times = common.interleaved([fast, medium, slow], 0.1, 0.002)
+    assert max(fast.turns) == 64, "a short call is timed many at once"
+    assert max(medium.turns) == 1
+    assert len(slow.turns) == 2, "one call to warm up and one that counts: it takes too long for more"
+    assert times["slow"] == [9.0] and times["fast"][0] == pytest.approx(1e-6)
+    assert len(times["fast"]) == 25 and 3 <= len(times["medium"]) <= 11
+
+
+@pytest.mark.parametrize("bits", bench_qmm.KERNEL_BITS)
+@pytest.mark.parametrize("dtype", bench_qmm.LIMITS)
+def test_our_answers_are_checked_against_float64(weight, bits, dtype):
+    ours = bench_qmm.Mlx(weight, 2, False, bits, dtype)
+    x = bench_qmm.activations(5, K)
+    ours.set_x(x)
+    ours.time(3)
+    assert 0 < bench_qmm.checked_error(ours, x) <= bench_qmm.LIMITS[dtype]
+    assert ":" in ours.kernel
+
+
+def test_a_wrong_answer_is_not_timed(weight):
+    ours = bench_qmm.Mlx(weight, 1, False, 4, "float32")
+    x = bench_qmm.activations(2, K)
+    ours.set_x(x)
+    ours.time(1)
+    ours._last = ours._last * 1.001
+    with pytest.raises(AssertionError, match="relative error 0.001 exceeds"):
+        bench_qmm.checked_error(ours, x)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int4", "int8"])
+def test_torch_computes_the_same_product(weight, kind):
+    pytest.importorskip("torch", reason="needs torch")
+    assert product_error(bench_qmm.Torch(weight, 2, False, kind)) <= TORCH_LIMITS[kind]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: huge pages")
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int4"])
+def test_torch_in_huge_pages_computes_the_same_product(weight, kind):
+    pytest.importorskip("torch", reason="needs torch")
+    peer = bench_qmm.Torch(weight, 2, True, kind)
+    assert peer.huge_bytes
+    assert product_error(peer) <= TORCH_LIMITS[kind]
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+def test_llama_cpp_computes_the_same_product(weight, kind):
+    pytest.importorskip("llama_cpp", reason="needs llama_cpp")
+    assert product_error(bench_qmm.Llama(weight, 2, False, kind, 2)) <= 2e-2  # it rounds x to 8 bits
+
+
+def test_without_llama_cpp_the_tool_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(bench_qmm, "_ggml", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="pip install llama-cpp-python"):
+        bench_qmm.ggml()
+
+
+def test_copies_are_used_in_rotation(weight):
+    ours = bench_qmm.Mlx(weight, 3, False, 4, "float32")
+    index = {id(w): i for i, w in enumerate(ours._weights)}
+    order = [index[id(w)] for calls in (2, 2, 3) for w in ours._next(calls)]
+    assert order == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_one_thread_runs_in_a_process_of_its_own(weight):
+    ours = bench_qmm.OneThread(N, K, 2, False, 4, "float32")
+    try:
+        ours.set_x(bench_qmm.activations(2, K))
+        assert ours.time(2) > 0
+        assert ours.bytes == bench_qmm.Mlx(weight, 1, False, 4, "float32").bytes
+    finally:
+        ours.close()
+    assert ours._process.returncode == 0
+
+
+@needs_compiler
+def test_the_read_stream_reads_the_slices_that_it_is_told():
+    with common.read_stream(2, 8 << 20) as stream:
+        for huge in (False, True):
+            for ahead in common.AHEAD:
+                assert common.stream_seconds(stream, huge, ahead, 1 << 20, 4, 8) > 0
+        few = min(common.stream_seconds(stream, False, 0, 4 << 20, 1, 1) for _ in range(5))
+        many = min(common.stream_seconds(stream, False, 0, 4 << 20, 64, 1) for _ in range(5))
+        assert many > 8 * few, "64 times as many reads were not done"
+
+
+@needs_compiler
+def test_a_run_writes_its_rows_and_its_bars(monkeypatch, tmp_path):
+    pytest.importorskip("torch", reason="needs torch")
+    monkeypatch.setattr(bench_qmm, "accuracy", lambda rows: [
+        {"x": d, "error": 0.0, "limit": limit} for d, limit in bench_qmm.LIMITS.items()
+    ])  # fmt: skip
+    monkeypatch.setattr(common, "cold_bytes", lambda: 1 << 19)
+    monkeypatch.setenv("MLXQ_THREADS", "2")  # main sets it: this takes it back afterwards
+    command = ["--shapes", f"{N}x{K}", "--rows", "1", "--threads", "2", "--seconds", "0.001", "--no-stock"]
+    assert bench_qmm.main([*command, "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("qmm-*.json")
+    result = json.loads(path.read_text())
+    documented = (
+        "N K M state pages contender family bits x threads kernel copies bytes gb_s ms ms_min ms_q1 ms_q3"
+    )
+    assert all(set(r) == {*documented.split(), "repeats", "error", "share"} for r in result["rows"])
+    assert {r["state"] for r in result["rows"]} == {"hot", "cold"}
+    assert {r["family"] for r in result["rows"]} >= {"mlxq", "torch", "stream"}
+    assert all(r["copies"] > 1 for r in result["rows"] if r["state"] == "cold")
+    assert [r for r in result["rows"] if r["contender"] == "mlxq 4-bit f32" and r["share"]]
+    names = {b["what"]: b for b in result["bars"]}
+    assert names[f"{N}x{K} M=1 cold, best torch / ours f32"]["measured"] > 0
+    assert names["4096x4096 M=1 hot, stock MLX f32 / ours"]["met"] is None
+
+
+def test_an_inaccurate_kernel_fails_the_run(monkeypatch, tmp_path):
+    worse = {"x": "float16", "error": 2e-3, "limit": 1e-3}
+    good = [{"x": d, "error": 0.0, "limit": limit} for d, limit in bench_qmm.LIMITS.items()]
+    monkeypatch.setattr(bench_qmm, "accuracy", lambda rows: [*good, worse])
+    monkeypatch.setenv("MLXQ_THREADS", "2")
+    command = ["--shapes", f"{N}x{K}", "--threads", "2", "--out", str(tmp_path)]
+    assert bench_qmm.main(command) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_accuracy_covers_every_width_storage_and_dtype():
+    table = bench_qmm.accuracy(K=256, N=64, rows=(1, 8), real=False)
+    assert len({(r["bits"], r["scales"], r["x"], r["M"]) for r in table}) == len(table) == 3 * 3 * 3 * 2
+    assert all(0 < r["error"] <= r["limit"] for r in table)
+
+
+def test_bars_compare_with_the_fastest_peer_in_the_same_state():
+    def row(contender, state, M, ms, share=None):
+        return {"N": 64, "K": 64, "M": M, "state": state, "pages": "4K", "contender": contender,
+                "ms": ms, "share": share}  # fmt: skip
+
+    rows = [
+        row("mlxq 4-bit f32", "cold", 1, 2.0, 0.75), row("torch fp32", "cold", 1, 9.0),
+        row("torch int8", "cold", 1, 3.0), row("torch bf16", "hot", 1, 0.1),
+        row("mlxq 4-bit bf16", "hot", 8, 1.0), row("torch bf16", "hot", 8, 5.0),
+        row("mlxq 4-bit bf16", "hot", 32, 1.0), row("torch int4 bf16", "hot", 32, 1.1),
+        row("torch int8", "hot", 32, 0.5),
+    ]  # fmt: skip
+    bars = {b["what"]: b for b in bench_qmm.judge(rows, {"float32": 1e-6})}
+    assert bars["64x64 M=1 cold, best torch / ours f32"]["measured"] == pytest.approx(1.5)
+    middle = bars["64x64 M=8..128 hot, best torch / ours bf16"]
+    assert (middle["measured"], middle["met"], middle["note"]) == (pytest.approx(1.1), False, "worst at M=32")
+    assert bars["64x64 M=1 cold, 4K pages, share of the read stream"]["met"] is True
+    assert bars["relative error, float32 x"]["met"] is True
+    assert bars["relative error, bfloat16 x"]["met"] is None
+
+
+def test_decode_bars_are_ratios_of_speeds():
+    def row(contender, what, speed):
+        return {"contender": contender, "what": what, "tokens_per_s": speed}
+
+    rows = [
+        row("mlxq g64 f32", "decode", 30.0), row("mlx-lm g64 f32", "decode", 5.0),
+        row("mlxq g64 f32 1 thread", "decode", 31.0), row("mlxq g64 f32", "prefill 128", 90.0),
+    ]  # fmt: skip
+    checks = [{"what": "logits", "error": 1e-5, "limit": 2e-4, "met": True}]
+    bars = {b["what"]: b for b in bench_decode.judge(rows, checks)}
+    assert bars["decode, ours / stock mlx-lm, both f32"]["measured"] == 6.0
+    assert bars["decode, mlxq g64 f32, two threads / one"]["met"] is False
+    assert bars["prefill 128, ours / stock mlx-lm, both f32"]["met"] is None
+    assert bars["logits"]["met"] is True
+
+
+def test_logits_are_compared_on_the_rows_that_both_have():
+    want = np.arange(12.0).reshape(3, 4)
+    assert bench_decode.relative_error(want[-1:], want) == 0
+    assert bench_decode.relative_error(want * 1.01, want) == pytest.approx(0.01)
+
+
+def test_results_are_json_with_a_row_a_line(tmp_path):
+    path = tmp_path / "deep" / "result.json"
+    result = {"tool": "t", "rows": [{"a": 1}, {"a": 2}], "missing": [], "machine": {"b": None}}
+    common.write(path, result)
+    assert json.loads(path.read_text()) == result
+    assert '\n  {"a": 2}\n' in path.read_text()
