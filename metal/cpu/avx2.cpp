@@ -13,7 +13,7 @@ struct Avx2 {
   using F = __m256;
   using I = __m256i;
   static constexpr int L = 8;
-  static constexpr int dot_rows = 6, dot_tile_1 = 4, dot_tile_2 = 2, dot_tile_4 = 1;
+  static constexpr int dot_rows = 5, dot_tile_1 = 4, dot_tile_2 = 2, dot_tile_4 = 1;
   static constexpr int strip_rows = 3, strip_columns = 4, straight_rows = 3;
   static constexpr int ahead = 1024;  // words prefetched ahead, 4 KB
 

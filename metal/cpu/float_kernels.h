@@ -451,6 +451,12 @@ struct FloatKernels {
     V::leave();
   }
 
+  static MLXQ_INLINE const uint32_t* group_ahead(const Qmm& q, const void* groups, int n, int k) {
+    int64_t at = (int64_t(n) * q.K + k) / q.group_size;
+    return reinterpret_cast<const uint32_t*>(static_cast<const char*>(groups) +
+                                             at * (q.scale_dtype == DType::f32 ? 4 : 2));
+  }
+
   static void straight_run(const Qmm& q, const char* prepared, int begin, int end) {
     alignas(64) static thread_local float w[n_block * straight_chunks * chunk];
     alignas(64) static thread_local float sums[straight_block * straight_chunks * chunk];
@@ -467,7 +473,11 @@ struct FloatKernels {
         for (int n_begin = 0; n_begin < q.N; n_begin += n_block) {
           int rows = q.N - n_begin < n_block ? q.N - n_begin : n_block;
           for (int n = 0; n < rows; ++n) {
-            V::prefetch(q.words + int64_t(n_begin + n + 8) * (q.K / per) + k / per);
+            for (int ahead = 0; ahead < columns / per; ahead += 16) {
+              V::prefetch(q.words + int64_t(n_begin + n + 8) * (q.K / per) + k / per + ahead);
+            }
+            V::prefetch(group_ahead(q, q.scales, n_begin + n + 8, k));
+            V::prefetch(group_ahead(q, q.biases, n_begin + n + 8, k));
             dequantize(q, n_begin + n, k / chunk, chunks, w + n * stride);
           }
           for (int m = m_begin; m < m_end; m += SR) {
