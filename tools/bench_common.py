@@ -134,7 +134,7 @@ def interleaved(
     """Seconds of one call, one value a block, by the contenders' names.
 
     contenders     objects with `name` and `time(calls)`, which returns the seconds that so many calls took
-    seconds_each   how long each of them may take: 3 to 25 blocks, and a single call of one that exceeds it
+    seconds_each   how long each of them may take: 3 to 15 blocks, and a single call of one that exceeds it
     block_seconds  the length of a block: as many calls, at most max_calls, as fit in it
     """
     plan = []
@@ -145,7 +145,7 @@ def interleaved(
             continue
         once = c.time(1)
         calls = max(1, min(max_calls, int(block_seconds / max(once, 1e-9))))
-        plan.append((c, calls, max(3, min(25, int(seconds_each / max(once * calls, 1e-9))))))
+        plan.append((c, calls, max(3, min(15, int(seconds_each / max(once * calls, 1e-9))))))
         time.sleep(SETTLE_SECONDS)
     out: dict[str, list[float]] = {c.name: [] for c, _, _ in plan}
     turns = max(repeats for _, _, repeats in plan)
