@@ -22,6 +22,7 @@ import re
 import signal
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ from pathlib import Path
 # A Ctrl-C is seen between prefill chunks: small enough to stop a long prompt soon, large enough for full
 # matrices.
 PREFILL_CHUNK = 512
+# Tokens within which a repeat is discouraged: more than mlx-lm's 20, which a long sentence escapes.
+REPETITION_CONTEXT = 64
 TRANSCRIPT_VERSION = 1
 # The most likely words of a model as small as the embedded one soon go round in circles without it.
 EMBEDDED_REPETITION_PENALTY = 1.1
@@ -129,8 +132,7 @@ def run(args: argparse.Namespace) -> int:
     if prompt is not None and not prompt.strip():
         where = "--prompt" if args.prompt is not None else "standard input"
         raise ValueError(f"chat: the prompt on {where} is empty")
-    with _spinner("Loading"):
-        conversation = open_conversation(args)
+    conversation = open_conversation(args)
     if transcript is not None:
         conversation.restore(transcript)
     if args.system is not None:
@@ -161,13 +163,14 @@ def open_conversation(args: argparse.Namespace) -> Conversation:
     else:
         path, name = args.model, Path(args.model).expanduser().resolve().name
 
-    import mlx.core as mx
+    with _spinner("Loading"):
+        import mlx.core as mx
 
-    from mlxq.load import load
+        from mlxq.load import load
 
-    if args.seed is not None:
-        mx.random.seed(args.seed)
-    model, tokenizer, config = load(path, return_config=True)
+        if args.seed is not None:
+            mx.random.seed(args.seed)
+        model, tokenizer, config = load(path, return_config=True)
     return Conversation(model, tokenizer, Options.of(args), name=name, trained_tokens=_trained_tokens(config))
 
 
@@ -344,7 +347,10 @@ class Conversation:
             fresh,
             max_tokens=options.max_tokens,
             sampler=make_sampler(options.temp, options.top_p, options.min_p, top_k=options.top_k),
-            logits_processors=make_logits_processors(repetition_penalty=options.repetition_penalty),
+            logits_processors=make_logits_processors(
+                repetition_penalty=options.repetition_penalty,
+                repetition_context_size=REPETITION_CONTEXT,
+            ),
             prompt_cache=self.cache,
             prefill_step_size=PREFILL_CHUNK,
             kv_bits=options.kv_bits,
@@ -634,8 +640,23 @@ def _notice(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def _no_echo():
+    """Keep what is typed meanwhile off the screen, where it would move the cursor; the prompt gets it."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    silent = [*before[:3], before[3] & ~(termios.ECHO | termios.ECHONL), *before[4:]]
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+
 class _Stop:
-    """While entered, Ctrl-C sets a flag that generation looks at between tokens; a second one breaks out."""
+    """While entered, Ctrl-C sets a flag that generation looks at between tokens; a second breaks out."""
 
     def __init__(self):
         self.pressed = False
@@ -740,7 +761,7 @@ class _Session:
         """Show the answer to `text`; an error of the model ends the answer and not the program."""
         before = len(self.conversation.history)
         try:
-            with _Stop() as stop:
+            with _Stop() as stop, _no_echo() if self.smart else contextlib.nullcontext():
                 self._stream(text, stop)
         except KeyboardInterrupt:
             pass
@@ -762,6 +783,8 @@ class _Session:
                 self.say(
                     f"This conversation has {used} tokens, the model was trained on {trained}; /reset helps."
                 )
+        if self.smart:
+            self.console.print()
 
     def _stream(self, text: str, stop: _Stop) -> None:
         pieces = self.conversation.answer(text, stop)
@@ -912,7 +935,6 @@ def _reader(**devices) -> Callable[[], str]:
     """A function that reads one message from the keyboard; devices are prompt_toolkit's input and output."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import Completer, Completion
-    from prompt_toolkit.filters import Condition
     from prompt_toolkit.formatted_text import HTML
     from prompt_toolkit.key_binding import KeyBindings
     from prompt_toolkit.shortcuts import CompleteStyle
@@ -933,10 +955,7 @@ def _reader(**devices) -> Callable[[], str]:
     @keys.add("enter")
     def _(event):
         buffer = event.current_buffer
-        chosen = buffer.complete_state and buffer.complete_state.current_completion
-        if chosen and chosen.text.endswith(" "):  # its argument is yet to come
-            buffer.complete_state = None
-        elif buffer.document.text_before_cursor.endswith("\\") and buffer.document.is_cursor_at_the_end:
+        if buffer.document.text_before_cursor.endswith("\\") and buffer.document.is_cursor_at_the_end:
             buffer.delete_before_cursor()
             buffer.newline(copy_margin=False)
         else:
@@ -951,8 +970,8 @@ def _reader(**devices) -> Callable[[], str]:
         multiline=True,
         key_bindings=keys,
         completer=Commands(),
-        complete_style=CompleteStyle.COLUMN,
-        complete_while_typing=Condition(lambda: session.default_buffer.text.startswith("/")),
+        # Tab lists what fits below the line, as a shell does: a menu would keep rows empty for itself.
+        complete_style=CompleteStyle.READLINE_LIKE,
         reserve_space_for_menu=0,
         enable_open_in_editor=True,
         **devices,

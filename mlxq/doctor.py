@@ -485,7 +485,7 @@ def _kernel_table(rows: list[dict]):
     ]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True)
     for i in shown:
-        table.add_column(titles[i], overflow="fold")
+        table.add_column(titles[i], overflow="fold", max_width=8 if titles[i] == "x" else None)
     for line in sorted(lines, key=lambda line: [line[2], line[0], line[1]]):
         table.add_row(*(line[i] for i in shown))
     return table
