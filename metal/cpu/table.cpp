@@ -1,5 +1,6 @@
 // The table of kernel families and what this CPU can run.
 #include <atomic>
+#include <utility>
 
 #include "kernel.h"
 
@@ -123,6 +124,14 @@ std::vector<std::string> cpu_features() {
   MLXQ_FEATURE("avx512bf16")
 #undef MLXQ_FEATURE
 #endif
+  // What no compiler builtin tells, the family that needs it has asked the system for.
+  for (auto [family, feature] : {std::pair{"amx", "amx_bf16"}, {"neon", "asimd"}, {"neon_dotprod", "asimddp"}}) {
+    for (int i = 0; i < family_count; ++i) {
+      if (std::string(families[i]->name) == family && families[i]->runs_here()) {
+        out.push_back(feature);
+      }
+    }
+  }
   return out;
 }
 
