@@ -1,0 +1,433 @@
+"""Every shader, on any machine that runs them: how it is dispatched (metal/shaders/kernels.json), what it is given, and
+the float64 answer with the bound of its error.
+
+    for case in core():
+        buffers = case.buffers()
+        machine.run(case.entry, buffers, case.grid, case.threads)
+        case.check(buffers)
+
+The CPU harness runs them in test_shaders.py; scripts for other devices run the same list.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from cases import RAGGED
+
+from mlxq import format as fm
+from mlxq.format import FORMATS, Format
+
+SHADERS = Path(__file__).resolve().parent.parent / "metal" / "shaders"
+KERNELS = json.loads((SHADERS / "kernels.json").read_text())["kernels"]
+STORED = {"float": "float32", "half": "float16", "bfloat": "bfloat16"}
+PAIRS = tuple(itertools.product(STORED, STORED))  # (type of activations, type of scales)
+TILES = tuple(tuple(tile) for tile in KERNELS["qmm"]["values"]["BM, BN, WM, WN"])
+UNIT = 2.0**-24  # of float32: an operation's relative error
+ROUNDING = {"float": 2.0**-24, "half": 2.0**-11, "bfloat": 2.0**-8}  # of a result to its type
+
+
+def entry(kernel: str, *arguments) -> tuple[str, str]:
+    """(kernel, "template arguments") as tools.msl.harness takes them. Raises ValueError for what is not built."""
+    row = KERNELS[kernel]
+    if len(arguments) != len(row["template"]):
+        raise ValueError(f"{kernel}: template arguments are {row['template']}, given {arguments}")
+    given = dict(zip(row["template"], arguments, strict=True))
+    for names, values in row["values"].items():
+        chosen = [given[name] for name in names.split(", ")]
+        if (chosen if len(chosen) > 1 else chosen[0]) not in values:
+            raise ValueError(f"{kernel}: {names} cannot be {chosen}; built: {values}")
+    return kernel, ", ".join(str(a) for a in arguments)
+
+
+def all_entries(kernel: str) -> list[tuple[str, str]]:
+    """Every instantiation that the table names."""
+    row = KERNELS[kernel]
+    choices = []
+    for names, values in row["values"].items():
+        choices.append([v if "," in names else [v] for v in values])
+    return [entry(kernel, *itertools.chain(*pick)) for pick in itertools.product(*choices)]
+
+
+def geometry(name: str, arguments: tuple, scalars: dict[str, int]) -> tuple[tuple, tuple]:
+    """(threadgroups, threads of each) of a dispatch, by the table."""
+    row = KERNELS[name]
+    values = dict(zip(row["template"], arguments, strict=True)) | scalars
+
+    def number(of) -> int:
+        if isinstance(of, list):
+            return -(-number(of[0]) // number(of[1]))
+        return int(values[of]) if isinstance(of, str) else of
+
+    return tuple(map(number, row["grid"])), tuple(map(number, row["threads"]))
+
+
+def stored(values: np.ndarray, type_: str) -> np.ndarray:
+    """Values rounded to a type of the shaders, as arrays hold it: bfloat as uint16 patterns."""
+    values = fm.store(np.asarray(values, np.float32), STORED[type_])
+    if type_ == "bfloat":
+        return (np.ascontiguousarray(values).view(np.uint32) >> 16).astype(np.uint16)
+    return values.astype(np.float16) if type_ == "half" else np.ascontiguousarray(values)
+
+
+def widened(array: np.ndarray) -> np.ndarray:
+    """float64 values of an array of the shaders."""
+    if array.dtype == np.uint16:
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float64)
+
+
+def empty(shape, type_: str) -> np.ndarray:
+    """An output array that holds NaN, or -1 in integers: what a kernel leaves unwritten shows."""
+    if type_ == "int":
+        return np.full(shape, -1, np.int32)
+    return stored(np.full(shape, np.nan, np.float32), type_)
+
+
+def rounding(answer: np.ndarray, type_: str) -> np.ndarray:
+    """The largest error of rounding to a type, float16's subnormals included."""
+    return ROUNDING[type_] * np.abs(answer) + (2.0**-25 if type_ == "half" else 0)
+
+
+@dataclass
+class Case:
+    """One dispatch.
+
+    inputs    {name: array or number} of the table's buffers; outputs too, as they are before the dispatch
+    outputs   {name: (float64 answer, bound of the error)}, bound None for equality of bits
+    """
+
+    kernel: str
+    arguments: tuple
+    inputs: dict[str, np.ndarray | int]
+    outputs: dict[str, tuple[np.ndarray, np.ndarray | None]]
+    scalars: dict[str, int] = field(default_factory=dict)
+    label: str = ""
+
+    @property
+    def entry(self) -> tuple[str, str]:
+        return entry(self.kernel, *self.arguments)
+
+    @property
+    def file(self) -> Path:
+        return SHADERS / KERNELS[self.kernel]["file"]
+
+    def index(self, name: str) -> int:
+        """n of [[buffer(n)]]."""
+        return [b[0] for b in KERNELS[self.kernel]["buffers"]].index(name)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.geometry[0]
+
+    @property
+    def threads(self) -> tuple[int, int, int]:
+        return self.geometry[1]
+
+    @property
+    def geometry(self):
+        numbers = {k: v for k, v in self.inputs.items() if isinstance(v, int)}
+        return geometry(self.kernel, self.arguments, numbers | self.scalars)
+
+    def buffers(self) -> dict[int, np.ndarray]:
+        """{n of [[buffer(n)]]: array}, outputs fresh, numbers as numpy scalars."""
+        out = {}
+        for n, (name, type_, _) in enumerate(KERNELS[self.kernel]["buffers"]):
+            value = self.inputs[name]
+            if isinstance(value, int):
+                value = np.uint32(value) if "uint" in type_ else np.int32(value)
+            out[n] = value.copy() if name in self.outputs else value
+        return out
+
+    def check(self, buffers: dict[int, np.ndarray]) -> None:
+        """Raises AssertionError that says where an output is wrong, and by how much."""
+        for name, (answer, bound) in self.outputs.items():
+            got = buffers[self.index(name)]
+            if bound is None:
+                wrong = got.view(answer.dtype) != answer
+                worst = "bits differ"
+            else:
+                error = np.abs(widened(got) - answer)
+                wrong = ~(error <= bound)
+                share = np.nanmax(np.where(bound > 0, error / np.where(bound > 0, bound, 1), 0)) if error.size else 0
+                worst = f"worst error {share:.3g} of its bound"
+            if wrong.any():
+                where = tuple(int(i) for i in np.argwhere(wrong)[0])
+                raise AssertionError(
+                    f"{self}: {name} is wrong in {np.count_nonzero(wrong)} of {wrong.size} places, first {where}: "
+                    f"{got[where]}, not {answer[where]}; {worst}"
+                )
+
+    def __str__(self) -> str:
+        shape = {k: v for k, v in self.inputs.items() if isinstance(v, int)}
+        return f"{self.kernel}<{', '.join(map(str, self.arguments))}> {self.label or shape}"
+
+
+# ---------------------------------------------------------------------------------------------------------------- products
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A packed weight as the shaders take it, and in float64; (E, N, K) if experts are asked for.
+
+    size   |scale * code| + |bias|, what an error of the products is relative to
+    """
+
+    words: np.ndarray
+    scales: np.ndarray
+    biases: np.ndarray
+    value: np.ndarray
+    size: np.ndarray
+
+
+def weight(rng, fmt: Format, N: int, K: int, type_: str, experts: tuple = ()) -> Weight:
+    codes = rng.integers(0, fmt.levels + 1, (*experts, N, K), dtype=np.uint8)
+    groups = (*experts, N, K // fmt.group_size)
+    scales = rng.uniform(0.5, 1.5, groups) * rng.choice([-1, 1], groups) / fmt.levels
+    biases = rng.normal(size=groups) - scales * fmt.levels / 2
+    # Subnormal in float16, in some of the groups: they must not be flushed to zero.
+    tiny = rng.random(groups) < 0.1
+    scales = stored(np.where(tiny, scales * 2.0**-16, scales), type_)
+    biases = stored(np.where(tiny, 0, biases), type_)
+    s, b = (np.repeat(widened(a), fmt.group_size, -1) for a in (scales, biases))
+    return Weight(fm.pack(codes, fmt.bits), scales, biases, s * codes + b, np.abs(s) * codes + np.abs(b))
+
+
+def activations(rng, shape, type_: str) -> np.ndarray:
+    return stored(rng.normal(size=shape), type_)
+
+
+def product(rng, kernel: str, arguments: tuple, M: int, N: int, K: int, span: int = 0) -> Case:
+    """qmv, qmm, qmm_n, qvm and their split forms."""
+    T, S, bits, group_size = arguments[:4]
+    w = weight(rng, Format(bits, group_size), N, K, S)
+    forward = kernel in ("qmv", "qmm", "qmm_split")
+    inner, outer = (K, N) if forward else (N, K)
+    x = activations(rng, (M, inner), T)
+    value, size = (w.value.T, w.size.T) if forward else (w.value, w.size)
+    inputs = {
+        "x" if forward else "g": x, "words": w.words, "scales": w.scales, "biases": w.biases, "M": M, "N": N, "K": K
+    }  # fmt: skip
+    xf = widened(x)
+    ranges = [(at, min(at + span, inner)) for at in range(0, inner, span)] if span else [(0, inner)]
+    answer = np.stack([xf[:, a:b] @ value[a:b] for a, b in ranges])
+    # A weight is rounded once, then at most so many additions follow each other.
+    bound = np.stack([(b - a + 8) * UNIT * (np.abs(xf[:, a:b]) @ size[a:b]) for a, b in ranges])
+    if span:
+        inputs |= {"span": span, "partials": empty(answer.shape, "float")}
+        return Case(kernel, arguments, inputs, {"partials": (answer, bound)})
+    inputs["y"] = empty((M, outer), T)
+    return Case(kernel, arguments, inputs, {"y": (answer[0], bound[0] + rounding(answer[0], T))})
+
+
+def sum_splits(rng, T: str, count: int, splits: int) -> Case:
+    partials = rng.normal(size=(splits, count)).astype(np.float32)
+    answer = partials.astype(np.float64).sum(0)
+    bound = splits * UNIT * np.abs(partials).sum(0) + rounding(answer, T)
+    inputs = {"partials": partials, "y": empty(count, T), "count": count, "splits": splits}
+    return Case("sum_splits", (T,), inputs, {"y": (answer, bound)})
+
+
+def tile_list(rhs: np.ndarray, M: int, E: int, BM: int) -> np.ndarray:
+    """int32 (tiles, 3): what schedule_tiles must make of sorted expert indices."""
+    tiles = []
+    for expert in range(E):
+        rows = np.flatnonzero(rhs == expert)
+        if len(rows):
+            begin, end = int(rows[0]) * M, (int(rows[-1]) + 1) * M
+            tiles += [(expert, at, min(at + BM, end)) for at in range(begin, end, BM)]
+    count = -(-len(rhs) * M // BM) + min(E, len(rhs))
+    out = np.zeros((count, 3), np.int32)
+    out[: len(tiles)] = tiles
+    return out
+
+
+def schedule(rhs: np.ndarray, M: int, E: int, BM: int) -> Case:
+    answer = tile_list(rhs, M, E, BM)
+    inputs = {"rhs": rhs, "tiles": empty(answer.shape, "int"), "B": len(rhs), "M": M, "E": E, "BM": BM, "count": len(answer)}
+    return Case("schedule_tiles", (), inputs, {"tiles": (answer, None)}, label=f"B={len(rhs)} M={M} E={E} BM={BM}")
+
+
+def gathered(rng, kernel: str, arguments: tuple, M: int, N: int, K: int, E: int, B: int) -> Case:
+    T, S, bits, group_size = arguments[:4]
+    w = weight(rng, Format(bits, group_size), N, K, S, (E,))
+    forward = kernel in ("gather_qmv", "gather_qmm", "gather_qmm_sorted")
+    inner, outer = (K, N) if forward else (N, K)
+    blocks = B + 2
+    x = activations(rng, (blocks, M, inner), T)
+    lhs = rng.integers(0, blocks, B, dtype=np.int32)
+    rhs = rng.integers(0, E, B, dtype=np.int32)
+    scalars = {"B": B}
+    inputs = {"x": x, "words": w.words, "scales": w.scales, "biases": w.biases, "lhs": lhs, "M": M, "N": N, "K": K}
+    if kernel.endswith("_sorted"):
+        rhs.sort()
+        inputs["tiles"] = tile_list(rhs, M, E, arguments[4])
+        scalars["tiles"] = len(inputs["tiles"])
+    else:
+        inputs["rhs"] = rhs
+    xf = widened(x)[lhs]
+    turn = (0, 2, 1) if forward else (0, 1, 2)
+    answer = xf @ w.value[rhs].transpose(turn)
+    bound = (inner + 8) * UNIT * (np.abs(xf) @ w.size[rhs].transpose(turn)) + rounding(answer, T)
+    inputs["y"] = empty((B, M, outer), T)
+    return Case(kernel, arguments, inputs, {"y": (answer, bound)}, scalars, f"M={M} N={N} K={K} E={E} B={B}")
+
+
+# ---------------------------------------------------------------------------------------------------------------- quantizing
+
+
+def quantized(w: np.ndarray, fmt: Format, W: str, S: str) -> Case:
+    """Rule "affine" on groups (G, group_size) of float32 values that W holds exactly: bits as mlxq.format gives them."""
+    p = fm.quantize(w, fmt, "affine", STORED[S])
+    answers = {"words": p.words, "scales": stored(p.scales, S)[:, 0], "biases": stored(p.biases, S)[:, 0]}
+    inputs = {"w": stored(w, W), "groups": len(w), "report": np.zeros(2, np.uint32)}
+    outputs = {"report": (np.zeros(2, np.uint32), None)}
+    for name, answer in answers.items():
+        inputs[name] = np.full_like(answer, np.nan) if answer.dtype.kind == "f" else np.full_like(answer, 0xAAAA)
+        bits = np.dtype(f"uint{8 * answer.dtype.itemsize}")
+        outputs[name] = (answer.view(bits), None)
+    return Case("quantize", (W, S, fmt.bits, fmt.group_size), inputs, outputs)
+
+
+def dequantized(rng, fmt: Format, W: str, S: str, groups: int) -> Case:
+    w = weight(rng, fmt, groups, fmt.group_size, S)
+    scales, biases = (widened(a).astype(np.float32) for a in (w.scales, w.biases))
+    answer = stored(fm.dequantize(fm.Packed(w.words, scales, biases, fmt)), W)
+    bits = np.dtype(f"uint{8 * answer.dtype.itemsize}")
+    inputs = {"words": w.words, "scales": w.scales[:, 0].copy(), "biases": w.biases[:, 0].copy(), "groups": groups}
+    inputs["w"] = empty(answer.shape, W)
+    return Case("dequantize", (W, S, fmt.bits, fmt.group_size), inputs, {"w": (answer.view(bits), None)})
+
+
+# ---------------------------------------------------------------------------------------------------------------- W8A8
+
+
+def q8(rng, kernel: str, arguments: tuple, M: int, N: int, K: int, extreme: bool = False) -> Case:
+    """int8 products; extreme: all codes -128, the largest sums there are. Words as int8, or as format 8-bit codes."""
+    T, group_size = arguments[:2]
+    shape = [(M, K), (N, K)]
+    x, w = (np.full(s, -128, np.int8) if extreme else rng.integers(-128, 128, s, dtype=np.int8) for s in shape)
+    flip = int(rng.choice([0, 0x80808080]))
+    words = (w.view(np.uint8) ^ np.uint8(flip & 0xFF)).view(np.uint32)
+    x_scales = rng.uniform(0.001, 0.02, M).astype(np.float32)
+    groups = K // group_size if group_size else 1
+    w_scales = rng.uniform(0.001, 0.02, (N, groups)).astype(np.float32)
+    sums = np.einsum("mgk,ngk->mng", *(a.reshape(len(a), groups, -1).astype(np.float64) for a in (x, w)))
+    inputs = {
+        "x": x.view(np.uint32), "x_scales": x_scales, "w": words, "w_scales": w_scales, "y": empty((M, N), T),
+        "M": M, "N": N, "K": K, "flip": flip,
+    }  # fmt: skip
+    if T == "int":
+        return Case(kernel, arguments, inputs, {"y": (sums[..., 0].astype(np.int32), None)})
+    scaled = sums * w_scales.astype(np.float64) * x_scales[:, None, None].astype(np.float64)
+    answer = scaled.sum(-1)
+    # Two scales and the sum's conversion are rounded; a lane of q8_mv has at most K / 8 parts of a group.
+    additions = K // 8 + 8 if group_size else 4
+    size = np.abs(scaled).sum(-1) if kernel == "q8_mm" or not group_size else K * 2.0**14 * 4e-4
+    return Case(kernel, arguments, inputs, {"y": (answer, additions * UNIT * size + rounding(answer, T))})
+
+
+def q8_rows(rng, T: str, M: int, K: int) -> Case:
+    x = activations(rng, (M, K), T)
+    x[0] = 0
+    values = widened(x).astype(np.float32)
+    peak = np.abs(values).max(-1)
+    scales = np.where(peak == 0, np.float32(1), peak / np.float32(127))
+    codes = np.clip(np.rint(values / scales[:, None]), -127, 127).astype(np.int8).view(np.uint32)
+    inputs = {"x": x, "codes": np.full_like(codes, 0xAAAA), "scales": empty(M, "float"), "M": M, "K": K}
+    outputs = {"codes": (codes, None), "scales": (scales.view(np.uint32), None)}
+    return Case("q8_rows", (T,), inputs, outputs)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the list
+
+
+def shapes(fmt: Format, rows: int | None = None) -> list[tuple[int, int, int]]:
+    """(M, N, K): the ragged ones of cases.py, and a row that is longer than a step of qmv."""
+    ragged = [(rows or M, N, groups * fmt.group_size) for M, N, groups in RAGGED]
+    return [*ragged, (rows or 19, 70, 1152)]
+
+
+def one_by_one(make: Callable[[Format, tuple[str, str], int], list[Case]]) -> list[Case]:
+    """A kernel's cases for all formats, the pairs of types walked in step."""
+    found = []
+    for i, fmt in enumerate(FORMATS):
+        found += make(fmt, PAIRS[(4 * i + i // 9) % 9], i)
+    return found
+
+
+def core(seed: int = 0) -> list[Case]:
+    """All kernels and formats, all types, all tiles, all numbers of rows, ragged shapes: each choice of a kernel meets
+    each format or each pair of types, not all pairs of choices."""
+    rng = np.random.default_rng(seed)
+    found: list[Case] = []
+
+    def vector(kernel, span_of=None):
+        def make(fmt, pair, i):
+            cases = []
+            for M, (T, S) in ((1, pair), (2 + i % 7, PAIRS[(PAIRS.index(pair) + 4) % 9])):
+                if span_of and M != 1 + i % 8:
+                    continue
+                chosen = shapes(fmt, M)[i % 3 :: 3] + shapes(fmt, M)[-1:]
+                for M_, N, K in chosen:
+                    arguments = (T, S, fmt.bits, fmt.group_size, M)
+                    cases.append(product(rng, kernel, arguments, M_, N, K, span_of(N, K, fmt) if span_of else 0))
+            return cases
+
+        return make
+
+    def matrix(kernel, span_of=None, every=1):
+        def make(fmt, pair, i):
+            if i % every:
+                return []
+            arguments = (*pair, fmt.bits, fmt.group_size, *TILES[(i // every) % 3 if every > 1 else (i + i // 3) % 3])
+            chosen = shapes(fmt)[i % 3 :: 3] + [(65, 67, 2 * fmt.group_size), (128, 64, 256)]
+            return [product(rng, kernel, arguments, *s, span_of(s[1], s[2], fmt) if span_of else 0) for s in chosen]
+
+        return make
+
+    def columns(N, K, fmt):
+        return max(fmt.group_size, K // 3 // fmt.group_size * fmt.group_size)
+
+    def rows(N, K, fmt):
+        return max(32, N // 2 // 32 * 32)
+
+    found += one_by_one(vector("qmv")) + one_by_one(vector("qvm")) + one_by_one(vector("qvm_split", rows))
+    found += one_by_one(matrix("qmm")) + one_by_one(matrix("qmm_split", columns, 4))
+    found += one_by_one(matrix("qmm_n")) + one_by_one(matrix("qmm_n_split", rows, 4))
+    found += [sum_splits(rng, T, count, splits) for T in STORED for count, splits in ((1, 1), (700, 5))]
+
+    for i, (kernel, M) in enumerate((k, m) for k in ("gather_qmv", "gather_qvm") for m in (1, 3, 8)):
+        fmt = FORMATS[(4 * i) % 9]
+        arguments = (*PAIRS[(i * 2 + 1) % 9], fmt.bits, fmt.group_size, M)
+        found += [gathered(rng, kernel, arguments, M, N, g * fmt.group_size, E, B) for N, g, E, B in ((5, 3, 4, 7), (17, 2, 1, 1))]
+    for i, kernel in enumerate(("gather_qmm", "gather_qmm_n", "gather_qmm_sorted", "gather_qmm_n_sorted") * 2):
+        fmt = FORMATS[(2 * i + 1) % 9]
+        arguments = (*PAIRS[(i * 4 + 2) % 9], fmt.bits, fmt.group_size, *TILES[(i + i // 4) % 3])
+        found.append(gathered(rng, kernel, arguments, 1, 40, fmt.group_size, 3, 50))
+        found.append(gathered(rng, kernel, arguments, 21, 70, 2 * fmt.group_size, 5, 4))
+    for B, E, M, BM in ((1, 1, 1, 16), (50, 7, 1, 16), (9, 600, 3, 32), (3000, 257, 1, 64)):
+        found.append(schedule(np.sort(rng.integers(0, E, B, dtype=np.int32)), M, E, BM))
+
+    for i, fmt in enumerate(FORMATS):
+        W, S = PAIRS[(4 * i + 1) % 9]
+        w = widened(stored(rng.normal(size=(37, fmt.group_size)) * 2.0 ** rng.integers(-6, 4, (37, 1)), W))
+        w[3], w[4], w[5, 1:] = 0, w[4, 0], 0
+        found.append(quantized(w.astype(np.float32), fmt, W, S))
+        found.append(dequantized(rng, fmt, *PAIRS[(4 * i + 2) % 9], 37))
+
+    for i, group_size in enumerate((0, 32, 64, 128)):
+        T = ("float", "half", "bfloat")[i % 3]
+        for M, N, K in ((5, 9, 128), (65, 70, 384)):
+            found.append(q8(rng, "q8_mm", (T, group_size), M, N, K))
+        for N, K in ((9, 128), (3, 640)):
+            found.append(q8(rng, "q8_mv", (T, group_size, 1 + 2 * i), 1 + 2 * i, N, K))
+    found += [q8(rng, "q8_mm", ("int", 0), 3, 5, 2592), q8(rng, "q8_mm", ("int", 0), 2, 5, 4096, extreme=True)]
+    found += [q8(rng, "q8_mv", ("int", 0, 2), 2, 5, 2592), q8(rng, "q8_mv", ("int", 0, 8), 8, 5, 4096, extreme=True)]
+    found += [q8_rows(rng, T, 3, K) for T in STORED for K in (96, 1060)]
+    return found
