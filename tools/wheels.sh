@@ -4,7 +4,8 @@
 set -eu
 dist=$PWD/dist
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+step="the start"
+trap 'code=$?; rm -rf "$work"; [ $code = 0 ] || echo "mlxq: stopped at $step" >&2' EXIT
 mkdir -p "$dist"
 
 built=
@@ -14,6 +15,7 @@ for python in "$@"; do
         continue
     fi
     venv=$work/$(basename "$python")
+    step="the environment for $python"
     "$python" -m venv "$venv"
     if [ -z "$built" ]; then
         "$venv/bin/python" -m pip install -qq build
@@ -21,9 +23,12 @@ for python in "$@"; do
         sdist=$(ls -t "$dist"/mlxq-*.tar.gz | head -n 1)
         echo "sdist: $(basename "$sdist")"
     fi
+    step="the wheel for $python"
     rm -rf "$work/wheel"
     (cd "$work" && "$venv/bin/python" -m pip wheel -qq --no-deps -w "$work/wheel" "$sdist")
+    step="installing the wheel for $python"
     (cd "$work" && "$venv/bin/python" -m pip install -qq "$work"/wheel/mlxq-*.whl)
+    step="mlxq doctor on $python"
     (cd "$work" && "$venv/bin/mlxq" doctor >"$work/log" 2>&1) || { cat "$work/log"; exit 1; }
     mv "$work"/wheel/mlxq-*.whl "$dist/"
     echo "$python: $(ls -t "$dist" | head -n 1): installs, and mlxq doctor passes"
