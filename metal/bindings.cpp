@@ -143,7 +143,7 @@ nb::object quantize(const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::dev
     size_t step = std::max<size_t>(1, weights_per_task / K);
     int tasks = int((rows + step - 1) / step);
     std::vector<QuantizeReport> reports(tasks);
-    parallel(tasks, [&](int task) {
+    parallel(tasks, false, [&](int task) {
       size_t row = task * step, here = std::min(step, rows - row);
       reports[task] = quantize_rows(static_cast<const char*>(w.data()) + row * K * width, from, here, K, bits,
                                     group_size, to, static_cast<uint32_t*>(words.data()) + row * words_per_row,

@@ -30,8 +30,9 @@ struct Job {
   int tasks;
 };
 
-// Below this many multiply-adds a product is done before a second thread would have woken.
+// Multiply-adds below which a product is not worth sharing, and below which no sleeping thread is woken for it.
 constexpr int64_t parallel_from = 200'000;
+constexpr int64_t wake_from = 4'000'000;
 // Tasks per thread: enough to even out a thread that loses its core for a while.
 constexpr int tasks_per_thread = 4;
 
@@ -62,14 +63,14 @@ void plan(Job& job, int threads) {
   job.tasks = (columns + job.chunk - 1) / job.chunk;
 }
 
-void run_jobs(std::vector<Job>& jobs) {
+void run_jobs(const std::vector<Job>& jobs, int64_t work) {
   std::vector<int> ends;
   int total = 0;
   for (const Job& job : jobs) {
     total += job.tasks;
     ends.push_back(total);
   }
-  parallel(total, [&](int task) {
+  parallel(total, work < wake_from, [&](int task) {
     size_t at = std::upper_bound(ends.begin(), ends.end(), task) - ends.begin();
     const Job& job = jobs[at];
     int begin = (task - (at ? ends[at - 1] : 0)) * job.chunk;
@@ -82,7 +83,7 @@ int64_t work(const Qmm& q) { return int64_t(q.M) * q.N * q.K; }
 void prepare_rows(const Kernel* kernel, const Qmm& q, char* prepared) {
   int blocks = int64_t(q.M) * q.in_features() < 65536 ? 1 : std::min(q.M, pool_threads() * tasks_per_thread);
   int rows = (q.M + blocks - 1) / blocks;
-  parallel((q.M + rows - 1) / rows,
+  parallel((q.M + rows - 1) / rows, false,
            [&](int block) { kernel->prepare(q, prepared, block * rows, std::min(q.M, (block + 1) * rows)); });
 }
 
@@ -93,7 +94,7 @@ void run_one(const Qmm& q) {
   prepare_rows(kernel, q, prepared);
   std::vector<Job> jobs{{q, kernel, prepared, 0, 0}};
   plan(jobs[0], work(q) < parallel_from ? 1 : pool_threads());
-  run_jobs(jobs);
+  run_jobs(jobs, work(q));
 }
 
 // Rows of all experts are prepared once, in expert order; then every expert's columns are tasks of one parallel job.
@@ -153,7 +154,7 @@ void run_experts(Qmm q, int rows_per_block, const int32_t* lhs, const int32_t* r
     plan(job, std::max(1, (threads + used - 1) / used));
     jobs.push_back(job);
   }
-  run_jobs(jobs);
+  run_jobs(jobs, work(q));
 }
 
 Qmm describe(const array& x, const array& words, const array& scales, const array& biases, array& out, bool transpose,

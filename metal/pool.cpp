@@ -1,6 +1,7 @@
-// Workers spin for a moment after a job, since a decoder step is a chain of jobs some tens of microseconds apart, then
-// sleep. Tasks are claimed one by one from an atomic counter: a worker that wakes late, or that the system has taken
-// off its core, costs the caller nothing but the task it already holds.
+// Workers stay awake for a moment after a job, since a decoder step is a chain of short jobs with the rest of the step in
+// between, yielding their core to whoever wants it (Python, building the next step), then sleep. Tasks are claimed one by
+// one from an atomic counter: a worker that comes late costs the caller nothing. One that loses its core in the middle
+// of a task would: so the caller waits for it awake only briefly, then sleeps, and leaves its own core to that worker.
 #include "pool.h"
 
 #include <algorithm>
@@ -21,7 +22,9 @@
 namespace mlxq {
 namespace {
 
-constexpr auto spin_time = std::chrono::microseconds(60);
+using Clock = std::chrono::steady_clock;
+constexpr auto worker_awake = std::chrono::microseconds(400);
+constexpr auto caller_awake = std::chrono::microseconds(20);
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -49,50 +52,69 @@ class Pool {
     }
   }
 
-  // False when the pool is busy or belongs to the parent of a fork, whose threads do not exist here.
-  bool run(int count, const std::function<void(int)>& task) {
+  // False when the caller must do the work: the pool is busy, belongs to the parent of a fork (whose threads do not
+  // exist here), or is asleep and the job brief.
+  bool run(int count, bool brief, const std::function<void(int)>& task) {
+    if (brief && awake_.load(std::memory_order_relaxed) == 0) {
+      return false;
+    }
     std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock || owner_ != getpid()) {
       return false;
     }
-    task_ = &task;
-    count_ = count;
+    task_.store(&task, std::memory_order_relaxed);
+    count_.store(count, std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);
     // The counter carries the generation in its high half, so that a worker late for the last job cannot claim from
     // this one with the last job's task.
-    uint64_t tag = (generation_.load(std::memory_order_relaxed) + 1) << 32;
-    next_.store(tag, std::memory_order_release);
-    generation_.store(tag >> 32, std::memory_order_release);
-    generation_.notify_all();
-    claim(tag >> 32);
-    while (done_.load(std::memory_order_acquire) != count) {
+    uint32_t generation = generation_.load(std::memory_order_relaxed) + 1;
+    next_.store(uint64_t(generation) << 32, std::memory_order_release);
+    generation_.store(generation, std::memory_order_release);
+    if (!brief) {
+      generation_.notify_all();
+    }
+    claim(generation);
+    auto deadline = Clock::now() + caller_awake;
+    for (int round = 1; done_.load(std::memory_order_acquire) != count; ++round) {
       relax();
+      if (round % 64 == 0 && Clock::now() > deadline) {
+        int done = done_.load(std::memory_order_acquire);
+        if (done != count) {
+          done_.wait(done, std::memory_order_acquire);
+        }
+      }
     }
     return true;
   }
 
  private:
-  void claim(uint64_t generation) {
+  void claim(uint32_t generation) {
     uint64_t seen = next_.load(std::memory_order_acquire);
-    while ((seen >> 32) == generation && static_cast<int>(seen & 0xffffffff) < count_.load(std::memory_order_relaxed)) {
+    while (uint32_t(seen >> 32) == generation && int(uint32_t(seen)) < count_.load(std::memory_order_relaxed)) {
       if (next_.compare_exchange_weak(seen, seen + 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
-        (*task_.load(std::memory_order_relaxed))(static_cast<int>(seen & 0xffffffff));
+        (*task_.load(std::memory_order_relaxed))(int(uint32_t(seen)));
         done_.fetch_add(1, std::memory_order_acq_rel);
+        done_.notify_one();
         seen = next_.load(std::memory_order_acquire);
       }
     }
   }
 
   void work() {
-    uint64_t last = 0;
+    uint32_t last = 0;
+    awake_.fetch_add(1, std::memory_order_relaxed);
     while (true) {
-      auto deadline = std::chrono::steady_clock::now() + spin_time;
-      uint64_t now;
-      int round = 0;
-      while ((now = generation_.load(std::memory_order_acquire)) == last) {
+      auto deadline = Clock::now() + worker_awake;
+      uint32_t now;
+      for (int round = 1; (now = generation_.load(std::memory_order_acquire)) == last; ++round) {
         relax();
-        if (++round % 64 == 0 && std::chrono::steady_clock::now() > deadline) {
-          generation_.wait(last, std::memory_order_acquire);
+        if (round % 64 == 0) {
+          std::this_thread::yield();
+          if (Clock::now() > deadline) {
+            awake_.fetch_sub(1, std::memory_order_relaxed);
+            generation_.wait(last, std::memory_order_acquire);
+            awake_.fetch_add(1, std::memory_order_relaxed);
+          }
         }
       }
       last = now;
@@ -103,7 +125,8 @@ class Pool {
   std::mutex mutex_;
   std::vector<std::thread> workers_;
   pid_t owner_;
-  alignas(64) std::atomic<uint64_t> generation_{0};
+  alignas(64) std::atomic<uint32_t> generation_{0};
+  std::atomic<int> awake_{0};
   alignas(64) std::atomic<uint64_t> next_{0};
   alignas(64) std::atomic<int> done_{0};
   std::atomic<int> count_{0};
@@ -121,11 +144,11 @@ int pool_threads() {
   return threads;
 }
 
-void parallel(int count, const std::function<void(int)>& task) {
+void parallel(int count, bool brief, const std::function<void(int)>& task) {
   if (count > 1 && pool_threads() > 1) {
     // Never destroyed: MLX's stream threads may still run when static objects go.
     static Pool* pool = new Pool(pool_threads());
-    if (pool->run(count, task)) {
+    if (pool->run(count, brief, task)) {
       return;
     }
   }

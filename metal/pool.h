@@ -9,7 +9,9 @@ namespace mlxq {
 int pool_threads();
 
 // Calls task(0) ... task(count - 1), each once, on the caller and on idle workers; returns when all are done.
-// When another stream holds the pool the caller does all the work itself: several streams never oversubscribe the cores.
-void parallel(int count, const std::function<void(int)>& task);
+// A brief job (some tens of microseconds) takes the workers that are awake and wakes none: that would take longer than
+// the job. When another stream holds the pool the caller does all the work itself: several streams never oversubscribe
+// the cores.
+void parallel(int count, bool brief, const std::function<void(int)>& task);
 
 }  // namespace mlxq
