@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # tools/ is no installed package
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "msl")]  # tools/ is no installed package
+
+import mlx_kernels  # noqa: E402
 
 from tools.msl import harness  # noqa: E402
 
@@ -170,7 +172,8 @@ def test_a_kernel_that_never_ends_is_stopped(planted):
 
 def test_a_const_buffer_cannot_be_written(planted):
     with pytest.raises(harness.OutOfBounds, match="const") as caught:
-        planted.run("writes_const", {0: np.zeros(4, np.float32), 1: np.zeros(4, np.float32)}, (1, 1, 1), (1, 1, 1))
+        x, y = np.zeros((2, 4), np.float32)
+        planted.run("writes_const", {0: x, 1: y}, (1, 1, 1), (1, 1, 1))
     assert caught.value.buffer == 0
 
 
@@ -180,3 +183,117 @@ def test_an_uninitialised_private_variable_shows(planted):
     assert y[0] == 4
     planted.run("private_uninitialised", {0: y, 1: np.int32(3)}, (1, 1, 1), (1, 1, 1))
     assert not abs(y[0]) < 1e30
+
+
+# ---- MLX's own kernels ------------------------------------------------------------------------------------
+
+TYPES = {"float": np.float32, "half": np.float16, "bfloat": np.uint16}
+UNIT = {"float": 2.0**-24, "half": 2.0**-11, "bfloat": 2.0**-8}  # relative error of one rounding
+
+
+def to_bfloat(x):
+    """float32 -> bfloat16 bits, to nearest even."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def as_type(x, name):
+    return to_bfloat(x) if name == "bfloat" else np.ascontiguousarray(x, TYPES[name])
+
+
+def value(x, name):
+    return (x.astype(np.uint32) << 16).view(np.float32) if name == "bfloat" else x
+
+
+def affine(bits, name, n, k, group_size=64):
+    """Random words, scales and biases in a type, and the weights in float64."""
+    random = np.random.default_rng(bits)
+    words = random.integers(0, 2**32, (n, k * bits // 32), dtype=np.uint32)
+    scales = as_type(random.uniform(0.5, 1.5, (n, k // group_size)) / 2**bits, name)
+    biases = as_type(random.normal(size=(n, k // group_size)), name)
+    codes = (words[..., None] >> (bits * np.arange(32 // bits, dtype=np.uint32))) & (2**bits - 1)
+    s, b = (np.repeat(value(a, name).astype(np.float64), group_size, 1) for a in (scales, biases))
+    return words, scales, biases, s * codes.reshape(n, k) + b
+
+
+MLX_ENTRIES = [
+    (kernel, f"{name}, 64, {bits}, {flags}")
+    for kernel, flags in (("affine_qmv_fast", "false"), ("affine_qmm_t", "false, false"))
+    for bits in (2, 4, 8)
+    for name in TYPES
+]
+
+
+@pytest.fixture(scope="session")
+def mlx():
+    if isinstance(mlx_kernels.wheel(), str):
+        pytest.skip(mlx_kernels.wheel())
+    return mlx_kernels.quantized(MLX_ENTRIES)
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_mlx_qmv_fast_on_the_harness_multiplies(mlx, bits, name):
+    m, n, k = 2, 16, 1024
+    words, scales, biases, weights = affine(bits, name, n, k)
+    x = as_type(np.random.default_rng(9).normal(size=(m, k)), name)
+    y = as_type(np.full((m, n), np.nan), name)
+    buffers = {0: words, 1: scales, 2: biases, 3: x, 4: y, 5: np.int32(k), 6: np.int32(n)}
+    answer = value(x, name).astype(np.float64) @ weights.T
+    # A product of size |x| |w| is rounded a few times in float32, and so is each partial sum; half and bfloat
+    # round sums of up to eight x for the bias as well, and the output once.
+    bound = 8 * 2.0**-24 * np.sqrt(k) + (0 if name == "float" else 2 * UNIT[name] / np.sqrt(k) * 8)
+    size = np.abs(value(x, name).astype(np.float64)) @ np.abs(weights).T
+    buffers |= mlx_kernels.no_batch(7)
+    entry = f"affine_qmv_fast<{name},64,{bits},false>"
+    for seed in range(2):
+        mlx.run(entry, buffers, (m, n // 8, 1), (32, 2, 1), seed=seed)
+        assert (np.abs(value(y, name) - answer) <= bound * size + UNIT[name] * np.abs(answer)).all()
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_mlx_qmm_t_on_the_harness_multiplies_ragged_tiles(mlx, bits, name):
+    m, n, k = 40, 70, 128
+    words, scales, biases, weights = affine(bits, name, n, k)
+    x = as_type(np.random.default_rng(9).normal(size=(m, k)), name)
+    y = as_type(np.full((m, n), np.nan), name)
+    buffers = {0: words, 1: scales, 2: biases, 3: x, 4: y, 5: np.int32(k), 6: np.int32(n), 7: np.int32(m)}
+    answer = value(x, name).astype(np.float64) @ weights.T
+    # MLX rounds the weights to the type of x before it multiplies.
+    bound = 8 * 2.0**-24 * np.sqrt(k) + (0 if name == "float" else 2 * UNIT[name])
+    size = np.abs(value(x, name).astype(np.float64)) @ np.abs(weights).T
+    entry = f"affine_qmm_t<{name},64,{bits},false,false>"
+    for seed in range(3):
+        mlx.run(entry, buffers | mlx_kernels.no_batch(8), (3, 2, 1), (32, 2, 2), seed=seed)
+        assert (np.abs(value(y, name) - answer) <= bound * size + UNIT[name] * np.abs(answer)).all()
+
+
+def test_mlx_kernels_load_what_their_source_says_and_have_no_defect(mlx):
+    """affine_qmv_fast, half, 4 bits, one row of x: a lane's 16 codes, scale and bias, x for four outputs."""
+    n, k, name = 16, 1024, "half"
+    words, scales, biases, _ = affine(4, name, n, k)
+    x, y = np.ones((1, k), np.float16), np.zeros((1, n), np.float16)
+    buffers = {0: words, 1: scales, 2: biases, 3: x, 4: y, 5: np.int32(k), 6: np.int32(n)}
+    buffers |= mlx_kernels.no_batch(7)
+    entry = f"affine_qmv_fast<{name},64,4,false>"
+    device = mlx.run(entry, buffers, (1, n // 8, 1), (32, 2, 1), count=True).device_bytes
+    assert device[0]["read"] == device[0]["read_once"] == n * k // 2
+    assert device[1]["read"] == device[2]["read"] == n * k // 16 * 2
+    assert device[1]["read_by_simdgroup"] == n * k // 64 * 2
+    assert device[3]["read"] == n // 4 * k * 2
+    assert device[4]["written"] == n * 2
+
+
+def test_mlx_quantized_matmul_and_its_kernel_agree(mlx):
+    import mlx.core as mx
+
+    m, n, k = 33, 64, 128
+    words, scales, biases, _ = affine(4, "float", n, k)
+    x = np.random.default_rng(1).normal(size=(m, k)).astype(np.float32)
+    y = np.full((m, n), np.nan, np.float32)
+    buffers = {0: words, 1: scales, 2: biases, 3: x, 4: y, 5: np.int32(k), 6: np.int32(n), 7: np.int32(m)}
+    mlx.run("affine_qmm_t<float,64,4,false,false>", buffers | mlx_kernels.no_batch(8), (2, 2, 1), (32, 2, 2))
+    arrays = [mx.array(a) for a in (x, words, scales, biases)]
+    answer = np.array(mx.quantized_matmul(*arrays, transpose=True, group_size=64, bits=4))
+    np.testing.assert_allclose(y, answer, rtol=0, atol=2e-6 * np.abs(answer).max())

@@ -1,12 +1,12 @@
-"""Metal shaders on this CPU: compile their text with g++, run a dispatch lane by lane, say what is wrong with it.
+"""Metal shaders on this CPU: compile their text with g++, run a dispatch lane by lane, say what is wrong.
 
     from tools.msl import harness
     lib = harness.compile(Path("metal/shaders/qmv.metal"), [("qmv", "float, 4, 64")])
     result = lib.run("qmv<float, 4, 64>", {0: words, 1: scales, 2: biases, 3: x, 4: y, 5: np.int32(K)},
                      grid=(N // 8, 1, 1), threadgroup=(32, 2, 1), seed=0)
 
-What the machine does is in metal.h (the language) and runtime.cpp (lanes, memory, checks). This is a program for
-tests: nothing of it is installed with mlxq.
+What the machine does is in metal.h (the language) and runtime.cpp (lanes, memory, checks). Nothing of this is
+installed with mlxq, so a test puts the checkout on sys.path before it imports tools.msl.
 """
 
 import concurrent.futures
@@ -70,7 +70,7 @@ class Race(Defect):
 
 
 class Misaligned(Defect):
-    """An access at an address that its type does not allow. Seen in traced runs."""
+    """A load or store of 2, 4, 8 or 16 bytes at no multiple of that. Seen in traced runs."""
 
 
 class UndefinedBehaviour(Defect):
@@ -168,7 +168,8 @@ def compiler() -> str:
 
 @functools.cache
 def compiler_version(cxx: str) -> str:
-    return subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    done = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[0]
 
 
 @functools.cache
@@ -182,14 +183,17 @@ def machine_flags() -> tuple[str, ...]:
 
 
 COMMON_FLAGS = ("-std=gnu++20", "-fPIC", "-g1", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-w")
-# No contraction, since Metal compiles in safe math mode; literals without suffix are float as in Metal; type punning
-# through pointers is allowed there. A private variable that is read before it is written holds -1.7e38.
+# No contraction, since MLX compiles in safe math mode; pointers may be cast to pointers of other types, as in
+# Metal; a loop without effect stays. A private variable that is read before it is written holds -1.7e38.
 SHADER_FLAGS = (
     "-O2", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-finite-loops", "-ftrivial-auto-var-init=pattern"
 )
 TRACE_FLAGS = (
-    "-fsanitize=thread,bounds,alignment,shift-exponent,signed-integer-overflow,integer-divide-by-zero",
+    "-fsanitize=thread,bounds,shift-exponent,signed-integer-overflow,integer-divide-by-zero",
     "-fno-tree-loop-distribute-patterns",  # would make memset and memcpy of loops, which nothing traces
+    # Metal's compiler knows that thread and device memory are apart. Here types tell most of it; without them
+    # a store to a private array would make the shader load x again. -fsanitize=alignment would do the same.
+    "-fstrict-aliasing",
 )
 
 
@@ -223,7 +227,8 @@ def runtime_object(folder: Path, cxx: str) -> Path:
     command = [cxx, *COMMON_FLAGS, *machine_flags(), "-O3", "-U_FORTIFY_SOURCE", "-fno-stack-protector"]
     extra = os.environ.get("MLXQ_MSL_RUNTIME_FLAGS", "").split()
     key = "\0".join([text, compiler_version(cxx), *command, *extra])
-    return cached(folder, key, ".o", lambda out: call([*command, *extra, "-c", HERE / "runtime.cpp", "-o", out]))
+    command += [*extra, "-c", str(HERE / "runtime.cpp"), "-o"]
+    return cached(folder, key, ".o", lambda out: call([*command, str(out)]))
 
 
 def wrapper(kernel: source.Kernel, arguments: str, number: int) -> str:
@@ -326,7 +331,8 @@ class Library:
             shader, compiled = out.with_suffix(".cpp"), out.with_suffix(".o")
             shader.write_text(text)
             call([*command, "-c", str(shader), "-o", str(compiled)])
-            call([self.cxx, "-shared", str(compiled), str(runtime), "-o", str(out), "-Wl,-Bsymbolic", "-lm", "-ldl"])
+            link = [self.cxx, "-shared", str(compiled), str(runtime), "-o", str(out)]
+            call([*link, "-Wl,-Bsymbolic", "-lm", "-ldl"])
 
         return cached(self.folder, key, ".so", make)
 
@@ -357,15 +363,16 @@ class Library:
         """Run one dispatch; arrays bound to writable buffers hold its output afterwards.
 
         entry        "qmv<float,4,64>" or ("qmv", "float, 4, 64")
-        buffers      {n of [[buffer(n)]]: contiguous ndarray, numpy scalar, or bytes}; bfloat arrays are uint16.
-                     One array bound twice is one buffer.
+        buffers      {n of [[buffer(n)]]: contiguous ndarray, numpy scalar, or bytes}; bfloat arrays are
+                     uint16. One array bound twice is one buffer.
         grid         threadgroups; threadgroup: threads of each, 1024 at most
         seed         order of lanes, simdgroups and threadgroups (0 ascending, 1 descending, else random);
                      even seeds put the guard right behind each buffer, odd ones right before
-        count        run the traced build, which is some 20 times slower: byte counts, races, uninitialised
-                     threadgroup memory, bounds of threadgroup arrays, misaligned accesses, undefined arithmetic
-        alignment    in bytes of every buffer's first byte; MLX gives views of arrays, so a buffer may start at
-                     any multiple of its element's size
+        count        run the traced build, some 4 times slower: byte counts, races, uninitialised
+                     threadgroup memory, bounds of threadgroup arrays, misaligned accesses, undefined
+                     arithmetic
+        alignment    in bytes of every buffer's first byte; MLX passes views of arrays, so a buffer may start
+                     at any multiple of its element's size
         ignore       Defect classes that traced runs shall not report
 
         Raises Defect, or ValueError and TypeError for a call that does not fit the kernel.
@@ -403,7 +410,8 @@ class Library:
     def bind(self, job, module, index, kernel, buffers, alignment):
         parameters = {p.buffer: (i, p) for i, p in enumerate(kernel.parameters) if p.buffer >= 0}
         if set(parameters) != set(buffers):
-            raise ValueError(f"run: {kernel.name} has buffers {sorted(parameters)}, given are {sorted(buffers)}")
+            has, given = sorted(parameters), sorted(buffers)
+            raise ValueError(f"run: {kernel.name} has buffers {has}, given are {given}")
         types = (Type * len(kernel.parameters))()
         getattr(module.handle, f"msl_types_{index}")(types)
         kept, seen = [], {}
@@ -415,15 +423,15 @@ class Library:
                 array = np.asarray(value)
                 check_type(kernel.name, p, types[position], array)
             else:
-                raise TypeError(f"run: buffer {n} ({p.name}) is {type(value).__name__}, wanted numpy or bytes")
+                came = type(value).__name__
+                raise TypeError(f"run: buffer {n} ({p.name}) is {came}, wanted numpy or bytes")
             if not array.flags.c_contiguous:
                 raise ValueError(f"run: buffer {n} ({p.name}) is not contiguous")
             if p.writable and not (isinstance(value, np.ndarray) and array.flags.writeable):
                 raise ValueError(f"run: buffer {n} ({p.name}) is written, wanted a writable ndarray")
             if p.kind == "reference" and array.nbytes != types[position].size:
-                raise ValueError(
-                    f"run: buffer {n} ({p.name}) has {array.nbytes} bytes, the kernel wants {types[position].size}"
-                )
+                wanted = types[position].size
+                raise ValueError(f"run: buffer {n} ({p.name}) has {array.nbytes} bytes, wanted {wanted}")
             kept.append(array)
             address = array.ctypes.data
             # An empty array has an address that another may have too.
@@ -475,10 +483,13 @@ def check_type(kernel: str, p: source.Parameter, type_: Type, array: np.ndarray)
         kinds = ("int", "uint") if type_.kind == b"i" else ("uint", "int")
         wanted = tuple(f"{k}{8 * type_.size}" for k in kinds)
     if wanted and array.dtype.name not in wanted:
-        raise TypeError(f"run: buffer {p.buffer} ({kernel}'s {p.name}) is {array.dtype.name}, wanted {wanted[0]}")
+        came = array.dtype.name
+        raise TypeError(f"run: buffer {p.buffer} ({kernel}'s {p.name}) is {came}, wanted {wanted[0]}")
 
 
-def compile(sources, instantiate, defines=None, cache_dir=None, include=(), replace=None, contract=False) -> Library:
+def compile(
+    sources, instantiate, defines=None, cache_dir=None, include=(), replace=None, contract=False
+) -> Library:
     """Compile Metal shaders for this CPU.
 
     sources      text, Path, or a list of both; #include "..." is followed (see source.flatten)

@@ -48,8 +48,14 @@
 #define float2 msl_float2
 #define float3 msl_float3
 #define float4 msl_float4
+#define MSL_INFINITY __int_as_float(0x7f800000)
+#define MSL_NAN __int_as_float(0x7fc00000)
+#define MSL_CONSTEXPR
 #else
 #define MSL_CUDA 0
+#define MSL_INFINITY __builtin_huge_valf()
+#define MSL_NAN __builtin_nanf("")
+#define MSL_CONSTEXPR constexpr
 namespace std {  // the shape that __builtin_source_location() asks for
 class source_location {
  public:
@@ -79,10 +85,10 @@ typedef unsigned char uint8_t;
 typedef unsigned short uint16_t;
 typedef unsigned int uint32_t;
 typedef unsigned long uint64_t;
-typedef __SIZE_TYPE__ size_t;
-typedef __PTRDIFF_TYPE__ ptrdiff_t;
-typedef __PTRDIFF_TYPE__ intptr_t;
-typedef __SIZE_TYPE__ uintptr_t;
+typedef unsigned long size_t;
+typedef long ptrdiff_t;
+typedef long intptr_t;
+typedef unsigned long uintptr_t;
 
 #define METAL_FUNC inline
 #define MLXQ_MSL_HARNESS 1
@@ -215,6 +221,7 @@ template <class T, T v> struct integral_constant {
   static constexpr T value = v;
   constexpr operator T() const { return v; }
 };
+template <bool B> using bool_constant = integral_constant<bool, B>;
 typedef integral_constant<bool, true> true_type;
 typedef integral_constant<bool, false> false_type;
 template <class A, class B> struct is_same : false_type {};
@@ -232,6 +239,7 @@ template <class T> struct remove_reference<T&> { typedef T type; };
 template <class T> struct remove_reference<T&&> { typedef T type; };
 template <class T> using remove_reference_t = typename remove_reference<T>::type;
 template <class T> using remove_cv_t = typename remove_const<T>::type;
+template <class T> using remove_const_t = typename remove_const<T>::type;
 template <class T> struct is_integral : integral_constant<bool, msl::is_integral<T>::value> {};
 template <class T> constexpr bool is_integral_v = is_integral<T>::value;
 template <class T>
@@ -364,22 +372,22 @@ template <> struct numeric_limits<float> {
   static constexpr float lowest() { return -3.40282347e+38f; }
   static constexpr float min() { return 1.17549435e-38f; }
   static constexpr float epsilon() { return 1.19209290e-07f; }
-  static constexpr float infinity() { return __builtin_huge_valf(); }
-  static constexpr float quiet_NaN() { return __builtin_nanf(""); }
+  static MSL_CONSTEXPR float infinity() { return MSL_INFINITY; }
+  static MSL_CONSTEXPR float quiet_NaN() { return MSL_NAN; }
 };
 template <> struct numeric_limits<half> {
   static half max() { return half(65504.0f); }
   static half lowest() { return half(-65504.0f); }
   static half min() { return half(6.10351562e-05f); }
   static half epsilon() { return half(9.765625e-04f); }
-  static half infinity() { return half(__builtin_huge_valf()); }
+  static half infinity() { return half(MSL_INFINITY); }
 };
 template <> struct numeric_limits<bfloat> {
   static bfloat max() { return msl::bits_as<bfloat>(ushort(0x7f7f)); }
   static bfloat lowest() { return msl::bits_as<bfloat>(ushort(0xff7f)); }
   static bfloat min() { return bfloat(1.17549435e-38f); }
   static bfloat epsilon() { return bfloat(7.8125e-03f); }
-  static bfloat infinity() { return bfloat(__builtin_huge_valf()); }
+  static bfloat infinity() { return bfloat(MSL_INFINITY); }
 };
 #define MSL_LIMITS(T, low, high)                                                                               \
   template <> struct numeric_limits<T> {                                                                       \
@@ -450,8 +458,8 @@ template <class T, int N> inline vec<T, N> fma(vec<T, N> a, vec<T, N> b, vec<T, 
 }
 inline float ldexp(float a, int e) { return MSL_MATH(ldexpf)(a, e); }
 inline bool isnan(float a) { return a != a; }
-inline bool isinf(float a) { return MSL_MATH(fabsf)(a) == __builtin_huge_valf(); }
-inline bool isfinite(float a) { return MSL_MATH(fabsf)(a) < __builtin_huge_valf(); }
+inline bool isinf(float a) { return MSL_MATH(fabsf)(a) == MSL_INFINITY; }
+inline bool isfinite(float a) { return MSL_MATH(fabsf)(a) < MSL_INFINITY; }
 inline bool signbit(float a) { return msl::bits_as<uint>(a) >> 31; }
 
 // For numbers of one type; NaN loses against a number, as in Metal.

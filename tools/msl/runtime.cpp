@@ -415,9 +415,13 @@ static void trace_outside(const char* address, size_t bytes, bool write, void* c
   }
 }
 
-static inline void trace(void* pointer, size_t bytes, bool write, void* caller) {
+static inline void trace(void* pointer, size_t bytes, bool write, void* caller, bool aligned = true) {
   if (!inside || !msl_self) return;
   const char* address = static_cast<const char*>(pointer);
+  if (aligned && reinterpret_cast<uintptr_t>(pointer) % bytes && !ignored(misaligned)) {
+    job->place = place_of(caller);
+    fail(misaligned, buffer_near(address), "%s of %zu bytes at address %p", write ? "write" : "read", bytes, pointer);
+  }
   if (address < region || address >= region_end) {
     trace_outside(address, bytes, write, caller);
     return;
@@ -458,11 +462,11 @@ extern "C" void msl_atomic(const void* pointer, uint bytes) {
 #define HOOKS(n)                                                               \
   extern "C" void __tsan_read##n(void* p) { trace(p, n, false, CALLER); }      \
   extern "C" void __tsan_write##n(void* p) { trace(p, n, true, CALLER); }      \
-  extern "C" void __tsan_unaligned_read##n(void* p) { trace(p, n, false, CALLER); } \
-  extern "C" void __tsan_unaligned_write##n(void* p) { trace(p, n, true, CALLER); }
+  extern "C" void __tsan_unaligned_read##n(void* p) { trace(p, n, false, CALLER, false); } \
+  extern "C" void __tsan_unaligned_write##n(void* p) { trace(p, n, true, CALLER, false); }
 HOOKS(1) HOOKS(2) HOOKS(4) HOOKS(8) HOOKS(16)
-extern "C" void __tsan_read_range(void* p, ulong n) { trace(p, n, false, CALLER); }
-extern "C" void __tsan_write_range(void* p, ulong n) { trace(p, n, true, CALLER); }
+extern "C" void __tsan_read_range(void* p, ulong n) { trace(p, n, false, CALLER, false); }
+extern "C" void __tsan_write_range(void* p, ulong n) { trace(p, n, true, CALLER, false); }
 extern "C" void __tsan_init() {}
 extern "C" void __tsan_func_entry(void*) {}
 extern "C" void __tsan_func_exit() {}
@@ -475,7 +479,6 @@ struct UndefinedPlace { const char* file; uint line, column; };
     fail(kind, -1, "%s at %s:%u:%u", text, p->file, p->line, p->column);                      \
   }
 UNDEFINED(out_of_bounds, out_of_bounds, "array index out of bounds", , void*)
-UNDEFINED(type_mismatch_v1, misaligned, "misaligned access", , void*)
 UNDEFINED(shift_out_of_bounds, undefined, "shift by the width of the type or more", , void*, void*)
 UNDEFINED(add_overflow, undefined, "signed addition overflows", , void*, void*)
 UNDEFINED(sub_overflow, undefined, "signed subtraction overflows", , void*, void*)
@@ -567,7 +570,9 @@ static void run_threadgroup() {
       e.ready = 0;
     }
   }
-  for (uint i = 0; i < lane_count; i++) start_fiber(lanes[i].fiber, stacks + i * (stack_bytes + page) + page, lane_main);
+  // Stacks that all began at one offset in their page would share a few sets of the cache.
+  for (uint i = 0; i < lane_count; i++)
+    start_fiber(lanes[i].fiber, stacks + i * (stack_bytes + page) + page - i * 17 % 64 * 64, lane_main);
   for (;;) {
     uint waiting = 0, done = 0, ready[max_simdgroups], ready_count = 0;
     for (uint s = 0; s < simdgroup_count; s++) {

@@ -1,7 +1,7 @@
 """Metal shader text, read as text: includes flattened, kernels found, address spaces taken out.
 
-This is no parser of C++. It understands the house's rules for shaders: kernels are written
-`[[kernel]] void name(parameters)`, every parameter has an attribute, `threadgroup T x[N];` stands alone on its line.
+This is no parser of C++. It relies on the house's rules for shaders: a kernel is `[[kernel]] void name(...)`,
+every parameter of it has an attribute, and `threadgroup T x[N];` stands alone on its line.
 """
 
 import re
@@ -13,7 +13,7 @@ from pathlib import Path
 class Parameter:
     """One parameter of a kernel.
 
-    kind      "pointer" or "reference" for a buffer, else the builtin's name ("thread_index_in_simdgroup", ...)
+    kind      "pointer" or "reference" for a buffer, else the builtin's name, "thread_index_in_simdgroup"
     buffer    n of [[buffer(n)]], -1 for a builtin
     writable  whether the shader may write to the buffer
     """
@@ -66,10 +66,13 @@ METAL_ATTRIBUTE = re.compile(
     + "|".join(sorted(BUILTINS, key=len, reverse=True))
     + r")\s*\]\]"
 )
-KERNEL = re.compile(r"(?:\[\[\s*kernel(?:\s*,[^\]]*)?\s*\]\](?:\s*\[\[[^\]]*\]\])*|\bkernel)\s+void\s+(\w+)\s*\(")
+KERNEL = re.compile(
+    r"(?:\[\[\s*kernel(?:\s*,[^\]]*)?\s*\]\](?:\s*\[\[[^\]]*\]\])*|\bkernel)\s+void\s+(\w+)\s*\("
+)
 INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]+(?:"([^"]+)"|<([^>]+)>)[^\n]*$', re.MULTILINE)
 THREADGROUP_ARRAY = re.compile(
-    r"^(?P<indent>[ \t]*)(?:alignas\s*\([^)]*\)\s*)?threadgroup\s+(?P<type>[\w:]+(?:\s*<[^;{}()*&]*>)?(?:::\w+)?)\s+"
+    r"^(?P<indent>[ \t]*)(?:alignas\s*\([^)]*\)\s*)?threadgroup\s+"
+    r"(?P<type>[\w:]+(?:\s*<[^;{}()*&]*>)?(?:::\w+)?)\s+"
     r"(?P<name>\w+)\s*(?P<size>(?:\[[^\]]*\]\s*)*);",
     re.MULTILINE,
 )
@@ -89,11 +92,11 @@ def without_comments(text: str) -> str:
 
 
 def flatten(sources, folders=(), replace=None) -> str:
-    """One text: the sources in order, each #include "file" replaced by that file the first time and dropped after.
+    """One text: the sources in order, each #include "file" replaced by that file once and then dropped.
 
     sources   text, Path, or a list of both
-    folders   searched for includes after the including file's own folder; with these, <...> includes are looked
-              for too (those that are not found are dropped, as <metal_stdlib> is)
+    folders   searched for includes after the including file's own folder; for <...> includes too (those that
+              are not found are dropped, as <metal_stdlib> is)
     replace   {path as it is included: text to use instead}
 
     #line keeps the places of errors. Raises FileNotFoundError for an #include "file" that is not there.
@@ -120,7 +123,7 @@ def flatten(sources, folders=(), replace=None) -> str:
                     if str(file) in seen:
                         return ""
                     seen.add(str(file))
-                    return f"{expand(file.read_text(encoding='ascii'), file.name, file.parent)}\n{back}"
+                    return f"{expand(file.read_text(encoding='utf-8'), file.name, file.parent)}\n{back}"
             if angled:
                 return ""
             raise FileNotFoundError(f'shader {name}: #include "{path}" is not there')
@@ -134,7 +137,7 @@ def flatten(sources, folders=(), replace=None) -> str:
             key = str(source.resolve())
             if key not in seen:
                 seen.add(key)
-                parts.append(expand(source.read_text(encoding="ascii"), source.name, source.resolve().parent))
+                parts.append(expand(source.read_text(encoding="utf-8"), source.name, source.resolve().parent))
         else:
             parts.append(expand(source, f"source{number}.metal", None))
     return "\n".join(parts) + "\n"
@@ -154,33 +157,35 @@ def split_arguments(text: str) -> list[str]:
     return [p.strip() for p in [*parts, text[start:]] if p.strip()]
 
 
-def parameter(text: str, kernel: str) -> Parameter:
+def parameter(text: str, kernel: str, position: int) -> Parameter:
     attribute = re.search(r"\[\[\s*(\w+)\s*(?:\(\s*(\d+)\s*\))?\s*\]\]\s*$", text)
-    if not attribute:
-        raise ValueError(f"kernel {kernel}: parameter `{text}` has no attribute at its end")
-    declaration = text[: attribute.start()].strip()
+    if attribute:
+        declaration, kind, number = text[: attribute.start()].strip(), attribute[1], attribute[2]
+    else:  # Metal numbers such buffers in their order
+        declaration, kind, number = text, "buffer", position
     name = re.search(r"(\w+)$", declaration)[1]
-    if attribute[1] == "buffer":
+    if kind == "buffer":
         kind = "reference" if "&" in declaration else "pointer"
         if kind == "pointer" and "*" not in declaration:
             raise ValueError(f"kernel {kernel}: buffer `{declaration}` is neither a pointer nor a reference")
         pointee = declaration.split("*")[0].split("&")[0]
         writable = not re.search(r"\b(const|constant)\b", pointee)
-        return Parameter(name, kind, int(attribute[2]), writable)
-    if attribute[1] not in BUILTINS:
-        raise ValueError(f"kernel {kernel}: attribute [[{attribute[1]}]] is not built into the harness")
-    return Parameter(name, attribute[1], -1, False)
+        return Parameter(name, kind, int(number), writable)
+    if kind not in BUILTINS:
+        raise ValueError(f"kernel {kernel}: attribute [[{kind}]] is not built into the harness")
+    return Parameter(name, kind, -1, False)
 
 
 def kernels(text: str) -> dict[str, Kernel]:
-    """Every kernel of a flattened text, by name. Raises ValueError for parameters that the harness cannot bind."""
+    """Every kernel of a flattened text, by name. Raises ValueError for a parameter that cannot be bound."""
     found = {}
     for match in KERNEL.finditer(text):
         depth, end = 1, match.end()
         while depth:
             depth += {"(": 1, ")": -1}.get(text[end], 0)
             end += 1
-        parameters = tuple(parameter(p, match[1]) for p in split_arguments(text[match.end() : end - 1]))
+        texts = split_arguments(text[match.end() : end - 1])
+        parameters = tuple(parameter(p, match[1], i) for i, p in enumerate(texts))
         before = text[: match.start()].rstrip()
         template = before.endswith(">") and bool(re.search(r"\btemplate\s*<[^;{}]*>$", before))
         found[match[1]] = Kernel(match[1], parameters, template, text.count("\n", 0, match.start()) + 1)
@@ -192,14 +197,20 @@ def function_constants(text: str) -> list[Constant]:
 
 
 def without_address_spaces(text: str, threadgroup_array) -> str:
-    """C++ without Metal's address spaces and attributes; threadgroup_array(type, name, size, line text) -> str
-    gives what stands for a threadgroup variable. Raises ValueError for one that is not alone on its line."""
+    """C++ without Metal's address spaces and attributes.
+
+    threadgroup_array(type, name, size) -> text that stands for the variable `threadgroup type name size;`
+
+    Raises ValueError for a threadgroup variable that is not alone on its line.
+    """
     text = FUNCTION_CONSTANT.sub(r"static \1 \2; static bool \2_is_defined;", text)
     text = re.sub(r"\bis_function_constant_defined\s*\(\s*(\w+)\s*\)", r"\1_is_defined", text)
-    text = THREADGROUP_ARRAY.sub(lambda m: m["indent"] + threadgroup_array(m["type"], m["name"], m["size"]), text)
+    text = THREADGROUP_ARRAY.sub(
+        lambda m: m["indent"] + threadgroup_array(m["type"], m["name"], m["size"]), text
+    )
     missed = re.search(r"^[ \t]*threadgroup\s[^*&()]*;", text, re.MULTILINE)
     if missed:
-        raise ValueError(f"threadgroup variable not understood (one alone on its line, please): {missed[0].strip()}")
+        raise ValueError(f"threadgroup variable not alone on its line: {missed[0].strip()}")
     text = METAL_ATTRIBUTE.sub("", text)
     text = re.sub(r"\bkernel\s+(?=void\b)", "", text)
     text = re.sub(r"\bconst\s+constant\b|\bconstant\s+const\b|\bconstant\b(?!\s+constexpr\b)", "const", text)
