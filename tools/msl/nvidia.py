@@ -1,15 +1,15 @@
 """Metal shaders as CUDA text for NVRTC, compiled, and run with cupy.
 
-The text is metal.h's CUDA half, the shader without address spaces, and one `extern "C" __global__` function for each
-instantiation. NVRTC alone compiles it: its option -default-device makes every function of the shader a device
-function, which nvcc has no option for.
+The text is metal.h's CUDA half, the shader without address spaces, and an `extern "C" __global__` function
+for each instantiation. Only NVRTC compiles it: its option -default-device makes every function of the shader
+a device function; nvcc has no such option.
 """
 
 import ctypes
 import functools
-import importlib.util
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ class Program:
 
 
 def cuda(sources, instantiate, defines=None, include=(), replace=None, function_constants=None) -> Program:
-    """CUDA text of shaders; the arguments are harness.compile's, and the function constants {index: value}."""
+    """CUDA text of shaders; arguments as harness.compile's, and the function constants {index: value}."""
     text = source.flatten(sources, include, replace)
     kernels = source.kernels(text)
     constants = function_constants or {}
@@ -68,78 +68,76 @@ def cuda(sources, instantiate, defines=None, include=(), replace=None, function_
     return Program("\n".join(parts) + "\n", functions, found)
 
 
+@functools.cache
 def nvrtc_library() -> str | None:
-    """Path of libnvrtc: of the PyPI package nvidia-cuda-nvrtc, of MLXQ_NVRTC, or of the toolkit."""
-    candidates = [os.environ.get("MLXQ_NVRTC", "")]
-    for package in ("nvidia.cu13", "nvidia.cuda_nvrtc"):
-        try:
-            spec = importlib.util.find_spec(package)
-        except ModuleNotFoundError:
-            spec = None
-        for folder in spec.submodule_search_locations if spec else ():
-            candidates += [str(p) for p in sorted(Path(folder, "lib").glob("libnvrtc.so*"))]
-    candidates += [str(p) for p in sorted(Path("/usr/local/cuda/lib64").glob("libnvrtc.so*"))]
-    return next((c for c in candidates if c and Path(c).exists()), None)
+    """Path of libnvrtc: what MLXQ_NVRTC names, else of package nvidia-cuda-nvrtc, else the toolkit's."""
+    if "MLXQ_NVRTC" in os.environ:
+        return os.environ["MLXQ_NVRTC"]
+    places = [Path(folder or ".", "nvidia") for folder in sys.path] + [Path("/usr/local")]
+    patterns = ("*/lib/libnvrtc.so.*", "cuda*/lib64/libnvrtc.so.*", "cuda*/targets/*/lib/libnvrtc.so.*")
+    found = [p for place in places for pattern in patterns for p in sorted(place.glob(pattern))]
+    return next((str(p) for p in found if "alt" not in p.name), None)
 
 
 @functools.cache
-def nvrtc():
+def nvrtc() -> ctypes.CDLL:
     path = nvrtc_library()
     if path is None:
         raise FileNotFoundError("no NVRTC: pip install 'nvidia-cuda-nvrtc==13.0.*', or set MLXQ_NVRTC")
     # It loads its builtins by name, so they are loaded first from beside it.
-    for builtins in sorted(Path(path).parent.glob("libnvrtc-builtins.so*")):
-        ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
-    return ctypes.CDLL(path)
+    for builtins in sorted(Path(path).parent.glob("libnvrtc-builtins.so.*")):
+        if "alt" not in builtins.name:
+            ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(path)
+    library.nvrtcGetErrorString.restype = ctypes.c_char_p
+    return library
 
 
-def ptx(program: Program, arch: str = "sm_90") -> str:
-    """The PTX or cubin text of a program. Raises harness.CompileError with NVRTC's words."""
+def cubin(program: Program, arch: str = "sm_90") -> bytes:
+    """Machine code of a program. Raises harness.CompileError with NVRTC's words."""
     library = nvrtc()
     handle = ctypes.c_void_p()
 
     def check(code: int) -> None:
         if code:
-            library.nvrtcGetErrorString.restype = ctypes.c_char_p
             raise harness.CompileError(f"NVRTC: {library.nvrtcGetErrorString(code).decode()}")
 
-    check(library.nvrtcCreateProgram(ctypes.byref(handle), program.text.encode(), b"shader.cu", 0, None, None))
-    try:
-        options = [f"-arch={arch.replace('sm', 'compute')}".encode(), *(o.encode() for o in OPTIONS)]
-        failed = library.nvrtcCompileProgram(handle, len(options), (ctypes.c_char_p * len(options))(*options))
-        if failed:
-            size = ctypes.c_size_t()
-            check(library.nvrtcGetProgramLogSize(handle, ctypes.byref(size)))
-            log = ctypes.create_string_buffer(size.value)
-            check(library.nvrtcGetProgramLog(handle, log))
-            raise harness.CompileError(log.value.decode(errors="replace")[:4000])
+    def result(what: str) -> bytes:
         size = ctypes.c_size_t()
-        check(library.nvrtcGetPTXSize(handle, ctypes.byref(size)))
-        text = ctypes.create_string_buffer(size.value)
-        check(library.nvrtcGetPTX(handle, text))
-        return text.value.decode()
+        check(getattr(library, f"nvrtcGet{what}Size")(handle, ctypes.byref(size)))
+        data = ctypes.create_string_buffer(size.value)
+        check(getattr(library, f"nvrtcGet{what}")(handle, data))
+        return data.raw
+
+    text = program.text.encode()
+    check(library.nvrtcCreateProgram(ctypes.byref(handle), text, b"shader.cu", 0, None, None))
+    try:
+        options = [f"-arch={arch}".encode(), *(option.encode() for option in OPTIONS)]
+        if library.nvrtcCompileProgram(handle, len(options), (ctypes.c_char_p * len(options))(*options)):
+            raise harness.CompileError(result("ProgramLog").decode(errors="replace")[:4000])
+        return result("CUBIN")
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(handle))
 
 
-class Library:
-    """A program on the first GPU, through cupy; run() takes what the CPU harness' run() takes."""
+class Module:
+    """Compiled entries on the first GPU, through cupy; run() takes what the CPU harness' run() takes."""
 
-    def __init__(self, program: Program):
+    def __init__(self, path: Path, functions: dict[str, str], kernels: dict[str, source.Kernel]):
         import cupy
 
         self.cupy = cupy
-        self.program = program
-        self.module = cupy.RawModule(code=program.text, backend="nvrtc", options=OPTIONS)
+        self.functions = functions
+        self.kernels = kernels
+        self.module = cupy.RawModule(path=str(path))
 
     def run(self, entry, buffers: dict, grid, threadgroup) -> None:
         """Run one dispatch; arrays bound to writable buffers hold its output afterwards.
 
-        Each array is an allocation of its own, so that memcheck sees an access past its end.
+        Every array is an allocation of its own, so that memcheck sees an access past its end.
         """
         name = harness.entry_name(entry)
-        kernel = self.program.kernels[name]
-        parameters = {p.buffer: p for p in kernel.parameters if p.buffer >= 0}
+        parameters = {p.buffer: p for p in self.kernels[name].parameters if p.buffer >= 0}
         if set(parameters) != set(buffers):
             raise ValueError(f"run: {name} has buffers {sorted(parameters)}, given are {sorted(buffers)}")
         on_device = {}
@@ -148,19 +146,14 @@ class Library:
             memory = self.cupy.cuda.Memory(max(1, host.nbytes))
             pointer = self.cupy.cuda.MemoryPointer(memory, 0)
             on_device[n] = self.cupy.ndarray(host.shape, host.dtype, pointer)
-            on_device[n].set(np.ascontiguousarray(host))
-        function = self.module.get_function(self.program.functions[name])
-        function(tuple(grid), tuple(threadgroup), tuple(on_device[n] for n in sorted(on_device)))
+            if host.nbytes:
+                on_device[n].set(np.ascontiguousarray(host))
+        arguments = tuple(on_device[n] for n in sorted(on_device))
+        self.function(name)(tuple(grid), tuple(threadgroup), arguments)
         self.cupy.cuda.runtime.deviceSynchronize()
         for n, p in parameters.items():
             if p.writable:
                 buffers[n][...] = on_device[n].get().reshape(buffers[n].shape)
 
-    def registers(self, entry) -> int:
-        function = self.module.get_function(self.program.functions[harness.entry_name(entry)])
-        return function.num_regs
-
-
-def compile(sources, instantiate, defines=None, include=(), replace=None, function_constants=None) -> Library:
-    """Compile Metal shaders for the GPU of this machine; needs cupy."""
-    return Library(cuda(sources, instantiate, defines, include, replace, function_constants))
+    def function(self, entry):
+        return self.module.get_function(self.functions[harness.entry_name(entry)])
