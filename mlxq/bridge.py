@@ -6,6 +6,8 @@ import sys
 
 import numpy as np
 
+from mlxq.format import dtype_name
+
 
 def kind(array) -> str:
     """"numpy", "mlx" or "torch": which framework made the array. Raises TypeError for anything else."""
@@ -17,11 +19,6 @@ def kind(array) -> str:
     raise TypeError(f"expected a numpy array, an mx.array or a torch.Tensor, got {type(array).__name__}")
 
 
-def dtype_name(array) -> str:
-    """The dtype's bare name, the same for every framework: "float32", "bfloat16", "uint32"."""
-    return str(array.dtype).split(".")[-1]
-
-
 def to_mx(array):
     """The same values as an mx.array; mx.array is returned as it is, numpy and torch are copied.
 
@@ -31,10 +28,10 @@ def to_mx(array):
 
     if isinstance(array, mx.array):
         return array
-    name = dtype_name(array)
+    which, name = kind(array), dtype_name(array)
     if name == "float64" or name.startswith("float8"):
         raise TypeError(f"to_mx: {name} has no exact MLX counterpart; cast it to float32 first")
-    if kind(array) == "numpy":
+    if which == "numpy":
         return mx.array(array)
     torch = sys.modules["torch"]
     host = array.detach().cpu().contiguous()

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxq import bridge
+from mlxq import bridge, format
 
 torch = pytest.importorskip("torch", reason="needs the package torch")
 VALUES = np.array([[0.0, -0.0, 1.5], [-2.0, 65504.0, np.inf]], np.float32)
@@ -16,7 +16,7 @@ def test_every_dtype_arrives_exactly(name):
     torch_name = {"uint32": "uint32"}.get(name, name)
     tensor = torch.from_numpy(values).to(getattr(torch, torch_name))
     array = mx.array(values).astype(getattr(mx, name))
-    assert bridge.dtype_name(tensor) == bridge.dtype_name(array) == name
+    assert format.dtype_name(tensor) == format.dtype_name(array) == name
     assert bridge.to_mx(tensor).dtype == array.dtype and mx.array_equal(bridge.to_mx(tensor), array)
     assert bridge.to_mx(array) is array
     wide = array.astype(mx.float32) if name == "bfloat16" else array
@@ -47,6 +47,8 @@ def test_dtypes_without_an_exact_counterpart_are_refused(bad):
 def test_anything_else_is_named():
     with pytest.raises(TypeError, match="got list"):
         bridge.kind([1.0])
+    with pytest.raises(TypeError, match="got list"):
+        bridge.to_mx([1])
 
 
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])

@@ -25,7 +25,8 @@ PICTURE = """
     ptq  checkpoint
     nn
     ops  rules
-    format  bridge
+    bridge
+    format
 """
 LAYER = {unit: depth for depth, line in enumerate(PICTURE.split("\n")) for unit in line.split()}
 

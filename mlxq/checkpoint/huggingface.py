@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxq.checkpoint.safetensors import STORED, Entry, Planned, read_header
+from mlxq.format import dtype_name
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 _TRAVELLING = (
@@ -111,7 +112,7 @@ class ArrayTensor:
 
     @property
     def dtype(self) -> str:
-        return str(self.array.dtype).rpartition(".")[2]
+        return dtype_name(self.array)
 
     def _rows(self, start: int, stop: int) -> mx.array:
         return self.array.reshape(-1, self.shape[-1] if self.shape else 1)[start:stop]

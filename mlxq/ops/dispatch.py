@@ -55,7 +55,7 @@ def quantize(w, fmt: format.Format, rule: str = "affine", scale_dtype: str | Non
     The same bits on every device and for every framework. Raises ValueError for NaN or Inf (how many, where),
     for shapes, and for scales that the storage cannot hold.
     """
-    scale_dtype = scale_dtype or bridge.dtype_name(w)
+    scale_dtype = scale_dtype or format.dtype_name(w)
     if scale_dtype not in format.STORAGE:
         raise TypeError(f"quantize: scales in {scale_dtype} do not exist; built: {', '.join(format.STORAGE)}")
     packed = native.quantize(w, fmt, rule, scale_dtype)
@@ -75,7 +75,7 @@ def dequantize(packed: format.Packed, dtype: str | None = None):
 
     dtype is a name of format.STORAGE; None: the scales' dtype.
     """
-    dtype = dtype or bridge.dtype_name(packed.scales)
+    dtype = dtype or format.dtype_name(packed.scales)
     if bridge.kind(packed.words) == "mlx":
         return native.dequantize(packed, dtype)
     parts = (bridge.to_numpy(a) for a in (packed.words, packed.scales, packed.biases))

@@ -172,7 +172,7 @@ def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpos
 def _check(x, words, scales, biases, fmt: format.Format, transpose: bool, op: str) -> None:
     """The argument checks of the compiled primitive, in its words, for the paths that do not reach it."""
     if x.dtype not in _FLOATS:
-        raise TypeError(f"{op}: x is {bridge.dtype_name(x)}; wanted float32, float16 or bfloat16")
+        raise TypeError(f"{op}: x is {format.dtype_name(x)}; wanted float32, float16 or bfloat16")
     packed = format.Packed(words, scales, biases, fmt).validate()
     inner, name = (packed.K, "K") if transpose else (packed.N, "N")
     if x.ndim == 0 or x.shape[-1] != inner:
@@ -183,7 +183,7 @@ def _check(x, words, scales, biases, fmt: format.Format, transpose: bool, op: st
 def quantize(w, fmt: format.Format, rule: str, scale_dtype: str) -> format.Packed | None:
     """Packed weights through the compiled quantizer; None when it does not serve or refuses them."""
     module = _load()[0]
-    name = bridge.dtype_name(w)
+    name = format.dtype_name(w)
     if module is None or rule != "affine" or name not in format.STORAGE or w.ndim < 2:
         return None
     bits_of_w = bridge.host_bits(w)
