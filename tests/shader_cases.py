@@ -1,5 +1,5 @@
-"""Every shader, on any machine that runs them: how it is dispatched (metal/shaders/kernels.json), what it is given, and
-the float64 answer with the bound of its error.
+"""Every shader, on any machine that runs them: how it is dispatched (metal/shaders/kernels.json), what it is
+given, and the float64 answer with the bound of its error.
 
     for case in core():
         buffers = case.buffers()
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,10 @@ ROUNDING = {"float": 2.0**-24, "half": 2.0**-11, "bfloat": 2.0**-8}  # of a resu
 
 
 def entry(kernel: str, *arguments) -> tuple[str, str]:
-    """(kernel, "template arguments") as tools.msl.harness takes them. Raises ValueError for what is not built."""
+    """(kernel, "template arguments") as tools.msl.harness takes them.
+
+    Raises ValueError for what is not built.
+    """
     row = KERNELS[kernel]
     if len(arguments) != len(row["template"]):
         raise ValueError(f"{kernel}: template arguments are {row['template']}, given {arguments}")
@@ -154,13 +158,17 @@ class Case:
             else:
                 error = np.abs(widened(got) - answer)
                 wrong = ~(error <= bound)
-                share = np.nanmax(np.where(bound > 0, error / np.where(bound > 0, bound, 1), 0)) if error.size else 0
+                share = (
+                    np.nanmax(np.where(bound > 0, error / np.where(bound > 0, bound, 1), 0))
+                    if error.size
+                    else 0
+                )
                 worst = f"worst error {share:.3g} of its bound"
             if wrong.any():
                 where = tuple(int(i) for i in np.argwhere(wrong)[0])
                 raise AssertionError(
-                    f"{self}: {name} is wrong in {np.count_nonzero(wrong)} of {wrong.size} places, first {where}: "
-                    f"{got[where]}, not {answer[where]}; {worst}"
+                    f"{self}: {name} is wrong in {np.count_nonzero(wrong)} of {wrong.size} places, "
+                    f"first {where}: {got[where]}, not {answer[where]}; {worst}"
                 )
 
     def __str__(self) -> str:
@@ -168,7 +176,26 @@ class Case:
         return f"{self.kernel}<{', '.join(map(str, self.arguments))}> {self.label or shape}"
 
 
-# ---------------------------------------------------------------------------------------------------------------- products
+def run_on_harness(cases: list[Case], seeds, **options) -> list:
+    """The Result of each case's last seed on the CPU harness. Raises what the harness or the check says."""
+    sys.path.insert(0, str(SHADERS.parent.parent))  # tools/ is no installed package
+    from tools.msl import harness
+
+    entries: dict[Path, dict] = {}
+    for case in cases:
+        entries.setdefault(case.file, {})[case.entry] = None
+    libs = {file: harness.compile(file, list(wanted)) for file, wanted in entries.items()}
+    results = []
+    for case in cases:
+        for seed in seeds:
+            buffers = case.buffers()
+            result = libs[case.file].run(case.entry, buffers, case.grid, case.threads, seed=seed, **options)
+            case.check(buffers)
+        results.append(result)
+    return results
+
+
+# -------------------------------------------------------------------------------- products
 
 
 @dataclass(frozen=True)
@@ -210,9 +237,8 @@ def product(rng, kernel: str, arguments: tuple, M: int, N: int, K: int, span: in
     inner, outer = (K, N) if forward else (N, K)
     x = activations(rng, (M, inner), T)
     value, size = (w.value.T, w.size.T) if forward else (w.value, w.size)
-    inputs = {
-        "x" if forward else "g": x, "words": w.words, "scales": w.scales, "biases": w.biases, "M": M, "N": N, "K": K
-    }  # fmt: skip
+    inputs = {"x" if forward else "g": x, "words": w.words, "scales": w.scales, "biases": w.biases}
+    inputs |= {"M": M, "N": N, "K": K}
     xf = widened(x)
     ranges = [(at, min(at + span, inner)) for at in range(0, inner, span)] if span else [(0, inner)]
     answer = np.stack([xf[:, a:b] @ value[a:b] for a, b in ranges])
@@ -249,8 +275,18 @@ def tile_list(rhs: np.ndarray, M: int, E: int, BM: int) -> np.ndarray:
 
 def schedule(rhs: np.ndarray, M: int, E: int, BM: int) -> Case:
     answer = tile_list(rhs, M, E, BM)
-    inputs = {"rhs": rhs, "tiles": empty(answer.shape, "int"), "B": len(rhs), "M": M, "E": E, "BM": BM, "count": len(answer)}
-    return Case("schedule_tiles", (), inputs, {"tiles": (answer, None)}, label=f"B={len(rhs)} M={M} E={E} BM={BM}")
+    inputs = {
+        "rhs": rhs,
+        "tiles": empty(answer.shape, "int"),
+        "B": len(rhs),
+        "M": M,
+        "E": E,
+        "BM": BM,
+        "count": len(answer),
+    }
+    return Case(
+        "schedule_tiles", (), inputs, {"tiles": (answer, None)}, label=f"B={len(rhs)} M={M} E={E} BM={BM}"
+    )
 
 
 def gathered(rng, kernel: str, arguments: tuple, M: int, N: int, K: int, E: int, B: int) -> Case:
@@ -263,7 +299,16 @@ def gathered(rng, kernel: str, arguments: tuple, M: int, N: int, K: int, E: int,
     lhs = rng.integers(0, blocks, B, dtype=np.int32)
     rhs = rng.integers(0, E, B, dtype=np.int32)
     scalars = {"B": B}
-    inputs = {"x": x, "words": w.words, "scales": w.scales, "biases": w.biases, "lhs": lhs, "M": M, "N": N, "K": K}
+    inputs = {
+        "x": x,
+        "words": w.words,
+        "scales": w.scales,
+        "biases": w.biases,
+        "lhs": lhs,
+        "M": M,
+        "N": N,
+        "K": K,
+    }
     if kernel.endswith("_sorted"):
         rhs.sort()
         inputs["tiles"] = tile_list(rhs, M, E, arguments[4])
@@ -278,17 +323,19 @@ def gathered(rng, kernel: str, arguments: tuple, M: int, N: int, K: int, E: int,
     return Case(kernel, arguments, inputs, {"y": (answer, bound)}, scalars, f"M={M} N={N} K={K} E={E} B={B}")
 
 
-# ---------------------------------------------------------------------------------------------------------------- quantizing
+# -------------------------------------------------------------------------------- quantizing
 
 
 def quantized(w: np.ndarray, fmt: Format, W: str, S: str) -> Case:
-    """Rule "affine" on groups (G, group_size) of float32 values that W holds exactly: bits as mlxq.format gives them."""
+    """Rule "affine" on w, float32 (G, group_size) of values that W holds exactly; the bits of mlxq.format."""
     p = fm.quantize(w, fmt, "affine", STORED[S])
     answers = {"words": p.words, "scales": stored(p.scales, S)[:, 0], "biases": stored(p.biases, S)[:, 0]}
     inputs = {"w": stored(w, W), "groups": len(w), "report": np.zeros(2, np.uint32)}
     outputs = {"report": (np.zeros(2, np.uint32), None)}
     for name, answer in answers.items():
-        inputs[name] = np.full_like(answer, np.nan) if answer.dtype.kind == "f" else np.full_like(answer, 0xAAAA)
+        inputs[name] = (
+            np.full_like(answer, np.nan) if answer.dtype.kind == "f" else np.full_like(answer, 0xAAAA)
+        )
         bits = np.dtype(f"uint{8 * answer.dtype.itemsize}")
         outputs[name] = (answer.view(bits), None)
     return Case("quantize", (W, S, fmt.bits, fmt.group_size), inputs, outputs)
@@ -299,19 +346,26 @@ def dequantized(rng, fmt: Format, W: str, S: str, groups: int) -> Case:
     scales, biases = (widened(a).astype(np.float32) for a in (w.scales, w.biases))
     answer = stored(fm.dequantize(fm.Packed(w.words, scales, biases, fmt)), W)
     bits = np.dtype(f"uint{8 * answer.dtype.itemsize}")
-    inputs = {"words": w.words, "scales": w.scales[:, 0].copy(), "biases": w.biases[:, 0].copy(), "groups": groups}
+    inputs = {
+        "words": w.words,
+        "scales": w.scales[:, 0].copy(),
+        "biases": w.biases[:, 0].copy(),
+        "groups": groups,
+    }
     inputs["w"] = empty(answer.shape, W)
     return Case("dequantize", (W, S, fmt.bits, fmt.group_size), inputs, {"w": (answer.view(bits), None)})
 
 
-# ---------------------------------------------------------------------------------------------------------------- W8A8
+# -------------------------------------------------------------------------------- W8A8
 
 
 def q8(rng, kernel: str, arguments: tuple, M: int, N: int, K: int, extreme: bool = False) -> Case:
-    """int8 products; extreme: all codes -128, the largest sums there are. Words as int8, or as format 8-bit codes."""
+    """int8 products; extreme: all codes -128, the largest sums there are. Words as int8 or as 8-bit codes."""
     T, group_size = arguments[:2]
     shape = [(M, K), (N, K)]
-    x, w = (np.full(s, -128, np.int8) if extreme else rng.integers(-128, 128, s, dtype=np.int8) for s in shape)
+    x, w = (
+        np.full(s, -128, np.int8) if extreme else rng.integers(-128, 128, s, dtype=np.int8) for s in shape
+    )
     flip = int(rng.choice([0, 0x80808080]))
     words = (w.view(np.uint8) ^ np.uint8(flip & 0xFF)).view(np.uint32)
     x_scales = rng.uniform(0.001, 0.02, M).astype(np.float32)
@@ -344,7 +398,7 @@ def q8_rows(rng, T: str, M: int, K: int) -> Case:
     return Case("q8_rows", (T,), inputs, outputs)
 
 
-# ---------------------------------------------------------------------------------------------------------------- the list
+# -------------------------------------------------------------------------------- the list
 
 
 def shapes(fmt: Format, rows: int | None = None) -> list[tuple[int, int, int]]:
@@ -362,8 +416,7 @@ def one_by_one(make: Callable[[Format, tuple[str, str], int], list[Case]]) -> li
 
 
 def core(seed: int = 0) -> list[Case]:
-    """All kernels and formats, all types, all tiles, all numbers of rows, ragged shapes: each choice of a kernel meets
-    each format or each pair of types, not all pairs of choices."""
+    """All kernels, formats, types, tiles, numbers of rows and ragged shapes, but not all pairs of choices."""
     rng = np.random.default_rng(seed)
     found: list[Case] = []
 
@@ -376,7 +429,9 @@ def core(seed: int = 0) -> list[Case]:
                 chosen = shapes(fmt, M)[i % 3 :: 3] + shapes(fmt, M)[-1:]
                 for M_, N, K in chosen:
                     arguments = (T, S, fmt.bits, fmt.group_size, M)
-                    cases.append(product(rng, kernel, arguments, M_, N, K, span_of(N, K, fmt) if span_of else 0))
+                    cases.append(
+                        product(rng, kernel, arguments, M_, N, K, span_of(N, K, fmt) if span_of else 0)
+                    )
             return cases
 
         return make
@@ -385,9 +440,17 @@ def core(seed: int = 0) -> list[Case]:
         def make(fmt, pair, i):
             if i % every:
                 return []
-            arguments = (*pair, fmt.bits, fmt.group_size, *TILES[(i // every) % 3 if every > 1 else (i + i // 3) % 3])
+            arguments = (
+                *pair,
+                fmt.bits,
+                fmt.group_size,
+                *TILES[(i // every) % 3 if every > 1 else (i + i // 3) % 3],
+            )
             chosen = shapes(fmt)[i % 3 :: 3] + [(65, 67, 2 * fmt.group_size), (128, 64, 256)]
-            return [product(rng, kernel, arguments, *s, span_of(s[1], s[2], fmt) if span_of else 0) for s in chosen]
+            return [
+                product(rng, kernel, arguments, *s, span_of(s[1], s[2], fmt) if span_of else 0)
+                for s in chosen
+            ]
 
         return make
 
@@ -405,8 +468,13 @@ def core(seed: int = 0) -> list[Case]:
     for i, (kernel, M) in enumerate((k, m) for k in ("gather_qmv", "gather_qvm") for m in (1, 3, 8)):
         fmt = FORMATS[(4 * i) % 9]
         arguments = (*PAIRS[(i * 2 + 1) % 9], fmt.bits, fmt.group_size, M)
-        found += [gathered(rng, kernel, arguments, M, N, g * fmt.group_size, E, B) for N, g, E, B in ((5, 3, 4, 7), (17, 2, 1, 1))]
-    for i, kernel in enumerate(("gather_qmm", "gather_qmm_n", "gather_qmm_sorted", "gather_qmm_n_sorted") * 2):
+        found += [
+            gathered(rng, kernel, arguments, M, N, g * fmt.group_size, E, B)
+            for N, g, E, B in ((5, 3, 4, 7), (17, 2, 1, 1))
+        ]
+    for i, kernel in enumerate(
+        ("gather_qmm", "gather_qmm_n", "gather_qmm_sorted", "gather_qmm_n_sorted") * 2
+    ):
         fmt = FORMATS[(2 * i + 1) % 9]
         arguments = (*PAIRS[(i * 4 + 2) % 9], fmt.bits, fmt.group_size, *TILES[(i + i // 4) % 3])
         found.append(gathered(rng, kernel, arguments, 1, 40, fmt.group_size, 3, 50))
@@ -427,7 +495,48 @@ def core(seed: int = 0) -> list[Case]:
             found.append(q8(rng, "q8_mm", (T, group_size), M, N, K))
         for N, K in ((9, 128), (3, 640)):
             found.append(q8(rng, "q8_mv", (T, group_size, 1 + 2 * i), 1 + 2 * i, N, K))
-    found += [q8(rng, "q8_mm", ("int", 0), 3, 5, 2592), q8(rng, "q8_mm", ("int", 0), 2, 5, 4096, extreme=True)]
-    found += [q8(rng, "q8_mv", ("int", 0, 2), 2, 5, 2592), q8(rng, "q8_mv", ("int", 0, 8), 8, 5, 4096, extreme=True)]
+    found += [
+        q8(rng, "q8_mm", ("int", 0), 3, 5, 2592),
+        q8(rng, "q8_mm", ("int", 0), 2, 5, 4096, extreme=True),
+    ]
+    found += [
+        q8(rng, "q8_mv", ("int", 0, 2), 2, 5, 2592),
+        q8(rng, "q8_mv", ("int", 0, 8), 8, 5, 4096, extreme=True),
+    ]
     found += [q8_rows(rng, T, 3, K) for T in STORED for K in (96, 1060)]
+    return found
+
+
+def every(seed: int = 0) -> list[Case]:
+    """Every instantiation of the table once, on a ragged shape that has all kinds of edges."""
+    rng = np.random.default_rng(seed)
+    found: list[Case] = []
+    for kernel, row in KERNELS.items():
+        for _, text in all_entries(kernel):
+            arguments = tuple(a if a.isalpha() else int(a) for a in text.split(", ")) if text else ()
+            given = dict(zip(row["template"], arguments, strict=True))
+            group_size = given.get("group_size", 0)
+            M = given.get("M", given.get("BM", 3) + 5)
+            N, K = 37, 3 * (group_size or 32)
+            if kernel == "schedule_tiles":
+                found.append(schedule(np.sort(rng.integers(0, 7, 50, dtype=np.int32)), 3, 7, 16))
+            elif kernel == "sum_splits":
+                found.append(sum_splits(rng, *arguments, 700, 5))
+            elif kernel == "q8_rows":
+                found.append(q8_rows(rng, *arguments, 3, 1060))
+            elif kernel.startswith("q8"):
+                if given["T"] != "int" or group_size == 0:
+                    found.append(q8(rng, kernel, arguments, given.get("M", 67), N, K))
+            elif kernel in ("quantize", "dequantize"):
+                fmt = Format(given["bits"], group_size)
+                w = widened(stored(rng.normal(size=(11, group_size)), given["W"])).astype(np.float32)
+                W, S = arguments[:2]
+                found.append(
+                    quantized(w, fmt, W, S) if kernel == "quantize" else dequantized(rng, fmt, W, S, 11)
+                )
+            elif kernel.startswith("gather"):
+                found.append(gathered(rng, kernel, arguments, given.get("M", 11), N, K, 3, 5))
+            else:
+                span = {"qmm_split": 2 * group_size, "qmm_n_split": 32, "qvm_split": 16}.get(kernel, 0)
+                found.append(product(rng, kernel, arguments, M, N, K, span))
     return found

@@ -14,7 +14,8 @@
 //   buffer 8  N       int
 //   buffer 9  K       int, a multiple of group_size
 //
-// Four ways to do it, by shape; each is the plain kernel of the same name (see qmv, qmm, qmm_n.metal) on moved pointers:
+// Three ways to do it, by shape; each is the plain kernel of the same name on moved pointers: threadgroup, picture and what
+// must divide what are in qmv, qmm and qmm_n.metal.
 //   decode, M = 1 to 8        gather_qmv, gather_qvm: grid (ceil(N / 8), B) and (ceil(K / 128), B)
 //   blocks of many rows       gather_qmm, gather_qmm_n: grid (ceil(N or K / BN), ceil(M / BM), B)
 //   sorted rhs, many blocks   gather_qmm_sorted, gather_qmm_n_sorted: grid (ceil(N or K / BN), number of tiles). The rows of all
@@ -28,7 +29,8 @@
 //                             At most ceil(B * M / BM) + min(E, B) tiles exist: the host launches so many.
 //
 // Indices are not checked here: an expert or a block that does not exist is the caller's mistake (the primitive's).
-// Ragged edges, accumulators (float32) and what limits the speed: as in the plain kernels. Not measured on Apple hardware.
+// Accumulators are float32, edges ragged inside the kernels. Limited by what limits the plain kernels; unsorted decoding by
+// the words of every block's expert, read once a block. Not measured on Apple hardware.
 #pragma once
 
 #include "qmm.metal"

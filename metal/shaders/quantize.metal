@@ -29,6 +29,7 @@
 
 #include <metal_atomic>
 
+#include "../../mlxq/format.h"
 #include "tile.h"
 
 #pragma METAL fp contract(off)
@@ -77,9 +78,9 @@ METAL_FUNC void keep(device bfloat* out, int at, float value) {
 
 METAL_FUNC void keep(device half* out, int at, float value) { out[at] = as_type<half>(half_pattern(value)); }
 
-METAL_FUNC float smallest_scale(float) { return 8.07793567e-28f; }   // 2^-90
-METAL_FUNC float smallest_scale(bfloat) { return 8.07793567e-28f; }  // 2^-90
-METAL_FUNC float smallest_scale(half) { return 5.96046448e-08f; }    // 2^-24
+METAL_FUNC float smallest_scale(float) { return MLXQ_SMALLEST_SCALE_FLOAT32; }
+METAL_FUNC float smallest_scale(bfloat) { return MLXQ_SMALLEST_SCALE_BFLOAT16; }
+METAL_FUNC float smallest_scale(half) { return MLXQ_SMALLEST_SCALE_FLOAT16; }
 
 METAL_FUNC bool is_finite(float value) { return (as_type<uint>(value) & 0x7f800000u) != 0x7f800000u; }
 
@@ -99,7 +100,7 @@ METAL_FUNC float encode(const thread float* w, float scale, float bias, float le
     const float value = product + bias;
     const float error = (w[e] - value) * unit;
     const float squared = error * error;
-    errors[e] = squared < 8.27180613e-25f ? 0.0f : squared;  // 2^-80
+    errors[e] = squared < MLXQ_ERROR_BELOW ? 0.0f : squared;
   }
   for (int n = EACH / 2; n > 0; n /= 2) {
     for (int e = 0; e < n; e++) {
@@ -136,7 +137,7 @@ template <typename W, typename S, int bits, int group_size>
   for (int e = 0; e < EACH; e++) {
     const float value = scale_value(from[32 * e + lane]);
     bad += is_finite(value) ? 0u : 1u;
-    values[e] = metal::abs(value) < 1.17549435e-38f ? 0.0f : value;  // 2^-126
+    values[e] = metal::abs(value) < MLXQ_FLUSH_BELOW ? 0.0f : value;
     low = values[e] < low ? values[e] : low;
     high = values[e] > high ? values[e] : high;
   }
@@ -155,10 +156,10 @@ template <typename W, typename S, int bits, int group_size>
   for (int e = 0; e < EACH; e++) {
     codes[e] = 0u;
   }
-  float chosen_scale = 6.10351562e-05f;  // 2^-14
+  float chosen_scale = MLXQ_CONSTANT_SCALE;
   float chosen_bias = stored(low, storage);
   bool held = is_finite(chosen_bias);
-  if (!(range < 8.27180613e-25f)) {  // 2^-80: else a constant group
+  if (!(range < MLXQ_CONSTANT_BELOW)) {
     const float smallest = smallest_scale(storage);
     const float unit = as_type<float>((254u << 23) - (as_type<uint>(range) & 0x7f800000u));  // 2^-floor(log2(range))
     const float half_bin = range * (0.5f / (levels + 1.0f));
@@ -178,7 +179,7 @@ template <typename W, typename S, int bits, int group_size>
     for (int i = 0; i < 3; i++) {
       uint tried[EACH];
       const float error = encode<EACH>(values, grid_scale[i], grid_bias[i], levels, unit, tried);
-      const bool usable = range < 1.70141183e38f && is_finite(grid_scale[i]) && is_finite(grid_bias[i]);  // 2^127
+      const bool usable = range < MLXQ_RANGE_LIMIT && is_finite(grid_scale[i]) && is_finite(grid_bias[i]);
       if (usable && error < best) {
         best = error;
         held = true;
