@@ -391,6 +391,55 @@ def test_bad_input_gets_one_clear_error(message):
         mx.eval(call(packed(96, 128)))
 
 
+# The compiled primitive checks 4 bits, Python the widths that stock MLX serves and numpy arrays.
+EVERYWHERE = {
+    "qmm: x has K=64 but w holds K=128": (ValueError, lambda x, p, i: ops.qmm(x(2, 64), p(40))),
+    "qmm: x has N=39 but w holds N=40": (ValueError, lambda x, p, i: ops.qmm(x(2, 39), p(40), False)),
+    "qmm: x has shape (": (ValueError, lambda x, p, i: ops.qmm(x(), p(40))),
+    "qmm: words have shape (2, 40": (ValueError, lambda x, p, i: ops.qmm(x(2, 128), p(2, 40))),
+    "gather_qmm: x has shape (128": (ValueError, lambda x, p, i: ops.gather_qmm(x(128), p(2, 40))),
+    "gather_qmm: x has K=64": (ValueError, lambda x, p, i: ops.gather_qmm(x(2, 1, 64), p(2, 40))),
+    "lhs_indices are float32; wanted integers": (
+        TypeError,
+        lambda x, p, i: ops.gather_qmm(x(1, 1, 128), p(2, 40), i([0.0]).astype(x().dtype), i([0])),
+    ),
+}
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("array", [mx.array, np.array], ids=["mlx", "numpy"])
+@pytest.mark.parametrize("message", EVERYWHERE)
+def test_whatever_serves_a_product_refuses_in_the_same_words(message, array, bits):
+    def x(*shape):
+        return array(np.zeros(shape, np.float32))
+
+    def weight(*shape):
+        return ops.quantize(array(np.zeros((*shape, 128), np.float32)), format.Format(bits, 32))
+
+    error, call = EVERYWHERE[message]
+    with pytest.raises(error, match=re.escape(message)):
+        call(x, weight, array)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int32])
+def test_other_dtypes_of_x_and_of_weights_are_refused_for_numpy_too(dtype):
+    with pytest.raises(TypeError, match="qmm: x is .*; wanted float32, float16 or bfloat16"):
+        ops.qmm(np.zeros((2, 128), dtype), packed(24, 128))
+    with pytest.raises(TypeError, match="quantize: w is .*; wanted float32"):
+        ops.quantize(np.zeros((2, 128), dtype), FMT, scale_dtype="float32")
+    with pytest.raises(TypeError, match="got list"):
+        ops.quantize([[1.0] * 64], FMT)
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (3, 0), (2, 0, 64), (0, 0)])
+@pytest.mark.parametrize("rule", format.RULES)
+def test_a_weight_of_zero_size_is_an_empty_packed(shape, rule):
+    torch = pytest.importorskip("torch", reason="needs the package torch")
+    for array in (np.zeros(shape, np.float32), mx.zeros(shape), torch.zeros(shape)):
+        p = ops.quantize(array, FMT, rule)
+        assert p.shape == shape and tuple(p.scales.shape) == (*shape[:-1], shape[-1] // 64)
+
+
 def test_quantizing_is_the_same_for_numpy_mlx_and_torch():
     torch = pytest.importorskip("torch", reason="needs the package torch")
     w = np.random.default_rng(0).standard_normal((3, 20, 128)).astype(np.float32)

@@ -24,6 +24,7 @@ def qmm(x, w: format.Packed, transpose: bool = True):
     if which == "mlx":
         return native.qmm(x, w, transpose)
     if which == "numpy":
+        native.check("qmm", x, w, transpose)
         return reference.qmm(x, w, transpose).astype(x.dtype)
     raise TypeError("qmm: torch tensors are not served; pass an mx.array (mlxq.bridge.to_mx) or numpy")
 
@@ -36,12 +37,14 @@ def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpos
     result       (*broadcast(lhs_indices, rhs_indices), M, N), or (..., M, K) when transpose is False
 
     sorted_indices promises that rhs_indices ascend; the answer does not depend on it.
-    Out-of-range indices are not checked, as in MLX. Raises as qmm does.
+    An index out of range raises on a CPU stream, when the result is evaluated; stock MLX, where that serves,
+    reads past the end. Raises as qmm does.
     """
     which = bridge.kind(x)
     if which == "mlx":
         return native.gather_qmm(x, w, lhs_indices, rhs_indices, transpose, sorted_indices)
     if which == "numpy":
+        native.check("gather_qmm", x, w, transpose, lhs_indices, rhs_indices)
         return reference.gather_qmm(x, w, lhs_indices, rhs_indices, transpose).astype(x.dtype)
     raise TypeError("gather_qmm: torch tensors are not served; pass an mx.array (mlxq.bridge.to_mx) or numpy")
 
@@ -53,9 +56,12 @@ def quantize(w, fmt: format.Format, rule: str = "affine", scale_dtype: str | Non
     scale_dtype  storage of scales and biases, a name of format.STORAGE; None: w's dtype
 
     The same bits on every device and for every framework. Raises ValueError for NaN or Inf (how many, where),
-    for shapes, and for scales that the storage cannot hold.
+    for shapes, and for scales that the storage cannot hold; TypeError for dtypes.
     """
-    scale_dtype = scale_dtype or format.dtype_name(w)
+    bridge.kind(w)
+    if (name := format.dtype_name(w)) not in format.STORAGE:
+        raise TypeError(f"quantize: w is {name}; wanted {', '.join(format.STORAGE)}")
+    scale_dtype = scale_dtype or name
     if scale_dtype not in format.STORAGE:
         raise TypeError(f"quantize: scales in {scale_dtype} do not exist; built: {', '.join(format.STORAGE)}")
     packed = native.quantize(w, fmt, rule, scale_dtype)

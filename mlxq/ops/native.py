@@ -16,8 +16,6 @@ import numpy as np
 
 from mlxq import bridge, format
 
-_FLOATS = (mx.float32, mx.float16, mx.bfloat16)
-
 
 @functools.cache
 def _load():
@@ -125,7 +123,7 @@ def qmm(x: mx.array, w: format.Packed, transpose: bool = True) -> mx.array:
     module = _ext() if bits in format.KERNEL_BITS else None
     if module is not None:
         return module.qmm(x, words, scales, biases, transpose, group_size, bits)
-    _check(x, words, scales, biases, w.format, transpose, "qmm")
+    check("qmm", x, w, transpose)
     if x.size == 0:  # stock MLX divides by the number of rows
         return mx.zeros((*x.shape[:-1], w.N if transpose else w.K), x.dtype)
     y = mx.quantized_matmul(
@@ -149,7 +147,7 @@ def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpos
     if module is not None:
         parts = (x, words, scales, biases, lhs, rhs)
         return module.gather_qmm(*parts, transpose, group_size, bits, sorted_indices)
-    _check(x, words, scales, biases, w.format, transpose, "gather_qmm")
+    check("gather_qmm", x, w, transpose, lhs_indices, rhs_indices)
     if x.size == 0:
         batches = (x.shape[:-2] if lhs is None else lhs.shape, words.shape[:-2] if rhs is None else rhs.shape)
         leading = np.broadcast_shapes(*batches)
@@ -169,15 +167,26 @@ def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpos
     return y.astype(x.dtype)
 
 
-def _check(x, words, scales, biases, fmt: format.Format, transpose: bool, op: str) -> None:
-    """The argument checks of the compiled primitive, in its words, for the paths that do not reach it."""
-    if x.dtype not in _FLOATS:
+def check(op: str, x, w: format.Packed, transpose: bool, *indices) -> None:
+    """The argument checks of the compiled primitive, in its words, for the paths that do not reach it.
+
+    Arrays of any framework; indices, each maybe None, belong to op "gather_qmm".
+    """
+    if format.dtype_name(x) not in format.STORAGE:
         raise TypeError(f"{op}: x is {format.dtype_name(x)}; wanted float32, float16 or bfloat16")
-    packed = format.Packed(words, scales, biases, fmt).validate()
-    inner, name = (packed.K, "K") if transpose else (packed.N, "N")
-    if x.ndim == 0 or x.shape[-1] != inner:
-        got = x.shape[-1] if x.ndim else "no axis"
-        raise ValueError(f"{op}: x has {name}={got} but w holds {name}={inner}")
+    w.validate()
+    experts = op == "gather_qmm"
+    if not experts and len(w.shape) != 2:
+        raise ValueError(f"{op}: words have shape {tuple(w.words.shape)}; wanted (N, K * bits / 32)")
+    inner, name = (w.K, "K") if transpose else (w.N, "N")
+    if x.ndim < (2 if experts else 1):
+        wanted = f"(..., {'M, ' if experts else ''}{name}={inner})"
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; wanted {wanted}")
+    if x.shape[-1] != inner:
+        raise ValueError(f"{op}: x has {name}={x.shape[-1]} but w holds {name}={inner}")
+    for what, given in zip(("lhs_indices", "rhs_indices"), indices, strict=False):
+        if given is not None and "int" not in format.dtype_name(given):
+            raise TypeError(f"{op}: {what} are {format.dtype_name(given)}; wanted integers")
 
 
 def quantize(w, fmt: format.Format, rule: str, scale_dtype: str) -> format.Packed | None:
@@ -187,6 +196,8 @@ def quantize(w, fmt: format.Format, rule: str, scale_dtype: str) -> format.Packe
     if module is None or rule != "affine" or name not in format.STORAGE or w.ndim < 2:
         return None
     bits_of_w = bridge.host_bits(w)
+    if bits_of_w.size == 0:
+        return None  # -1 would stand for any size below
     rows = bits_of_w.reshape(-1, bits_of_w.shape[-1])
     parts = module.quantize(rows, name, fmt.bits, fmt.group_size, scale_dtype)
     if parts is None:
