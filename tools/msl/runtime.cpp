@@ -724,7 +724,7 @@ static void on_fault(int signal, siginfo_t* info, void* context) {
   char* address = static_cast<char*>(info->si_addr);
   const int index = buffer_near(address);
   if (index >= 0) describe_buffer_access(index, address, known, write);
-  if (address >= stacks && address < stacks + max_lanes * (stack_bytes + page))
+  if (address >= stacks && address < stacks + lane_count * (stack_bytes + page))
     fail(stack_overflow, -1, "a lane's stack of %zu KiB overflows", stack_bytes >> 10);
   fail(wild_access, -1, "access to no buffer, address %p", static_cast<void*>(address));
 }
@@ -732,12 +732,10 @@ static void on_fault(int signal, siginfo_t* info, void* context) {
 // Runs a dispatch; 0 or the kind of its first defect, described in its message.
 extern "C" __attribute__((visibility("default"))) int msl_dispatch(Dispatch* dispatch) {
   job = dispatch;
-  if (!stacks) {
+  if (!arena) {
     Dl_info info;
     dladdr(reinterpret_cast<void*>(&msl_dispatch), &info);
     module_base = static_cast<char*>(info.dli_fbase);
-    stacks = static_cast<char*>(map(max_lanes * (stack_bytes + page), PROT_READ | PROT_WRITE));
-    for (uint i = 0; i < max_lanes; i++) mprotect(stacks + i * (stack_bytes + page), page, PROT_NONE);
     arena = static_cast<char*>(map(arena_bytes, PROT_READ | PROT_WRITE));
     arena_shadow = static_cast<Shadow*>(map(up(arena_bytes * sizeof(Shadow), page), PROT_READ | PROT_WRITE));
   }
@@ -748,6 +746,10 @@ extern "C" __attribute__((visibility("default"))) int msl_dispatch(Dispatch* dis
   epoch_counter = 0;
   random_state = 0x9e3779b97f4a7c15ull * (job->seed + 1);
   lane_count = job->threads[0] * job->threads[1] * job->threads[2];
+  // Stacks do not outlive a dispatch: each guard page splits a mapping, and a process may have 65,530 of them.
+  stacks = static_cast<char*>(map(lane_count * (stack_bytes + page), PROT_READ | PROT_WRITE));
+  for (uint i = 0; i < lane_count; i++)
+    if (mprotect(stacks + i * (stack_bytes + page), page, PROT_NONE)) abort();
   simdgroup_count = (lane_count + 31) / 32;
   msl_group.threads = {job->threads[0], job->threads[1], job->threads[2]};
   msl_group.groups = {job->grid[0], job->grid[1], job->grid[2]};
@@ -782,6 +784,8 @@ extern "C" __attribute__((visibility("default"))) int msl_dispatch(Dispatch* dis
   setitimer(ITIMER_VIRTUAL, &off, nullptr);
   for (int i = 0; i < 4; i++) sigaction(signals[i], &previous[i], nullptr);
   sigaltstack(&previous_stack, nullptr);
+  munmap(stacks, lane_count * (stack_bytes + page));
+  stacks = nullptr;
   take_back_buffers(!kind);
   return kind;
 }
