@@ -2,7 +2,7 @@
 
 import os
 
-# Set before any test file imports huggingface_hub, which reads it once. Machines with and without a network give
-# the same errors then.
+# Set before any test file imports huggingface_hub, which reads it once: machines with and without a network
+# give the same errors.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("MLXQ_TRACEBACK", None)  # tests read the one line that bad input gives
