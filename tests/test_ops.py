@@ -327,6 +327,23 @@ def test_the_number_of_threads_changes_nothing_but_the_time():
     assert len({out[1] for out in outputs.values()}) == 1
 
 
+@pytest.mark.parametrize("first", ["quantize", "qmm"])
+def test_without_the_extension_whatever_comes_first_says_so_and_nothing_after_it(first):
+    code = (
+        "import sys, warnings; sys.modules['mlxq._ext'] = None\n"
+        "import mlx.core as mx; from mlxq import ops, format\n"
+        "fmt = format.Format(4, 64)\n"
+        "packed = ops.quantize(mx.zeros((8, 64)), fmt, rule='mlx')\n"  # numpy's own, with and without it
+        "warnings.simplefilter('always')\n"
+        "print('begin', file=sys.stderr)\n"
+        f"for name in ('{first}', 'qmm', 'quantize', 'qmm'):\n"
+        "    ops.qmm(mx.zeros((1, 64)), packed) if name == 'qmm' else ops.quantize(mx.zeros((8, 64)), fmt)\n"
+        "    print('next', file=sys.stderr)"
+    )
+    parts = run_python(code).stderr.removeprefix("begin\n").split("next\n")
+    assert "could not be loaded" in parts[0] and parts[1:] == [""] * 4
+
+
 def test_an_unknown_isa_is_refused_with_those_that_run_here():
     done = run_python("from mlxq import ops; print(ops.native_available())", MLXQ_ISA="sse9")
     assert done.returncode != 0 and "MLXQ_ISA=sse9 cannot be used: this CPU runs scalar" in done.stderr

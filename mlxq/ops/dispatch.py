@@ -90,5 +90,3 @@ def dequantize(packed: format.Packed, dtype: str | None = None):
     if bridge.kind(packed.words) == "torch":
         return bridge.like(out, packed.words, dtype)
     return out if dtype == "bfloat16" else out.astype(dtype)
-
-

@@ -191,9 +191,9 @@ def check(op: str, x, w: format.Packed, transpose: bool, *indices) -> None:
 
 def quantize(w, fmt: format.Format, rule: str, scale_dtype: str) -> format.Packed | None:
     """Packed weights through the compiled quantizer; None when it does not serve or refuses them."""
-    module = _load()[0]
     name = format.dtype_name(w)
-    if module is None or rule != "affine" or name not in format.STORAGE or w.ndim < 2:
+    module = _ext() if rule == "affine" and name in format.STORAGE and w.ndim > 1 else None
+    if module is None:
         return None
     bits_of_w = bridge.host_bits(w)
     if bits_of_w.size == 0:
