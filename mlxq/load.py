@@ -15,6 +15,7 @@ from mlx_lm import utils
 from safetensors import SafetensorError, safe_open
 
 from mlxq import ops
+from mlxq.checkpoint.huggingface import is_hub_id
 from mlxq.nn.mlx import adopt
 
 
@@ -75,7 +76,7 @@ def _folder(path: str | Path, revision: str | None) -> Path:
             raise ValueError(f"load: {path} is a GGUF file; convert it first: mlxq convert {path} DST")
         raise ValueError(f"load: {path} is a file; wanted a model folder")
     name = str(path)
-    if local.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith("/"):
+    if not is_hub_id(name):
         raise FileNotFoundError(f"load: {path} does not exist")
     try:
         return utils._download(name, revision=revision)

@@ -110,8 +110,9 @@ def test_layers_of_other_modes_stay_stock(float_model, tmp_path):
     assert type(model.lm_head) is nn.QuantizedLinear and model.lm_head.mode == "mxfp4"
 
 
-@pytest.mark.parametrize("path", ["./nothing/here", "/nothing", "~/no/such", "a/b/c", "nothing/"])
-def test_a_path_that_does_not_exist_is_named(path):
+@pytest.mark.parametrize("path", ["./nothing/here", "/nothing", "~/no/such", "a/b/c", "nothing/", "my.gguf"])
+def test_a_path_that_does_not_exist_is_named_and_not_looked_up_on_the_hub(path, monkeypatch):
+    monkeypatch.setattr(mlx_lm.utils, "_download", None)  # calling it would be a TypeError
     with pytest.raises(FileNotFoundError, match=f"^load: {path} does not exist$"):
         mlxq.load(path)
 

@@ -29,6 +29,12 @@ _TRAVELLING = (
 _WANTED_FROM_HUB = (*_TRAVELLING, "model*.safetensors", "pytorch_model*.bin", "additional_chat_templates/*")
 
 
+def is_hub_id(text: str) -> bool:
+    """Whether text can be a model's name on the Hugging Face hub, owner/name, rather than a path."""
+    file = text.endswith((".gguf", ".safetensors", ".bin"))
+    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text)) and not text.startswith(".") and not file
+
+
 def resolve(src: str | Path) -> Path:
     """The folder or GGUF file that src names, downloaded from the Hugging Face hub when it is a hub id.
 
@@ -38,8 +44,7 @@ def resolve(src: str | Path) -> Path:
     if path.exists():
         return path
     text = str(src)
-    looks_like_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) and not text.startswith(".")
-    if not looks_like_hub_id or text.endswith((".gguf", ".safetensors", ".bin")):
+    if not is_hub_id(text):
         raise FileNotFoundError(f"{text}: no such file or folder, and not a hub id (owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
