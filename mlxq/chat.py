@@ -479,7 +479,10 @@ def read_transcript(path: Path) -> dict:
 
 
 def write_transcript(path: Path, transcript: dict) -> None:
-    """Write a transcript, whole or not at all. Raises FileExistsError rather than replace another file."""
+    """Write a transcript, whole or not at all.
+
+    Raises FileExistsError rather than replace another file, OSError with one sentence when it cannot write.
+    """
     if path.is_dir():
         raise FileExistsError(f"chat: {path} is a folder; give a file name")
     if path.exists() and path.stat().st_size:
@@ -487,7 +490,10 @@ def write_transcript(path: Path, transcript: dict) -> None:
             read_transcript(path)
         except ValueError:
             raise FileExistsError(f"chat: {path} exists and is not a transcript; give another name") from None
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:  # it names the temporary file, which nobody asked for
+        raise OSError(f"chat: {path} cannot be written: {error.strerror}") from error
     try:
         with open(handle, "w", encoding="utf-8") as file:
             json.dump(transcript, file, ensure_ascii=False, indent=2)

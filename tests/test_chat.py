@@ -243,6 +243,12 @@ def test_saving_replaces_a_transcript_and_nothing_else(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_a_place_that_cannot_be_written_is_named_as_the_user_named_it(tmp_path):
+    path = tmp_path / "missing" / "chat.json"
+    with pytest.raises(OSError, match=f"^chat: {path} cannot be written: No such file or directory$"):
+        chat.write_transcript(path, {"mlxq_chat": 1, "messages": []})
+
+
 def test_a_save_that_fails_half_way_leaves_the_old_file_and_nothing_beside_it(tmp_path):
     file = tmp_path / "t.json"
     chat.write_transcript(file, {"mlxq_chat": 1, "model": "a", "system": None, "messages": []})
