@@ -218,6 +218,10 @@ void gemv_rows_block(const Qmm& q, const char* const* rows, int m, int n) {
   const int shift = __builtin_ctz(q.group_size);
   const size_t planes_at = plane_offset(q), sums_at = sum_offset(q);
   const int chunks_per_16_groups = 256 / groups_per_chunk_x16;
+  // Rows lie one after the other, so any distance meets words that will be wanted: the next rows', at least 4 KiB on.
+  const int ahead = NR * words_per_row > 1024 ? NR * words_per_row : 1024;
+  const int groups_ahead = ahead * 32 / BITS / q.group_size;
+  const int item = q.scale_dtype == DType::f32 ? 4 : 2;
   const int last = chunks(q);
   for (int g0 = 0, c0 = 0; g0 < count; g0 += lanes, c0 += chunks_per_16_groups) {
     // 16 groups: their scales once as a vector, spread over the lanes chunk by chunk.
@@ -226,6 +230,8 @@ void gemv_rows_block(const Qmm& q, const char* const* rows, int m, int n) {
     MLXQ_UNROLL
     for (int r = 0; r < NR; ++r) {
       int64_t at = int64_t(n + r) * count + g0;
+      _mm_prefetch(static_cast<const char*>(q.scales) + (at + groups_ahead) * item, _MM_HINT_T0);
+      _mm_prefetch(static_cast<const char*>(q.biases) + (at + groups_ahead) * item, _MM_HINT_T0);
       __m512 scale = load16(q.scales, q.scale_dtype, at, here), bias = load16(q.biases, q.scale_dtype, at, here);
       MLXQ_UNROLL
       for (int i = 0; i < MR; ++i) {
@@ -243,7 +249,7 @@ void gemv_rows_block(const Qmm& q, const char* const* rows, int m, int n) {
       MLXQ_UNROLL
       for (int r = 0; r < NR; ++r) {
         const uint32_t* at = words[r] + c * 16;
-        _mm_prefetch(reinterpret_cast<const char*>(at + NR * words_per_row), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(at + ahead), _MM_HINT_T0);
         __m512i w = _mm512_maskz_loadu_epi32(valid, at);
         MLXQ_UNROLL
         for (int j = 0; j < fields; ++j) {
@@ -255,16 +261,24 @@ void gemv_rows_block(const Qmm& q, const char* const* rows, int m, int n) {
         const char* planes = rows[m + i] + planes_at + size_t(c) * PLANES * fields * 64;
         MLXQ_UNROLL
         for (int r = 0; r < NR; ++r) {
-          __m512i sums[PLANES];
+          // Horner's rule over the planes: each starts from the one above, shifted. A lane holds 32 / bits products,
+          // so the sum fits an int32, except with three planes of 8-bit codes, whose last is added as a float.
+          constexpr int exact = BITS == 8 && PLANES == 3 ? 2 : PLANES;
+          __m512i sum = _mm512_setzero_si512(), last = _mm512_setzero_si512();
           MLXQ_UNROLL
           for (int p = 0; p < PLANES; ++p) {
-            sums[p] = _mm512_setzero_si512();
+            __m512i& to = p < exact ? sum : last;
+            sum = p > 0 && p < exact ? _mm512_slli_epi32(sum, 8) : sum;
             MLXQ_UNROLL
             for (int j = 0; j < fields; ++j) {
-              sums[p] = _mm512_dpbusd_epi32(sums[p], codes[r][j], _mm512_load_si512(planes + (p * fields + j) * 64));
+              to = _mm512_dpbusd_epi32(to, codes[r][j], _mm512_load_si512(planes + (p * fields + j) * 64));
             }
           }
-          acc[i][r] = _mm512_fmadd_ps(MLXQ_COMBINE(sums), _mm512_permutexvar_ps(group, scaled[i][r]), acc[i][r]);
+          __m512 dot = _mm512_cvtepi32_ps(sum);
+          if constexpr (exact < PLANES) {
+            dot = _mm512_fmadd_ps(dot, _mm512_set1_ps(256), _mm512_cvtepi32_ps(last));
+          }
+          acc[i][r] = _mm512_fmadd_ps(dot, _mm512_permutexvar_ps(group, scaled[i][r]), acc[i][r]);
         }
       }
     }
