@@ -14,6 +14,7 @@ import mlx_kernels  # noqa: E402
 from tools.msl import harness  # noqa: E402
 
 PLANTED = ROOT / "tests" / "msl" / "planted.metal"
+LANGUAGE = ROOT / "tests" / "msl" / "language.metal"
 N, K = 6, 96
 SEEDS = range(4)
 
@@ -24,7 +25,7 @@ def planted():
     entries += [("divergent_on_one_line", ""), ("early_return", ""), ("large", "8192"), ("large", "8193")]
     entries += [("turn", "true"), ("turn", "false"), ("count", "true"), ("count", "false")]
     entries += [("arithmetic", str(defect)) for defect in range(5)]
-    entries += [("writes_const", ""), ("private_uninitialised", "")]
+    entries += [("writes_const", ""), ("private_uninitialised", ""), ("order", "")]
     return harness.compile(PLANTED, entries)
 
 
@@ -116,6 +117,26 @@ def test_some_order_of_simdgroups_makes_a_missing_barrier_wrong_without_tracing(
     assert not all(is_right(*row_sums(planted, defect, seed)) for seed in SEEDS)
 
 
+def test_seeds_change_the_order_of_lanes_simdgroups_and_threadgroups(planted):
+    logs = {}
+    for seed in range(6):
+        log = np.zeros((2, 4 * 3, 32), np.uint32)  # threadgroup, turn of a simdgroup, lane
+        planted.run("order", {0: np.zeros(1, np.uint32), 1: log}, (2, 1, 1), (128, 1, 1), seed=seed)
+        assert np.bincount(log.ravel(), minlength=256).tolist() == [3] * 256
+        assert (log // 32 == (log // 32)[:, :, :1]).all()  # a simdgroup's lanes run together
+        logs[seed] = log
+    ascending = np.arange(256, dtype=np.uint32).reshape(2, 4, 1, 32).repeat(3, 2).reshape(2, 12, 32)
+    np.testing.assert_array_equal(logs[0], ascending)
+    np.testing.assert_array_equal(logs[1], ascending[::-1, ::-1, ::-1])
+    random = [logs[seed] for seed in range(2, 6)]
+    assert len({log.tobytes() for log in random}) == 4
+    assert {int(log[0, 0, 0] // 128) for log in random} == {0, 1}  # threadgroups
+    for log in random:
+        simdgroup = log[0, :, 0] // 32
+        assert (np.diff(simdgroup) != 0).sum() > 3  # they take turns
+        assert not (np.diff(log.astype(np.int64)) == 1).all(-1).any()  # nor are lanes in order
+
+
 def test_two_lanes_that_write_one_element_race(planted):
     with pytest.raises(harness.Race) as caught:
         row_sums(planted, 11, count=True)
@@ -185,7 +206,7 @@ def test_an_uninitialised_private_variable_shows(planted):
     assert not abs(y[0]) < 1e30
 
 
-# ---- MLX's own kernels ------------------------------------------------------------------------------------
+# ---- MLX's own kernels -----------------------------------------------------------------------------------
 
 TYPES = {"float": np.float32, "half": np.float16, "bfloat": np.uint16}
 UNIT = {"float": 2.0**-24, "half": 2.0**-11, "bfloat": 2.0**-8}  # relative error of one rounding
@@ -198,7 +219,8 @@ def to_bfloat(x):
 
 
 def as_type(x, name):
-    return to_bfloat(x) if name == "bfloat" else np.ascontiguousarray(x, TYPES[name])
+    with np.errstate(over="ignore"):
+        return to_bfloat(x) if name == "bfloat" else np.ascontiguousarray(x, TYPES[name])
 
 
 def value(x, name):
@@ -297,3 +319,167 @@ def test_mlx_quantized_matmul_and_its_kernel_agree(mlx):
     arrays = [mx.array(a) for a in (x, words, scales, biases)]
     answer = np.array(mx.quantized_matmul(*arrays, transpose=True, group_size=64, bits=4))
     np.testing.assert_allclose(y, answer, rtol=0, atol=2e-6 * np.abs(answer).max())
+
+
+# ---- the language ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def language():
+    entries = [("identifiers", ""), ("constants", ""), ("vectors", "")]
+    entries += [(k, t) for k in ("simd_operations", "matrices") for t in TYPES]
+    entries += [("conversions", "half"), ("conversions", "bfloat")]
+    return harness.compile(LANGUAGE, entries)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_thread_knows_its_place(language, seed):
+    groups, threads = (2, 3, 2), (8, 3, 2)
+    count = int(np.prod(groups)), int(np.prod(threads))
+    out = np.full((*groups[::-1], count[1], 12), 99, np.uint32)
+    language.run("identifiers", {0: out}, groups, threads, seed=seed)
+    index = np.arange(count[1])
+    place = np.stack([index % 8, index // 8 % 3, index // 24], -1)
+    for z, y, x in np.ndindex(*groups[::-1]):
+        got = out[z, y, x]
+        np.testing.assert_array_equal(got[:, :3], place + np.array([x, y, z]) * threads)
+        np.testing.assert_array_equal(got[:, 3:6], place)
+        np.testing.assert_array_equal(got[:, 6:9], np.stack([index, index % 32, index // 32], -1))
+        assert (got[:, 9:] == [2, 3, 2]).all()
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_simdgroup_operations_give_what_metal_says(language, name, seed):
+    lane = np.arange(32)
+    v = np.random.default_rng(3).integers(-3, 4, 32).astype(np.float32)  # sums are exact in every type
+    out = as_type(np.full((15, 32), np.nan), name)
+    language.run(f"simd_operations<{name}>", {0: as_type(v, name), 1: out}, (1, 1, 1), (32, 1, 1), seed=seed)
+    quads = v.reshape(8, 4)
+    wanted = [
+        np.full(32, v.sum()), np.full(32, v.max()), np.full(32, v.min()), v.cumsum(), v.cumsum() - v,
+        np.full(32, v[5]), v[(lane * 7 + 3) % 32], v[lane ^ 6], v[np.where(lane >= 3, lane - 3, lane)],
+        v[np.where(lane < 29, lane + 3, lane)], v[(lane + 3) % 32], quads.sum(1).repeat(4),
+        quads[:, 2].repeat(4), np.where(lane >= 2, v[lane - 2], v[31 - (lane - 2) % 32]), np.full(32, v[0]),
+    ]  # fmt: skip
+    np.testing.assert_array_equal(value(out, name), wanted)
+
+
+@pytest.mark.parametrize("name", ["half", "bfloat"])
+def test_small_floats_convert_and_round_after_each_operation(language, name):
+    """All 65536 patterns, and floats on and around the middle between two neighbours."""
+    patterns = np.arange(65536, dtype=np.uint16)
+    x = patterns.view(np.float16) if name == "half" else patterns
+    wide = value(x, name).astype(np.float32)
+    with np.errstate(all="ignore"):
+        middle = (wide.astype(np.float64) + np.roll(wide, -1)) / 2
+        f = np.where(np.isfinite(middle), middle, wide).astype(np.float32)
+        f[::3] = np.nextafter(f[::3], np.float32(0))
+        outs = {2: np.zeros(65536, np.float32), 3: np.zeros_like(x), 4: np.zeros_like(x)}
+        bits = np.zeros(65536, np.uint16)
+        buffers = {0: x, 1: f, **outs, 5: bits}
+        language.run(f"conversions<{name}>", buffers, (256, 1, 1), (256, 1, 1))
+        product = value(as_type(wide[::-1] * wide, name), name).astype(np.float32)
+        total = value(as_type(wide + product, name), name)
+    np.testing.assert_array_equal(outs[2], wide)
+    np.testing.assert_array_equal(bits, patterns)
+    number = ~np.isnan(f)
+    np.testing.assert_array_equal(value(outs[3], name)[number], value(as_type(f, name), name)[number])
+    number = ~np.isnan(total)
+    np.testing.assert_array_equal(value(outs[4], name)[number], total[number])
+    assert np.isnan(value(outs[4], name)[~number]).all()
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_matrices_multiply_and_lie_over_the_lanes_as_in_mlx(language, name, seed):
+    random = np.random.default_rng(5)
+    a, b = as_type(random.normal(size=(2, 12, 9)), name)
+    c = random.normal(size=(8, 8)).astype(np.float32)
+    d, elements = np.zeros((8, 8), np.float32), np.zeros((32, 2), np.float32)
+    buffers = {0: a, 1: b, 2: c, 3: d, 4: elements}
+    language.run(f"matrices<{name}>", buffers, (1, 1, 1), (32, 1, 1), seed=seed)
+    wide_a, wide_b = (value(m, name).astype(np.float64) for m in (a, b))
+    answer = wide_a[:8, :8] @ wide_b[2:10, 1:9].T + c
+    np.testing.assert_allclose(d, answer, rtol=0, atol=9 * 2.0**-24 * 20)
+    for lane in range(32):  # MLX's get_coord
+        quad = lane // 4
+        row, column = (quad & 4) + lane // 2 % 4, (quad & 2) * 2 + lane % 2 * 2
+        np.testing.assert_array_equal(elements[lane], c[row, column : column + 2])
+
+
+def test_function_constants_are_set_for_a_run_and_may_be_missing(language):
+    out = np.zeros(2, np.int32)
+    language.run("constants", {0: out}, (1, 1, 1), (1, 1, 1), function_constants={0: True, 7: 12})
+    assert out.tolist() == [1, 12]
+    language.run("constants", {0: out}, (1, 1, 1), (1, 1, 1), function_constants={0: False})
+    assert out.tolist() == [2, -5]
+
+
+def test_vectors_structs_and_functions(language):
+    pairs = np.array([[2, 1025], [511, 0]], np.uint32)
+    shape = np.array([(3, 0.5, [1, 2, 30])], [("rows", "i4"), ("scale", "f4"), ("strides", "u4", 3)])
+    out = np.zeros(9, np.float32)
+    language.run("vectors", {0: pairs, 1: shape.tobytes(), 2: out}, (1, 1, 1), (1, 1, 1))
+    f = np.array([1, 0, 255, 3]) * 0.5 + 1
+    seven = 9 + 100 * 31 + 10000 * 3
+    wanted = [*f, f @ [1, 2, 3, 4], 33, 2 + 30 + 300, seven, np.float32(2) + np.float32(0.1)]
+    np.testing.assert_array_equal(out, np.array(wanted, np.float32))
+
+
+# ---- the call --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change, error, words", [
+    ({"buffers": {3: None}}, ValueError, "has buffers [0, 1, 2, 3], given are [0, 1, 2]"),
+    ({"buffers": {2: np.int64(K)}}, TypeError, "buffer 2 (row_sums's K) is int64, wanted int32"),
+    ({"buffers": {2: b"12345678"}}, ValueError, "buffer 2 (K) has 8 bytes, wanted 4"),
+    ({"buffers": {0: np.zeros((N, K), np.float16)}}, TypeError, "buffer 0 (row_sums's x) is float16, wanted"),
+    ({"buffers": {0: np.zeros((K, N), np.float32).T}}, ValueError, "buffer 0 (x) is not contiguous"),
+    ({"buffers": {1: b"1234"}}, ValueError, "buffer 1 (y) is written"),
+    ({"buffers": {2: K}}, TypeError, "buffer 2 (K) is int"),
+    ({"grid": (1, 0, 1)}, ValueError, "grid is (1, 0, 1)"),
+    ({"threadgroup": (1024, 2, 1)}, ValueError, "2048 threads"),
+    ({"entry": "row_sums<99>"}, ValueError, "row_sums<99> was not compiled"),
+    ({"function_constants": {3: 1}}, ValueError, "no function constant 3"),
+])  # fmt: skip
+def test_a_call_that_does_not_fit_says_why(planted, change, error, words):
+    buffers = {0: np.zeros((N, K), np.float32), 1: np.zeros(N, np.float32), 2: np.int32(K), 3: np.int32(N)}
+    buffers |= change.pop("buffers", {})
+    call = {"entry": "row_sums<0>", "grid": (N, 1, 1), "threadgroup": (64, 1, 1)} | change
+    with pytest.raises(error) as caught:
+        planted.run(buffers={n: b for n, b in buffers.items() if b is not None}, **call)
+    assert words in str(caught.value)
+
+
+def test_two_bindings_of_one_array_are_one_buffer(planted):
+    x = np.arange(64, dtype=np.float32).reshape(8, 8)
+    wanted = x.T.copy()
+    planted.run("turn<true>", {0: x, 1: x}, (1, 1, 1), (32, 1, 1))
+    np.testing.assert_array_equal(x, wanted)
+
+
+def test_a_text_that_does_not_compile_is_said_with_file_and_line(tmp_path):
+    text = "[[kernel]] void f(device int* y [[buffer(0)]]) { y[0] = nothing; }"
+    (tmp_path / "broken.metal").write_text("\n\n" + text)
+    with pytest.raises(harness.CompileError, match=r"broken\.metal:3:.*nothing"):
+        harness.compile(tmp_path / "broken.metal", [("f", "")], cache_dir=tmp_path)
+    with pytest.raises(ValueError, match="no kernel g; there are f"):
+        harness.compile(tmp_path / "broken.metal", [("g", "")], cache_dir=tmp_path)
+
+
+def test_a_module_is_compiled_once(tmp_path, monkeypatch):
+    text = "[[kernel]] void f(device int* y [[buffer(0)]]) { y[0] = 3; }"
+    harness.compile(text, [("f", "")], cache_dir=tmp_path)
+    monkeypatch.setattr(harness, "call", lambda command: pytest.fail(f"compiles again: {command}"))
+    y = np.zeros(1, np.int32)
+    harness.compile(text, [("f", "")], cache_dir=tmp_path).run("f", {0: y}, (1, 1, 1), (1, 1, 1))
+    assert y[0] == 3
+
+
+def test_lanes_switch_without_assembly_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLXQ_MSL_RUNTIME_FLAGS", "-DMSL_UCONTEXT")
+    lib = harness.compile(PLANTED, [("row_sums", "0"), ("row_sums", "4")], cache_dir=tmp_path)
+    assert is_right(*row_sums(lib, 0, seed=2))
+    with pytest.raises(harness.DivergentBarrier):
+        row_sums(lib, 4)

@@ -42,6 +42,16 @@ def test_nvrtc_compiles_every_kernel_for_sm_90(kernel):
 
 
 @needs_nvrtc
+def test_nvrtc_compiles_all_that_the_language_tests_use():
+    folder = ROOT / "tests" / "msl"
+    entries = [("identifiers", ""), ("constants", ""), ("vectors", "")]
+    entries += [(k, t) for k in ("simd_operations", "matrices") for t in ("float", "half", "bfloat")]
+    nvidia.cubin(nvidia.cuda(folder / "language.metal", entries, function_constants={0: True}))
+    entries = [("row_sums", "8"), ("count", "true"), ("turn", "true")]
+    nvidia.cubin(nvidia.cuda(folder / "planted.metal", entries))
+
+
+@needs_nvrtc
 def test_what_nvrtc_refuses_is_said_in_its_words():
     broken = "[[kernel]] void broken(device float* y [[buffer(0)]]) { y[0] = no_such_thing; }"
     with pytest.raises(harness.CompileError, match=r'source0.metal"?\(1\).*no_such_thing'):

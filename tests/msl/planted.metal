@@ -113,3 +113,16 @@ template <int defect>
   for (int i = 0; i < 4; i++) sum += values[i];
   y[0] = sum;
 }
+
+// Writes down in which order the threads run: three times each, with a simdgroup's barrier in between.
+[[kernel]] void order(
+    device atomic_uint* next [[buffer(0)]],
+    device uint* log [[buffer(1)]],
+    uint3 group [[threadgroup_position_in_grid]],
+    uint index [[thread_index_in_threadgroup]]) {
+  for (int i = 0; i < 3; i++) {
+    uint at = atomic_fetch_add_explicit(next, 1u, memory_order_relaxed);
+    log[at] = group.x * 128u + index;
+    simdgroup_barrier(mem_flags::mem_none);
+  }
+}
