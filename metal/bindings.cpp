@@ -160,6 +160,61 @@ nb::object quantize(const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::dev
   return nb::make_tuple(words, scales, biases);
 }
 
+// Says what the Metal host code left to be said.
+void warn_once() {
+  std::string text = take_metal_warning();
+  if (!text.empty() && PyErr_WarnEx(PyExc_RuntimeWarning, text.c_str(), 2) < 0) {
+    throw nb::python_error();
+  }
+}
+
+// A function that returns what `call` returns, and warns.
+template <typename Result, typename... Parts>
+auto warning(Result (*call)(Parts...)) {
+  return [call](Parts... parts) {
+    Result out = call(std::forward<Parts>(parts)...);
+    warn_once();
+    return out;
+  };
+}
+
+nb::object metal_status_dict() {
+  auto status = metal_status();
+  if (!status) {
+    return nb::none();
+  }
+  nb::dict kernels, out;
+  for (const auto& [name, calls] : status->kernels) {
+    kernels[name.c_str()] = calls;
+  }
+  out["architecture"] = status->architecture;
+  out["generation"] = status->generation;
+  out["nax"] = status->nax;
+  out["error"] = status->error.empty() ? nb::object(nb::none()) : nb::object(nb::str(status->error.c_str()));
+  out["kernels"] = kernels;
+  return out;
+}
+
+#ifdef MLXQ_METAL
+nb::object metal_choice_dict(bool transpose, int bits, int group_size, const std::string& x_dtype,
+                             const std::string& scale_dtype, int M, int N, int K, bool gather, bool sorted, int blocks,
+                             int experts) {
+  Choice choice = metal_choice({transpose, bits, group_size, dtype_of(x_dtype), dtype_of(scale_dtype), M, N, K, gather,
+                                sorted, blocks, experts});
+  if (choice.kernel.empty()) {
+    return nb::none();
+  }
+  nb::dict out;
+  out["kernel"] = choice.kernel;
+  out["arguments"] = choice.arguments;
+  out["grid"] = nb::make_tuple(choice.grid[0], choice.grid[1], choice.grid[2]);
+  out["threads"] = nb::make_tuple(choice.threads[0], choice.threads[1], choice.threads[2]);
+  out["span"] = choice.span;
+  out["tiles"] = choice.tiles;
+  return out;
+}
+#endif
+
 }  // namespace
 }  // namespace mlxq
 
@@ -175,12 +230,18 @@ NB_MODULE(_ext, m) {
   });
   m.def("probe", [](const mx::array& a) { return a; });  // a TypeError here means a foreign mlx or nanobind ABI
 
-  m.def("qmm", &qmm, "x"_a, "words"_a, "scales"_a, "biases"_a, "transpose"_a, "group_size"_a, "bits"_a,
+  m.def("qmm", warning(&qmm), "x"_a, "words"_a, "scales"_a, "biases"_a, "transpose"_a, "group_size"_a, "bits"_a,
         "stream"_a = nb::none());
-  m.def("gather_qmm", &gather_qmm, "x"_a, "words"_a, "scales"_a, "biases"_a, "lhs_indices"_a.none(),
+  m.def("gather_qmm", warning(&gather_qmm), "x"_a, "words"_a, "scales"_a, "biases"_a, "lhs_indices"_a.none(),
         "rhs_indices"_a.none(), "transpose"_a, "group_size"_a, "bits"_a, "sorted_indices"_a, "stream"_a = nb::none());
 
   m.def("quantize", &quantize, "w"_a, "w_dtype"_a, "bits"_a, "group_size"_a, "storage"_a);
+
+  m.def("metal_status", &metal_status_dict);
+#ifdef MLXQ_METAL
+  m.def("metal_choice", &metal_choice_dict, "transpose"_a, "bits"_a, "group_size"_a, "x_dtype"_a, "scale_dtype"_a,
+        "M"_a, "N"_a, "K"_a, "gather"_a = false, "sorted"_a = false, "blocks"_a = 1, "experts"_a = 1);
+#endif
 
   m.def("isa_levels", &levels);
   m.def("isa", [] { return std::string(level() < 0 ? "" : families[level()]->name); });

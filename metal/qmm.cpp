@@ -1,7 +1,9 @@
-// Argument checks, shapes, and the rules of differentiation and vectorisation. What runs is in eval_cpu.cpp.
+// Argument checks, shapes, and the rules of differentiation and vectorisation. What runs is in eval_cpu.cpp and
+// eval_metal.cpp.
 //
 // Words, scales and biases are made row-contiguous when the graph is built (free when they already are); a strided x is
-// read as it lies by eval_cpu. The result has x's dtype whatever the scales are stored in.
+// read as it lies by eval_cpu, and made row-contiguous for Metal. The result has x's dtype whatever the scales are
+// stored in.
 #include "qmm.h"
 
 #include <sstream>
@@ -155,15 +157,23 @@ array qmm(const array& x, const array& words, const array& scales, const array& 
           int bits, mx::StreamOrDevice s) {
   auto [N, K] = check("qmm", x, words, scales, biases, transpose, group_size, bits, false);
   auto stream = mx::to_stream(s);
-  if (stream.device == mx::Device::gpu) {
-    return mx::astype(mx::quantized_matmul(x, words, scales, biases, transpose, group_size, bits, "affine", stream),
-                      x.dtype(), stream);
-  }
   Shape shape = x.shape();
   shape.back() = transpose ? N : K;
   auto dtype = common(scales, biases);
+  bool metal = on_metal(stream);
+  if (metal || stream.device == mx::Device::gpu) {
+    if (x.size() == 0 || N == 0) {
+      return mx::zeros(shape, x.dtype(), stream);
+    }
+    int rows = int(x.size() / x.shape(-1));
+    if (!metal || !metal_serves({transpose, bits, group_size, to_dtype(x.dtype()), to_dtype(dtype), rows, N, K})) {
+      return mx::astype(mx::quantized_matmul(x, words, scales, biases, transpose, group_size, bits, "affine", stream),
+                        x.dtype(), stream);
+    }
+  }
   return array(std::move(shape), x.dtype(), std::make_shared<QuantizedProduct>(stream, group_size, bits, transpose),
-               {x, row_contiguous(words, stream), row_contiguous(mx::astype(scales, dtype, stream), stream),
+               {metal ? row_contiguous(x, stream) : x, row_contiguous(words, stream),
+                row_contiguous(mx::astype(scales, dtype, stream), stream),
                 row_contiguous(mx::astype(biases, dtype, stream), stream)});
 }
 
@@ -188,17 +198,27 @@ array gather_qmm(const array& x, const array& words, const array& scales, const 
   };
   auto broadcast = mx::broadcast_arrays(
       {indices(lhs_indices, x, "lhs_indices"), indices(rhs_indices, words, "rhs_indices")}, stream);
-  if (stream.device == mx::Device::gpu) {
-    auto as_index = [&](const array& a) { return mx::astype(a, mx::uint32, stream); };
-    return mx::astype(
-        mx::gather_qmm(x, words, scales, biases, as_index(broadcast[0]), as_index(broadcast[1]), transpose, group_size,
-                       bits, "affine", std::nullopt, sorted_indices, stream),
-        x.dtype(), stream);
-  }
   Shape shape = broadcast[0].shape();
   shape.push_back(x.shape(-2));
   shape.push_back(transpose ? N : K);
   auto dtype = common(scales, biases);
+  bool metal = on_metal(stream);
+  if (metal || stream.device == mx::Device::gpu) {
+    if (x.size() == 0 || words.size() == 0 || broadcast[0].size() == 0) {
+      return mx::zeros(shape, x.dtype(), stream);
+    }
+    Product p{transpose, bits, group_size, to_dtype(x.dtype()), to_dtype(dtype), x.shape(-2), N, K, true};
+    p.sorted = sorted_indices;
+    p.blocks = int(broadcast[0].size());
+    p.experts = int(words.size() / (int64_t(N) * words.shape(-1)));
+    if (!metal || !metal_serves(p)) {
+      auto as_index = [&](const array& a) { return mx::astype(a, mx::uint32, stream); };
+      return mx::astype(
+          mx::gather_qmm(x, words, scales, biases, as_index(broadcast[0]), as_index(broadcast[1]), transpose,
+                         group_size, bits, "affine", std::nullopt, sorted_indices, stream),
+          x.dtype(), stream);
+    }
+  }
   return array(std::move(shape), x.dtype(),
                std::make_shared<GatherProduct>(stream, group_size, bits, transpose, sorted_indices),
                {row_contiguous(x, stream), row_contiguous(words, stream),
@@ -207,9 +227,11 @@ array gather_qmm(const array& x, const array& words, const array& scales, const 
                 row_contiguous(broadcast[1], stream)});
 }
 
+#ifndef MLXQ_METAL
 void Packed::eval_gpu(const vector<array>&, array&) {
   throw std::logic_error(text(name(), ": this build has no GPU kernels; qmm() gives GPU streams to MLX's own operation"));
 }
+#endif
 
 vector<array> Packed::jvp(const vector<array>& primals, const vector<array>& tangents, const vector<int>& argnums) {
   auto s = stream();
@@ -240,6 +262,12 @@ vector<array> Packed::jvp(const vector<array>& primals, const vector<array>& tan
 array QuantizedProduct::again(const vector<array>& in) const {
   return qmm(in[0], in[1], in[2], in[3], transpose_, group_size_, bits_,
              const_cast<QuantizedProduct*>(this)->stream());
+}
+
+Product QuantizedProduct::product(const vector<array>& in) const {
+  const array &x = in[0], &words = in[1];
+  return {transpose_, bits_, group_size_, to_dtype(x.dtype()), to_dtype(in[2].dtype()), int(x.size() / x.shape(-1)),
+          words.shape(-2), words.shape(-1) * 32 / bits_};
 }
 
 vector<array> QuantizedProduct::vjp(const vector<array>& primals, const vector<array>& cotangents,
@@ -313,6 +341,16 @@ vector<Shape> QuantizedProduct::output_shapes(const vector<array>& inputs) {
 array GatherProduct::again(const vector<array>& in) const {
   return gather_qmm(in[0], in[1], in[2], in[3], in[4], in[5], transpose_, group_size_, bits_, sorted_,
                     const_cast<GatherProduct*>(this)->stream());
+}
+
+Product GatherProduct::product(const vector<array>& in) const {
+  const array &x = in[0], &words = in[1];
+  Product p{transpose_, bits_, group_size_, to_dtype(x.dtype()), to_dtype(in[2].dtype()), x.shape(-2),
+            words.shape(-2), words.shape(-1) * 32 / bits_, true};
+  p.sorted = sorted_;
+  p.blocks = int(in[4].size());
+  p.experts = int(words.size() / (int64_t(words.shape(-2)) * words.shape(-1)));
+  return p;
 }
 
 vector<array> GatherProduct::vjp(const vector<array>& primals, const vector<array>& cotangents,

@@ -11,13 +11,14 @@
 #include "mlx/utils.h"
 
 #include "../mlxq/format.h"
+#include "metal_host.h"
 
 namespace mlxq {
 
 namespace mx = mlx::core;
 
-// y = x @ W^T (transpose) or x @ W; shapes, dtypes and errors: mlxq.ops.qmm. CPU streams run our kernels, other streams
-// MLX's own quantized_matmul.
+// y = x @ W^T (transpose) or x @ W; shapes, dtypes and errors: mlxq.ops.qmm. CPU streams run our CPU kernels, Metal
+// streams our shaders where metal_serves() says so, all others MLX's own quantized_matmul.
 mx::array qmm(const mx::array& x, const mx::array& words, const mx::array& scales, const mx::array& biases,
               bool transpose, int group_size, int bits, mx::StreamOrDevice s = {});
 
@@ -40,7 +41,7 @@ class Packed : public mx::UnaryPrimitive {
   Packed(mx::Stream stream, int group_size, int bits, bool transpose)
       : UnaryPrimitive(stream), group_size_(group_size), bits_(bits), transpose_(transpose) {}
 
-  // GPU streams never reach a primitive of ours (see qmm.cpp).
+  // In eval_metal.cpp. Without Metal no GPU stream reaches a primitive of ours.
   void eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) override;
 
   std::vector<mx::array> jvp(const std::vector<mx::array>& primals, const std::vector<mx::array>& tangents,
@@ -49,6 +50,8 @@ class Packed : public mx::UnaryPrimitive {
  protected:
   // The product again, with some inputs replaced.
   virtual mx::array again(const std::vector<mx::array>& inputs) const = 0;
+  // Its sizes, for these inputs.
+  virtual Product product(const std::vector<mx::array>& inputs) const = 0;
 
   int group_size_;
   int bits_;
@@ -70,6 +73,7 @@ class QuantizedProduct : public Packed {
 
  protected:
   mx::array again(const std::vector<mx::array>& inputs) const override;
+  Product product(const std::vector<mx::array>& inputs) const override;
 };
 
 // Inputs: x, words, scales, biases, lhs_indices, rhs_indices (both of the output's leading shape).
@@ -88,6 +92,7 @@ class GatherProduct : public Packed {
 
  protected:
   mx::array again(const std::vector<mx::array>& inputs) const override;
+  Product product(const std::vector<mx::array>& inputs) const override;
 
  private:
   bool sorted_;

@@ -1,0 +1,449 @@
+"""The Metal host code on a device that executes the shaders on the CPU (tests/metal).
+
+Nothing here ran on Apple hardware. What it shows: the host code binds the right buffers and constants, asks
+for the right grids, picks the kernels that its table names, and its answers are those of the CPU primitive
+and of float64.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # tools/ is no installed package
+
+from shader_cases import KERNELS, SHADERS, TILES, geometry  # noqa: E402
+
+import metal  # noqa: E402
+from mlxq import format as fm  # noqa: E402
+from mlxq.ops import native  # noqa: E402
+from tools.msl import source  # noqa: E402
+
+# What a float32 sum of up to 1,100 terms loses, as a share of the sum of |x * W|: their roundings, 2^-24 at
+# most each and of either sign, add up to sqrt(1100) / 2 = 16 of them. And rounding to the result's type.
+SUM_ERROR = 2.0**-20
+ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+
+
+@pytest.fixture(scope="module")
+def device():
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the fake Metal device is built on Linux only")
+    if not (metal.tool("cmake") and metal.tool("ninja")):
+        pytest.skip("needs cmake and ninja to build the fake Metal device")
+    return metal.Device()
+
+
+def weight(seed, shape, fmt, scale_dtype="float32"):
+    """(words, scales, biases) as mx arrays, and the float64 weights that they stand for."""
+    values = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    packed = fm.quantize(values.reshape(-1, shape[-1]), fmt, scale_dtype=scale_dtype)
+    dense = fm.dequantize(packed).astype(np.float64).reshape(shape)
+    parts = [np.asarray(a).reshape(*shape[:-1], -1) for a in (packed.words, packed.scales, packed.biases)]
+    kinds = (mx.uint32, getattr(mx, scale_dtype), getattr(mx, scale_dtype))
+    return [mx.array(a).astype(kind) for a, kind in zip(parts, kinds, strict=True)], dense
+
+
+def rows(seed, shape, dtype="float32"):
+    """An mx array, and its float64 values."""
+    values = mx.array(np.random.default_rng(seed).standard_normal(shape), mx.float32).astype(
+        getattr(mx, dtype)
+    )
+    return values, np.array(values.astype(mx.float32)).astype(np.float64)
+
+
+def close(y, exact, magnitude, dtype="float32"):
+    """Within the error of a float32 sum of this magnitude, rounded to dtype."""
+    got = np.array(y.astype(mx.float32)).astype(np.float64)
+    assert got.shape == exact.shape
+    bound = SUM_ERROR * magnitude + ROUNDING[dtype] * np.abs(exact)
+    worst = np.max(np.abs(got - exact) / bound)
+    assert worst <= 1, f"{worst:.2f} times the bound"
+
+
+# (transpose, M, N, K, format, dtype of x, of scales, kernels that run)
+PRODUCTS = [
+    (True, 1, 70, 192, (4, 64), "float32", "float32", ["qmv"]),
+    (True, 8, 33, 128, (2, 32), "bfloat16", "float16", ["qmv"]),
+    (True, 9, 65, 128, (8, 128), "float16", "bfloat16", ["qmm"]),
+    (True, 40, 65, 160, (4, 32), "float32", "float32", ["qmm"]),
+    (True, 12, 40, 1088, (4, 64), "float32", "float16", ["qmm_split", "sum_splits"]),
+    (False, 1, 70, 192, (4, 64), "float32", "float32", ["qvm"]),
+    (False, 2, 1100, 64, (2, 32), "float16", "float16", ["qvm_split", "sum_splits"]),
+    (False, 9, 65, 128, (8, 128), "bfloat16", "bfloat16", ["qmm_n"]),
+    (False, 17, 1030, 96, (4, 32), "float32", "float32", ["qmm_n_split", "sum_splits"]),
+]
+
+
+@pytest.mark.parametrize("transpose, M, N, K, fmt, dtype, scales, kernels", PRODUCTS)
+def test_products_run_the_kernels_of_the_table_and_equal_float64(
+    device, transpose, M, N, K, fmt, dtype, scales, kernels
+):
+    parts, dense = weight(1, (N, K), fm.Format(*fmt), scales)
+    x, x_exact = rows(2, (M, K if transpose else N), dtype)
+    matrix = dense.T if transpose else dense
+    with device.on():
+        y = device.module.qmm(x, *parts, transpose, fmt[1], fmt[0])
+        mx.eval(y)
+    assert device.ran() == kernels
+    assert device.temporaries() == len(kernels) - 1  # the partial sums outlive the call only by add_temporary
+    assert y.dtype == x.dtype
+    close(y, x_exact @ matrix, np.abs(x_exact) @ np.abs(matrix), dtype)
+
+
+# (transpose, blocks of x, M, experts, N, K, chosen experts, sorted, kernels that run)
+GATHERS = [
+    (True, 5, 1, 3, 40, 64, [2, 0, 1, 2, 2], False, ["gather_qmv"]),
+    (False, 5, 2, 3, 40, 64, [2, 0, 1, 2, 2], False, ["gather_qvm"]),
+    (True, 2, 18, 3, 40, 64, [1, 0], False, ["gather_qmm"]),
+    (False, 2, 18, 3, 40, 64, [1, 0], False, ["gather_qmm_n"]),
+    (True, 4, 1, 3, 40, 64, [0] * 5 + [2] * 20, True, ["schedule_tiles", "gather_qmm_sorted"]),
+    (False, 4, 1, 3, 40, 64, [0] * 5 + [2] * 20, True, ["schedule_tiles", "gather_qmm_n_sorted"]),
+]
+
+
+@pytest.mark.parametrize("transpose, x_blocks, M, experts, N, K, chosen, sorted_, kernels", GATHERS)
+def test_chosen_experts_run_the_kernels_of_the_table_and_equal_float64(
+    device, transpose, x_blocks, M, experts, N, K, chosen, sorted_, kernels
+):
+    parts, dense = weight(3, (experts, N, K), fm.Format(4, 32))
+    x, x_exact = rows(4, (x_blocks, M, K if transpose else N))
+    lhs = np.arange(len(chosen)) * 3 % x_blocks
+    matrix = np.swapaxes(dense, -1, -2) if transpose else dense
+    with device.on():
+        y = device.module.gather_qmm(x, *parts, mx.array(lhs), mx.array(chosen), transpose, 32, 4, sorted_)
+        mx.eval(y)
+    assert device.ran() == kernels
+    assert device.temporaries() == len(kernels) - 1
+    close(y, x_exact[lhs] @ matrix[chosen], np.abs(x_exact[lhs]) @ np.abs(matrix[chosen]))
+
+
+@pytest.mark.parametrize("M", [3, 20])
+def test_a_network_forward_and_backward_equals_the_cpu(device, monkeypatch, M):
+    """Two layers, the loss and the gradients of x (through the packed bytes), scales and biases."""
+    from mlxq.nn.mlx import QuantizedLinear
+
+    shapes = [(96, 64, fm.Format(4, 64)), (40, 96, fm.Format(8, 32))]
+    layers = []
+    for i, (N, K, fmt) in enumerate(shapes):
+        (words, scales, biases), _ = weight(10 + i, (N, K), fmt)
+        layer = QuantizedLinear(K, N, bias=True, group_size=fmt.group_size, bits=fmt.bits)
+        layer.weight, layer.scales, layer.biases, layer.bias = words, scales, biases, mx.arange(N) / N
+        layers.append(layer)
+    x, _ = rows(12, (M, 64))
+    target, _ = rows(13, (M, 40))
+
+    def loss(x, *of_layers):
+        for i, layer in enumerate(layers):
+            layer.scales, layer.biases = of_layers[2 * i : 2 * i + 2]
+        hidden = layers[0](x)
+        return mx.mean(mx.square(layers[1](hidden * mx.sigmoid(hidden)) - target))
+
+    arguments = [x, layers[0].scales, layers[0].biases, layers[1].scales, layers[1].biases]
+    step = mx.value_and_grad(loss, argnums=list(range(5)))
+    value, gradients = step(*arguments)
+    mx.eval(value, gradients)
+    monkeypatch.setattr(native, "_ext", lambda: device.module)
+    with device.on():
+        value_there, gradients_there = step(*arguments)
+        mx.eval(value_there, gradients_there)
+    forward, backward = ("qmv", "qvm") if M <= 8 else ("qmm", "qmm_n")
+    assert sorted(device.ran()) == sorted([forward] * 2 + [backward] * 2)
+    assert abs(value_there.item() - value.item()) <= 1e-5 * abs(value.item())
+    for ours, theirs in zip(gradients_there, gradients, strict=True):
+        ours, theirs = np.array(ours), np.array(theirs)
+        assert np.max(np.abs(theirs)) > 0
+        assert np.max(np.abs(ours - theirs)) <= 1e-5 * np.max(np.abs(theirs))
+
+
+def test_arrays_that_are_not_contiguous_are_read_right(device):
+    fmt = fm.Format(4, 32)
+    parts, dense = weight(5, (80, 64), fmt)
+    x, exact = rows(6, (64, 30))
+    x, exact = x.T, exact.T
+    plain = mx.contiguous(x)
+    odd = plain.reshape(-1)[65:193].reshape(2, 64)
+    wide = [mx.concatenate([a, a], axis=1) for a in parts]
+    mx.eval(plain, odd, wide)
+    views = {
+        "x transposed": (x, parts, exact),
+        "x of every other row": (plain[::2], parts, exact[::2]),
+        "x backwards": (plain[::-1], parts, exact[::-1]),
+        "x from an odd element on": (odd, parts, exact.reshape(-1)[65:193].reshape(2, 64)),
+        "x broadcast": (mx.broadcast_to(plain[3], (5, 64)), parts, np.broadcast_to(exact[3], (5, 64))),
+        "weights as columns of a wider array": (x, [a[:, : a.shape[1] // 2] for a in wide], exact),
+    }
+    for name, (view, chosen, values) in views.items():
+        with device.on():
+            y = device.module.qmm(view, *chosen, True, 32, 4)
+            mx.eval(y)
+        assert len(device.ran()) == 1, name
+        close(y, values @ dense.T, np.abs(values) @ np.abs(dense.T))
+
+
+def test_a_slice_of_experts_starts_inside_its_buffer(device):
+    parts, dense = weight(7, (3, 24, 64), fm.Format(8, 64), "float16")
+    x, exact = rows(8, (2, 64), "float16")
+    mx.eval(parts)
+    with device.on():
+        y = device.module.qmm(x, *(a[2] for a in parts), True, 64, 8)
+        mx.eval(y)
+    close(y, exact @ dense[2].T, np.abs(exact) @ np.abs(dense[2].T), "float16")
+
+
+def test_empty_arrays_run_nothing(device):
+    parts, _ = weight(9, (24, 64), fm.Format(4, 64))
+    none = [a[:0] for a in parts]
+    with device.on():
+        y = device.module.qmm(mx.zeros((0, 64)), *parts, True, 64, 4)
+        z = device.module.qmm(mx.zeros((3, 0)), *none, False, 64, 4)
+        mx.eval(y, z)
+    assert device.ran() == []
+    assert y.shape == (0, 24) and z.shape == (3, 64) and not np.array(z).any()
+
+
+def test_one_traced_graph_serves_other_shapes(device):
+    """mx.compile(shapeless=True) keeps the primitive and changes M: the kernel is chosen for what comes."""
+    parts, dense = weight(14, (40, 64), fm.Format(4, 64))
+    with device.on():
+        call = mx.compile(lambda x: device.module.qmm(x, *parts, True, 64, 4), shapeless=True)
+        for M in (1, 20, 3):
+            x, exact = rows(M, (M, 64))
+            y = call(x)
+            mx.eval(y)
+            close(y, exact @ dense.T, np.abs(exact) @ np.abs(dense.T))
+    assert device.ran() == ["qmv", "qmm", "qmv"]
+
+
+def test_vectorised_products_run_as_experts(device):
+    parts, dense = weight(15, (3, 24, 64), fm.Format(4, 64))
+    x, exact = rows(16, (3, 2, 64))
+    with device.on():
+        call = mx.vmap(lambda x, w, s, b: device.module.qmm(x, w, s, b, True, 64, 4))
+        y = call(x, *parts)
+        mx.eval(y)
+    assert device.ran() == ["gather_qmv"]
+    matrix = np.swapaxes(dense, -1, -2)
+    close(y, exact @ matrix, np.abs(exact) @ np.abs(matrix))
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ({"bits": 5}, "5-bit groups of 64 do not exist"),
+        ({"group_size": 16}, "4-bit groups of 16 do not exist"),
+        ({"x": mx.zeros((2, 32))}, "x has K=32 but w holds K=64"),
+        ({"x": mx.zeros((2, 64), mx.int32)}, "x is int32; wanted float32, float16 or bfloat16"),
+    ],
+)
+def test_bad_input_gives_the_errors_of_the_cpu(device, words, message):
+    (w, s, b), _ = weight(17, (24, 64), fm.Format(4, 64))
+    given = {"x": mx.zeros((2, 64)), "group_size": 64, "bits": 4} | words
+    cpu = native._load()[0]
+    for module, block in ((device.module, device.on()), (cpu, device.on())):
+        with block, pytest.raises((ValueError, TypeError), match=message):
+            module.qmm(given["x"], w, s, b, True, given["group_size"], given["bits"])
+
+
+# ---- the table ---------------------------------------------------------------------------------------------
+
+SHAPES = [(1, 4096, 4096), (5, 14336, 4096), (6, 4096, 14336), (8, 100, 64), (12, 512, 4096), (33, 96, 8192),
+          (512, 4096, 4096), (2048, 32, 128), (1, 8, 32768), (7, 65536, 1024)]  # fmt: skip
+EXPERTS = [
+    {},
+    {"gather": True, "blocks": 6, "experts": 4},
+    {"gather": True, "sorted": True, "blocks": 64, "experts": 4},
+]
+GPUS = [("applegpu_g13g", 13), ("applegpu_g14d", 14), ("applegpu_g15s", 15), ("applegpu_g16p", 16),
+        ("applegpu_g16c", 16), ("applegpu_g18g", 18), ("", 0)]  # fmt: skip
+
+
+def test_every_choice_is_an_instantiation_of_the_shaders_table(device):
+    """The grid, the threads and the template arguments are those that shaders/kernels.json names."""
+    seen = set()
+    for architecture, generation in GPUS:
+        with device.on(architecture, generation):
+            for M, N, K in SHAPES:
+                for transpose in (True, False):
+                    for experts in EXPERTS:
+                        if experts and M * experts["blocks"] > 2**20:
+                            continue
+                        choice = device.module.metal_choice(
+                            transpose, 4, 64, "bfloat16", "float16", M, N, K, **experts
+                        )
+                        seen.add(choice["kernel"])
+                        check_choice(choice, M, N, K, experts)
+    assert seen == {name for name in KERNELS if not name.startswith(("quantize", "dequantize", "q8"))} - {
+        "sum_splits",
+        "schedule_tiles",
+    }
+
+
+def check_choice(choice, M, N, K, experts):
+    row = KERNELS[choice["kernel"]]
+    arguments = [int(a) if a.isdigit() else a for a in choice["arguments"].split(", ")]
+    given = dict(zip(row["template"], arguments, strict=True))
+    assert (given["T"], given["S"], given["bits"], given["group_size"]) == ("bfloat", "half", 4, 64)
+    if "M" in given:
+        assert given["M"] == M and M in row["values"]["M"]
+    else:
+        assert tuple(given[n] for n in ("BM", "BN", "WM", "WN")) in TILES
+    blocks = experts.get("blocks", 1)
+    scalars = {"M": M, "N": N, "K": K, "span": choice["span"], "B": blocks, "tiles": choice["tiles"]}
+    if choice["span"]:
+        inner, unit = (K, 64) if choice["kernel"] == "qmm_split" else (N, 32)
+        assert choice["span"] % unit == 0 and 512 <= choice["span"] < inner
+    if choice["tiles"]:
+        assert choice["tiles"] == -(-M * blocks // given["BM"]) + min(experts["experts"], blocks)
+    assert (choice["grid"], choice["threads"]) == geometry(choice["kernel"], tuple(arguments), scalars)
+
+
+@pytest.mark.parametrize(
+    "architecture, generation, macos, ours",
+    [
+        ("applegpu_g17g", 17, "26.2", False),
+        ("applegpu_g17s", 17, "27.0", False),
+        ("applegpu_g17g", 17, "26.1", True),  # the system that has no matrix-unit kernels
+        ("applegpu_g17p", 17, "26.2", True),  # a phone of that generation has no matrix units
+        ("applegpu_g18p", 18, "26.2", False),
+        ("applegpu_g16s", 16, "26.2", True),
+    ],
+)
+def test_gpus_with_matrix_units_prefill_on_stock_mlx(device, architecture, generation, macos, ours):
+    parts, dense = weight(18, (40, 64), fm.Format(4, 64))
+    for M, kernels in ((1, ["qmv"]), (20, ["qmm"] if ours else [])):
+        x, exact = rows(19, (M, 64))
+        with device.on(architecture, generation, macos):
+            assert device.module.metal_status()["nax"] is not ours
+            y = device.module.qmm(x, *parts, True, 64, 4)
+            mx.eval(y)
+        assert device.ran() == kernels
+        close(y, exact @ dense.T, np.abs(exact) @ np.abs(dense.T))
+
+
+def test_the_status_counts_what_ran(device):
+    parts, _ = weight(20, (40, 64), fm.Format(4, 64))
+    with device.on():
+        before = device.module.metal_status()["kernels"].get("mlxq_qmv_float_float_4_64_2", 0)
+        for _ in range(3):
+            mx.eval(device.module.qmm(mx.ones((2, 64)), *parts, True, 64, 4))
+        status = device.module.metal_status()
+    assert status["kernels"]["mlxq_qmv_float_float_4_64_2"] == before + 3
+    assert (status["architecture"], status["generation"], status["error"]) == ("applegpu_g15s", 15, None)
+    assert device.module.metal_status() is None  # no Metal, no status
+
+
+# ---- when Metal's compiler refuses -------------------------------------------------------------------------
+
+
+def run_alone(program: str) -> dict:
+    """The answer of a program that runs in its own process: a refusal lasts as long as the process."""
+    head = "import json, warnings\nimport mlx.core as mx\nfrom metal import Device\ndevice = Device()\n"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, "-c", head + textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_refused_kernel_gives_one_warning_and_stock_mlx_from_then_on(device):
+    answer = run_alone("""
+        device.refusal = "program_source:7:12: error: unknown type name 'bfloat'\\nprogram_source:9: note: x"
+        w = mx.quantize(mx.random.normal((40, 64)), 64, 4)
+        x = mx.random.normal((3, 64))
+        said = []
+        with device.on(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            first = device.module.qmm(x, *w, True, 64, 4)
+            second = device.module.qmm(mx.random.normal((30, 64)), *w, True, 64, 4)
+            gradient = mx.grad(lambda x: device.module.qmm(x, *w, True, 64, 4).sum())(x)
+            experts = [a[None] for a in w]
+            third = device.module.gather_qmm(x[None], *experts, None, None, True, 64, 4, False)
+            mx.eval(first, second, gradient, third)
+            status = device.module.metal_status()
+        exact = mx.quantized_matmul(x, *w, True, 64, 4)
+        print(json.dumps({
+            "warnings": [str(w.message) for w in caught], "category": caught[0].category.__name__,
+            "ran": device.ran(), "error": status["error"], "kernels": status["kernels"],
+            "equal": [bool(mx.all(first == exact)), bool(mx.all(third[0] == exact))],
+        }))
+    """)
+    name = "mlxq_qmv_float_float_4_64_3"
+    line = f"{name}: program_source:7:12: error: unknown type name 'bfloat'"
+    assert answer["warnings"] == [
+        f"Metal did not compile mlxq's kernel {line}. "
+        "Stock MLX operations are used from now on; mlxq doctor says more."
+    ]
+    assert answer["category"] == "RuntimeWarning"
+    assert answer["error"] == line
+    assert answer["ran"] == [] and answer["kernels"] == {}
+    assert answer["equal"] == [True, True]
+
+
+def test_kernels_compiled_before_a_refusal_finish_their_graphs(device):
+    answer = run_alone("""
+        w = mx.quantize(mx.random.normal((40, 64)), 64, 4)
+        x = mx.random.normal((3, 64))
+        with device.on():
+            early = device.module.qmm(x, *w, True, 64, 4)
+            device.refusal = "program_source:1:1: error: no"
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                late = device.module.qmm(mx.random.normal((30, 64)), *w, True, 64, 4)
+            mx.eval(early, late)
+        exact = mx.quantized_matmul(x, *w, True, 64, 4)
+        print(json.dumps({"ran": device.ran(), "error": float(mx.max(mx.abs(early - exact)))}))
+    """)
+    assert answer["ran"] == ["qmv"]
+    assert answer["error"] < 1e-4
+
+
+# ---- the embedded text -------------------------------------------------------------------------------------
+
+
+def test_the_embedded_text_is_the_shader_with_its_includes(tmp_path):
+    sys.path.insert(0, str(ROOT / "metal"))
+    import embed_shaders
+
+    for path in sorted(SHADERS.glob("*.metal")):
+        text = embed_shaders.flatten(path)
+        assert '#include "' not in text and "#pragma once" not in text
+        assert set(source.kernels(text)) == set(source.kernels(source.flatten(path))) != set()
+    (tmp_path / "bad.metal").write_text("// caf\u00e9\n")
+    with pytest.raises(ValueError, match=r"bad.metal:1: a shader must be ASCII"):
+        embed_shaders.flatten(tmp_path / "bad.metal")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="is about the build for Linux")
+def test_the_linux_build_has_no_metal():
+    assert native._load()[0].metal_status() is None
+    assert not hasattr(native._load()[0], "metal_choice")
+
+
+# ---- on a Mac ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not mx.metal.is_available(), reason="needs a Metal GPU")
+@pytest.mark.parametrize("transpose, M, N, K, fmt, dtype, scales, kernels", PRODUCTS)
+def test_a_metal_gpu_equals_float64(transpose, M, N, K, fmt, dtype, scales, kernels):
+    parts, dense = weight(1, (N, K), fm.Format(*fmt), scales)
+    x, x_exact = rows(2, (M, K if transpose else N), dtype)
+    matrix = dense.T if transpose else dense
+    module = native._load()[0]
+    with mx.stream(mx.gpu):
+        y = module.qmm(x, *parts, transpose, fmt[1], fmt[0])
+        mx.eval(y)
+    assert module.metal_status()["error"] is None
+    close(y, x_exact @ matrix, np.abs(x_exact) @ np.abs(matrix), dtype)

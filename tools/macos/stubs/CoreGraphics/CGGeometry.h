@@ -1,0 +1,5 @@
+// Stands in for Apple's header in tools/macos/check.py: what metal-cpp names of it, and nothing else.
+#pragma once
+typedef struct CGSize {
+  double width, height;
+} CGSize;
