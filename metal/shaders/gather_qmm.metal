@@ -10,16 +10,17 @@
 //   buffer 4  y       T     (B, M, N)               gather_qvm, gather_qmm_n*: (B, M, K)
 //   buffer 5  lhs     int   (B,)
 //   buffer 6  rhs     int   (B,)                    *_sorted: tiles, int (number of tiles, 3), from schedule_tiles
-//   buffer 7  M       int                           gather_qmv, gather_qvm: absent, a template argument; N, K move up by one
+//   buffer 7  M       int                           gather_qmv, gather_qvm: a template argument; N is 7, K is 8
 //   buffer 8  N       int
 //   buffer 9  K       int, a multiple of group_size
 //
-// Three ways to do it, by shape; each is the plain kernel of the same name on moved pointers: threadgroup, picture and what
-// must divide what are in qmv, qmm and qmm_n.metal.
+// Three ways to do it, by shape; each is the plain kernel of the same name on moved pointers: threadgroup, picture and
+// what must divide what are in qmv, qmm and qmm_n.metal.
 //   decode, M = 1 to 8        gather_qmv, gather_qvm: grid (ceil(N / 8), B) and (ceil(K / 128), B)
 //   blocks of many rows       gather_qmm, gather_qmm_n: grid (ceil(N or K / BN), ceil(M / BM), B)
-//   sorted rhs, many blocks   gather_qmm_sorted, gather_qmm_n_sorted: grid (ceil(N or K / BN), number of tiles). The rows of all
-//                             blocks of an expert stand together in y; schedule_tiles cuts each expert's run into tiles of BM:
+//   sorted rhs, many blocks   gather_qmm_sorted, gather_qmm_n_sorted: grid (ceil(N or K / BN), number of tiles). The rows
+//                             of all blocks of an expert stand together in y; schedule_tiles cuts each run into tiles
+//                             of BM rows:
 //
 //      rows of y   0 ......... 9 | 10 .. 12 | 13 ............ 30         BM = 16
 //      expert           2              5               6
@@ -29,8 +30,8 @@
 //                             At most ceil(B * M / BM) + min(E, B) tiles exist: the host launches so many.
 //
 // Indices are not checked here: an expert or a block that does not exist is the caller's mistake (the primitive's).
-// Accumulators are float32, edges ragged inside the kernels. Limited by what limits the plain kernels; unsorted decoding by
-// the words of every block's expert, read once a block. Not measured on Apple hardware.
+// Accumulators are float32, edges ragged inside the kernels. Limited by what limits the plain kernels; unsorted decoding
+// by the words of every block's expert, read once a block. Not measured on Apple hardware.
 #pragma once
 
 #include "qmm.metal"
@@ -70,8 +71,8 @@ template <typename T, typename S, int bits, int group_size, int M>
   scales += expert_rows * (K / group_size);
   biases += expert_rows * (K / group_size);
   y += static_cast<size_t>(tile.y) * M * K;
-  qvm_columns<T, S, T, bits, group_size, M>(x, words, scales, biases, y, N, K, static_cast<int>(tile.x) * 128, 0, N, sums,
-                                            simdgroup, lane);
+  qvm_columns<T, S, T, bits, group_size, M>(x, words, scales, biases, y, N, K, static_cast<int>(tile.x) * 128, 0, N,
+                                            sums, simdgroup, lane);
 }
 
 template <typename T, typename S, int bits, int group_size, int BM, int BN, int WM, int WN>
@@ -144,8 +145,8 @@ template <typename T, typename S, int bits, int group_size, int BM, int BN, int 
   scales += expert_rows * (K / group_size);
   biases += expert_rows * (K / group_size);
   qmm_tile<T, S, T, bits, group_size, BM, BN, WM, WN, true>(x, words, scales, biases, y, lhs, M, begin, end,
-                                                            static_cast<int>(tile.x) * BN, N, K, 0, K, x_tile, word_tile,
-                                                            scale_tile, simdgroup, lane);
+                                                            static_cast<int>(tile.x) * BN, N, K, 0, K, x_tile,
+                                                            word_tile, scale_tile, simdgroup, lane);
 }
 
 template <typename T, typename S, int bits, int group_size, int BM, int BN, int WM, int WN>
@@ -170,8 +171,8 @@ template <typename T, typename S, int bits, int group_size, int BM, int BN, int 
   scales += expert_rows * (K / group_size);
   biases += expert_rows * (K / group_size);
   qmm_n_tile<T, S, T, bits, group_size, BM, BN, WM, WN, true>(x, words, scales, biases, y, lhs, M, begin, end,
-                                                              static_cast<int>(tile.x) * BN, N, K, 0, N, x_tile, word_tile,
-                                                              scale_tile, simdgroup, lane);
+                                                              static_cast<int>(tile.x) * BN, N, K, 0, N, x_tile,
+                                                              word_tile, scale_tile, simdgroup, lane);
 }
 
 // Cuts the rows of every expert into tiles of BM.

@@ -1,36 +1,36 @@
-// W8A8: y[m, n] = x_scales[m] * sum_k w_scales[n, k / group_size] * codes_x[m, k] * codes_w[n, k], sums of int8 products exact.
+// W8A8: y[m, n] = x_scales[m] * sum_k w_scales[n, k / group_size] * codes_x[m, k] * codes_w[n, k], int8 products exact.
 //
 //   buffer 0  x         uint   (M, K / 4)               four int8 a word, lowest byte first
 //   buffer 1  x_scales  float  (M,)                     one a token
-//   buffer 2  w         uint   (N, K / 4)               four int8 a word; or the 8-bit words of the format, whose code is
-//                                                       value + 128: flip is 0 for the first, 0x80808080 for the second
+//   buffer 2  w         uint   (N, K / 4)               four int8 a word; or the 8-bit words of the format, whose code
+//                                                       is value + 128: flip is 0 for the first, 0x80808080 for these
 //   buffer 3  w_scales  float  (N,) if group_size is 0, else (N, K / group_size)
 //   buffer 4  y         T      (M, N)                   float, half, bfloat; or int: the sums themselves, no scales
-//   buffer 5  M         int                             q8_mv: absent, a template argument; N, K and flip move up by one
+//   buffer 5  M         int                             q8_mv: a template argument; N is 5, K is 6, flip is 7
 //   buffer 6  N         int
 //   buffer 7  K         int, a multiple of 32 and of group_size
 //   buffer 8  flip      uint
 //
-// With one scale a row the sum is int32 and exact while it fits: K up to 131,072; y = float(sum) * (x_scales * w_scales).
+// With one scale a row the sum is int32 and exact while it fits: K up to 131,071; y = float(sum) * (x_scales * w_scales).
 // With groups the int32 sum of a group is exact, and the scaled groups add up in float32; y = that * x_scales.
 //
-// q8_mm   threadgroup: 128 threads (2 x 2 simdgroups, 32 x 32 of y each); grid: (ceil(N / 64), ceil(M / 64)). Picture: qmm's.
-//         There is no int8 product on Apple GPUs before M5, so the 8x8 float32 matrices multiply: a product of two int8 is at
-//         most 2^14, so 1024 of them add up to at most 2^24 without rounding, in any order. Every 1024 columns (or every
-//         group) the float sums move to the int32 (or scaled) ones. Threadgroup memory: 2 * 2 * 64 rows of 8 words.
-// q8_mv   M = 1 to 8; threadgroup: 64 threads; grid: ceil(N / 8). Picture: qmv's, a lane has two words of each row in a step
-//         of 256 columns. Integer multiply-adds; every word of w is read once for all rows.
+// q8_mm   threadgroup: 128 threads, 2 x 2 simdgroups of 32 x 32; grid: (ceil(N / 64), ceil(M / 64)). Picture: qmm's.
+//         There is no int8 product on Apple GPUs before M5, so the 8x8 float32 matrices multiply: a product of two int8
+//         is at most 2^14, so 1024 of them add up to at most 2^24 without rounding, in any order. Every 1024 columns (or
+//         every group) the float sums move to the int32 (or scaled) ones. Two buffers, one barrier a step, as in qmm.
+// q8_mv   M = 1 to 8; threadgroup: 64 threads; grid: ceil(N / 8). Picture: qmv's; a lane has two words of each row in a
+//         step of 256 columns. Integer multiply-adds; every word of w is read once for all rows.
 //
-// q8_rows makes x: codes = clamp(rint(x / scale), -127, 127) with scale = max |x| / 127 of the row, 1 for a row of zeros.
+// q8_rows makes x: codes = clamp(rint(x / scale), -127, 127), scale = max |x| / 127 of the row, 1 for a row of zeros.
 //   buffer 0  x       T      (M, K)
 //   buffer 1  codes   uint   (M, K / 4)
 //   buffer 2  scales  float  (M,)
 //   buffer 3  K       int, a multiple of 4
-// Threadgroup: 256 threads, one row; grid: M. float32 operations of IEEE (safe math mode: the division is rounded correctly);
+// Threadgroup: 256 threads, one row; grid: M. IEEE float32 operations (safe math mode: the division is correctly rounded);
 // a row with NaN or infinity gets a scale that is not finite and codes without meaning.
 //
-// M and N are ragged inside the kernels. q8_mm is limited by the simdgroup multiply, q8_mv and q8_rows by device memory. Not
-// measured on Apple hardware.
+// M and N are ragged inside the kernels. q8_mm is limited by the simdgroup multiply, q8_mv and q8_rows by device memory.
+// Not measured on Apple hardware.
 #pragma once
 
 #include "tile.h"

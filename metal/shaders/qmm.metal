@@ -10,8 +10,8 @@
 //   buffer 7  K       int, a multiple of group_size
 //   buffer 8  span    int, only qmm_split: the columns of K in a split, a multiple of 32 and of group_size
 //
-// Threadgroup: 32 * WM * WN threads; grid: (ceil(N / BN), ceil(M / BM), splits). Built for BM x BN of 64 x 64 and 32 x 64 on
-// 2 x 2 simdgroups and of 16 x 64 on 1 x 4.
+// Threadgroup: 32 * WM * WN threads; grid: (ceil(N / BN), ceil(M / BM), splits). Built for BM x BN of 64 x 64 and
+// 32 x 64 on 2 x 2 simdgroups and of 16 x 64 on 1 x 4.
 //
 //              n ->  0 .. 31    32 .. 63          A simdgroup owns 32 x 32 of y: 16 accumulator matrices.
 //   m  0 .. 31        sg 0        sg 1            Per step of 32 along K the threadgroup holds in its memory
@@ -19,25 +19,25 @@
 //                                                   words  64 rows of `bits` words, still packed
 //                                                   scale, bias  64 floats each, fetched when a group begins
 //
-// Codes become float weights on the way from threadgroup memory into a matrix, so weights are never rounded to T and W takes
-// bits / 32 of the room: two buffers of everything fit (14 KiB for half and 4 bits), and the next step's loads are in flight,
-// in registers, while this one is multiplied. One barrier a step.
+// Codes become float weights on the way from threadgroup memory into a matrix, so weights are never rounded to T and W
+// takes bits / 32 of the room: two buffers of everything fit (13.5 KiB for half and 4 bits), and the next step's loads are
+// in flight, in registers, while this one is multiplied. One barrier a step.
 //
 // Both edges of the tile are ragged: rows and columns that do not exist are zeros inside and are not written.
 // Accumulators: float32 matrices; the operands are float32 too (bfloat matrices are emulated before M5).
-// Limited by the simdgroup multiply; per 8x8x8 product 1/TM of a W fragment is decoded: 6 instructions beside 16 multiply-adds
-// a lane, TM = 4. Device bytes: half of a 32 x 32 tile's. Not measured on Apple hardware.
+// Limited by the simdgroup multiply. A lane decodes its two weights of a W matrix, some 8 instructions, for TM products of
+// 16 multiply-adds each; TM is 4, 2 or 2. Device bytes: half of a 32 x 32 tile's. Not measured on Apple hardware.
 #pragma once
 
 #include "tile.h"
 
-// One tile of y, rows first_row to last_row of it. If GATHER, row m of it is x's row x_rows[m / block] * block + m % block.
-// The partial or whole sums over columns [begin, end) go to y as Out.
+// One tile of y, rows first_row to last_row of it. If GATHER, row m is that of x's row x_rows[m / block] * block +
+// m % block. The partial or whole sums over columns [begin, end) go to y as Out.
 template <typename T, typename S, typename Out, int bits, int group_size, int BM, int BN, int WM, int WN, bool GATHER>
 METAL_FUNC void qmm_tile(const device T* x, const device uint* words, const device S* scales, const device S* biases,
-                         device Out* y, const device int* x_rows, int block, int first_row, int last_row, int first_column,
-                         int N, int K, int begin, int end, threadgroup T* x_tile, threadgroup uint* word_tile,
-                         threadgroup float* scale_tile, ushort simdgroup, ushort lane) {
+                         device Out* y, const device int* x_rows, int block, int first_row, int last_row,
+                         int first_column, int N, int K, int begin, int end, threadgroup T* x_tile,
+                         threadgroup uint* word_tile, threadgroup float* scale_tile, ushort simdgroup, ushort lane) {
   constexpr int THREADS = 32 * WM * WN;
   constexpr int TM = BM / WM / 8;  // matrices of a simdgroup
   constexpr int TN = BN / WN / 8;
@@ -45,7 +45,8 @@ METAL_FUNC void qmm_tile(const device T* x, const device uint* words, const devi
   constexpr int W_STRIDE = bits + 1;
   constexpr int X_LOADS = BM * 8 / THREADS;  // a thread's runs of four x
   constexpr int W_LOADS = BN * bits / THREADS;
-  static_assert(X_LOADS * THREADS == BM * 8 && W_LOADS * THREADS == BN * bits && THREADS >= 2 * BN, "threads must divide a tile");
+  static_assert(X_LOADS * THREADS == BM * 8 && W_LOADS * THREADS == BN * bits && THREADS >= 2 * BN,
+                "threads must divide a tile");
   const int thread_index = simdgroup * 32 + lane;
   const int words_per_row = K / 32 * bits;
   const int groups_per_row = K / group_size;

@@ -5,34 +5,34 @@
 //   buffer 2  scales  S     (N, K / group_size)
 //   buffer 3  biases  S     (N, K / group_size)
 //   buffer 4  y       T     (M, K)              *_split: float (splits, M, K), partial sums for sum_splits
-//   buffer 5  M       int                       qvm, qvm_split: absent, M is a template argument; N, K and span move up by one
+//   buffer 5  M       int                       qvm*: a template argument; N is 5, K is 6, span is 7
 //   buffer 6  N       int
 //   buffer 7  K       int, a multiple of group_size
-//   buffer 8  span    int, only *_split: the rows of W in a split; qmm_n_split: a multiple of 32, qvm_split: of group_size
+//   buffer 8  span    int, only *_split: the rows of W in a split, for qmm_n_split a multiple of 32
 //
-// qmm_n   threadgroup: 32 * WM * WN threads; grid: (ceil(K / BN), ceil(M / BM), splits). The tile, the threads over it, the two
-//         buffers and the barrier are qmm's (see there) with K and N exchanged: a step takes 32 rows of W, of each the 2 * bits
-//         words that hold the tile's 64 columns, and the scales and biases of the one or two groups that these columns meet.
-//         A lane's two elements of a weight matrix are neighbours in one word.
+// qmm_n   threadgroup: 32 * WM * WN threads; grid: (ceil(K / BN), ceil(M / BM), splits). The tile, the threads over it,
+//         the two buffers and the barrier are qmm's (see there) with K and N exchanged: a step takes 32 rows of W, of
+//         each the 2 * bits words that hold the tile's 64 columns, and the scales and biases of the one or two groups
+//         that these columns meet. A lane's two elements of a weight matrix are neighbours in one word.
 //         Device bytes differ from qmm's in the scales alone: a group of 128 is read by two tiles.
 //
 // qvm     M = 1 to 8. Threadgroup: 128 threads; grid: (ceil(K / 128), splits).
 //
 //            k ->    8 codes   8 codes         8 codes
-//          row n     lane 0    lane 1    ...   lane 15      group_size / 8 rows in turn: the scales and biases of these
-//          row n'    lane 16   lane 17   ...   lane 31      rows are loaded by the 16 lanes between them, once, and shuffled
+//          row n     lane 0    lane 1    ...   lane 15      group_size / 8 rows in turn: their scales and biases are
+//          row n'    lane 16   lane 17   ...   lane 31      loaded by the 16 lanes between them, once, and shuffled
 //
-//         The four simdgroups take such pairs of blocks of rows in turn and add up through threadgroup memory at the end.
-//         Sums: M * 8 floats a lane. Every word, scale and bias is read once for all M rows.
+//         The four simdgroups take such pairs of blocks of rows in turn and add up through threadgroup memory at the
+//         end. Sums: M * 8 floats a lane. Every word, scale and bias is read once for all M rows.
 //
-// M, N and K are ragged inside the kernels; sums are float32 and so are weights. qmm_n is limited by the simdgroup multiply,
-// qvm by the bandwidth of device memory. Not measured on Apple hardware.
+// M, N and K are ragged inside the kernels; sums are float32 and so are weights. qmm_n is limited by the simdgroup
+// multiply, qvm by the bandwidth of device memory. Not measured on Apple hardware.
 #pragma once
 
 #include "tile.h"
 
-// One tile of y, rows first_row to last_row of it. If GATHER, row m of it is g's row g_rows[m / block] * block + m % block.
-// The partial or whole sums over rows [begin, end) of W go to y as Out.
+// One tile of y, rows first_row to last_row of it. If GATHER, row m is that of g's row g_rows[m / block] * block +
+// m % block. The partial or whole sums over rows [begin, end) of W go to y as Out.
 template <typename T, typename S, typename Out, int bits, int group_size, int BM, int BN, int WM, int WN, bool GATHER>
 METAL_FUNC void qmm_n_tile(const device T* g, const device uint* words, const device S* scales, const device S* biases,
                            device Out* y, const device int* g_rows, int block, int first_row, int last_row,
@@ -293,8 +293,8 @@ template <typename T, typename S, int bits, int group_size, int M>
                     uint3 tile [[threadgroup_position_in_grid]], ushort simdgroup [[simdgroup_index_in_threadgroup]],
                     ushort lane [[thread_index_in_simdgroup]]) {
   threadgroup float sums[4 * M * 128];
-  qvm_columns<T, S, T, bits, group_size, M>(g, words, scales, biases, y, N, K, static_cast<int>(tile.x) * 128, 0, N, sums,
-                                            simdgroup, lane);
+  qvm_columns<T, S, T, bits, group_size, M>(g, words, scales, biases, y, N, K, static_cast<int>(tile.x) * 128, 0, N,
+                                            sums, simdgroup, lane);
 }
 
 template <typename T, typename S, int bits, int group_size, int M>
@@ -308,6 +308,7 @@ template <typename T, typename S, int bits, int group_size, int M>
   threadgroup float sums[4 * M * 128];
   const int begin = static_cast<int>(tile.y) * span;
   partials += static_cast<size_t>(tile.y) * M * K;
-  qvm_columns<T, S, float, bits, group_size, M>(g, words, scales, biases, partials, N, K, static_cast<int>(tile.x) * 128,
-                                                begin, metal::min(begin + span, N), sums, simdgroup, lane);
+  qvm_columns<T, S, float, bits, group_size, M>(g, words, scales, biases, partials, N, K,
+                                                static_cast<int>(tile.x) * 128, begin, metal::min(begin + span, N),
+                                                sums, simdgroup, lane);
 }

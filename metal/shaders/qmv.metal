@@ -21,9 +21,10 @@
 // nothing is loaded twice. x is loaded once for four outputs, as MLX's qmv does, straight from the cache.
 //
 // K need not be a multiple of the step: lanes past the end have zeros. Rows past N read and write nothing.
-// Sums: float32, one a lane, row and output; simd_sum at the end. For M = 1, per lane and group
-// scale * sum(code * x) + bias * sum(x), 1.25 multiply-adds a weight; for more rows a weight is made once and used M times.
-// Limited by the bandwidth of device memory up to M = 4 or so, then by the multiply-adds. Not measured on Apple hardware.
+// Sums: float32, one a lane, row and output; simd_sum at the end. For M = 1 a lane adds scale * sum(code * x) +
+// bias * sum(x) of its codes; for more rows a weight is made once, in registers, and used M times.
+// Limited by the bandwidth of device memory while M is small, then by the multiply-adds: M a weight beside three
+// instructions that make it. Not measured on Apple hardware.
 #pragma once
 
 #include "tile.h"

@@ -1,16 +1,16 @@
 // Codes, scales and biases by rule "affine" of mlxq/format.py, and weights from them, to the bit.
 //
-// The rule, with its three grids, is written in format.affine_groups; every operation below is one IEEE float32 operation of
-// it. So this file must be compiled without fast math, with correctly rounded division (Metal's safe math mode, which is
-// MLX's; on CUDA --prec-div=true --fmad=false; on a CPU -ffp-contract=off): nothing is contracted, no division is made a
-// product, none of the results depends on float32 subnormals. float16 is read and written through integers.
+// The rule, with its three grids, is written in format.affine_groups; every operation below is one IEEE float32 operation
+// of it. So this file must be compiled without fast math, with correctly rounded division (Metal's safe math mode, which
+// is MLX's; on CUDA --prec-div=true --fmad=false; on a CPU -ffp-contract=off): nothing is contracted, no division is made
+// a product, none of the results depends on float32 subnormals. float16 is read and written through integers.
 //
 //   quantize      buffer 0  w        W     (groups, group_size)    W: float, half or bfloat
 //                 buffer 1  words    uint  (groups, group_size * bits / 32)
 //                 buffer 2  scales   S     (groups,)
 //                 buffer 3  biases   S     (groups,)
-//                 buffer 4  report   uint  (2,)    added up: weights that are NaN or infinite; other groups that S cannot
-//                                   hold. The host clears it and raises the errors; such groups get zeros.
+//                 buffer 4  report   uint  (2,)    added up: weights that are NaN or infinite; other groups that S
+//                                  cannot hold. The host clears it and raises the errors; such groups get zeros.
 //                 buffer 5  groups   int
 //   dequantize    buffer 0  words    uint  (groups, group_size * bits / 32)
 //                 buffer 1  scales   S     (groups,)
@@ -18,11 +18,12 @@
 //                 buffer 3  w        W     (groups, group_size): scale * code, rounded, then + bias, rounded, then to W
 //                 buffer 4  groups   int
 //
-// Groups of a matrix (..., N, K) stand one after the other, so shapes do not matter here. Threadgroup: 256 threads; grid:
-// ceil(groups / 8) threadgroups for both. A simdgroup has one group:
+// Groups of a matrix (..., N, K) stand one after the other, so shapes do not matter here. Threadgroup: 256 threads;
+// grid: ceil(groups / 8) threadgroups for both. A simdgroup has one group:
 //
-//   lane      0                1        ...  31             element e of lane l is weight 32 * e + l of the group, so the
-//   weights   0, 32, 64, 96    1, 33         31, 63, 95, 127     rule's sum by halves is element sums, then xor 16, 8, 4, 2, 1
+//   lane      0                1        ...  31             element e of lane l is weight 32 * e + l of the group, so
+//   weights   0, 32, 64, 96    1, 33         31, 63, 95     the rule's sum by halves adds elements, then lanes ^ 16, 8,
+//                                                           4, 2, 1; a + b is b + a to the bit
 //
 // Limited by three divisions a weight (quantize), by memory (dequantize). Not run on Apple hardware.
 #pragma once
@@ -115,9 +116,10 @@ METAL_FUNC float encode(const thread float* w, float scale, float bias, float le
 }
 
 template <typename W, typename S, int bits, int group_size>
-[[kernel]] void quantize(const device W* w [[buffer(0)]], device uint* words [[buffer(1)]], device S* scales [[buffer(2)]],
-                         device S* biases [[buffer(3)]], device atomic_uint* report [[buffer(4)]],
-                         constant int& groups [[buffer(5)]], uint3 tile [[threadgroup_position_in_grid]],
+[[kernel]] void quantize(const device W* w [[buffer(0)]], device uint* words [[buffer(1)]],
+                         device S* scales [[buffer(2)]], device S* biases [[buffer(3)]],
+                         device atomic_uint* report [[buffer(4)]], constant int& groups [[buffer(5)]],
+                         uint3 tile [[threadgroup_position_in_grid]],
                          ushort simdgroup [[simdgroup_index_in_threadgroup]],
                          ushort lane [[thread_index_in_simdgroup]]) {
   constexpr int EACH = group_size / 32;

@@ -5,8 +5,8 @@
 //   buffer 2  count     int
 //   buffer 3  splits    int
 //
-// One thread an element, 256 a threadgroup; grid: ceil(count / 256) threadgroups. float32 sums. Limited by memory: it reads
-// splits * 4 bytes an element. Not measured on Apple hardware.
+// One thread an element, 256 a threadgroup; grid: ceil(count / 256) threadgroups. float32 sums. Limited by memory: it
+// reads splits * 4 bytes an element. Not measured on Apple hardware.
 #pragma once
 
 #include "tile.h"
