@@ -4,8 +4,8 @@ A result file is JSON with
 
     tool       name of the tool
     machine    cpu, family, features, cores, l3_bytes, system, kernel, huge_pages, python, commit,
-               command, date, versions {package: version}, load_at_start, noisy (it was above LOAD_LIMIT:
-               do not publish)
+               command, date, versions {package: version}, busy_cores_at_start, noisy (that was above
+               BUSY_LIMIT: do not publish)
     settings   the tool's arguments
     bars       [{what, measured, bar, sense (">=" or "<="), met, note}]   measured: null when not taken
     missing    [sentence]    contenders that were not timed and how to get them
@@ -33,7 +33,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tools" / "results"
-LOAD_LIMIT = 0.5
+BUSY_LIMIT = 0.25  # cores that others use, above which times are not published
 PACKAGES = ("mlxq", "mlx", "mlx-lm", "torch", "transformers", "llama_cpp_python", "numpy")
 # libgomp's workers (torch, llama.cpp) spin for milliseconds after a job: they sleep before another is timed.
 SETTLE_SECONDS = 0.008
@@ -47,6 +47,22 @@ AHEAD = (0, 1024, 4096)  # bytes that the read stream prefetches; the best of th
 def cores() -> int:
     """How many cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def busy_cores(seconds: float = 2.0) -> float:
+    """How many cores others, and the host of a virtual machine, used during the next seconds of our sleep."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return os.getloadavg()[0]
+
+    def idle() -> int:
+        fields = stat.read_text().split("\n", 1)[0].split()[1:]
+        return int(fields[3]) + int(fields[4])  # idle, waiting for a disk
+
+    before, begin = idle(), time.monotonic()
+    time.sleep(seconds)
+    ticks = (time.monotonic() - begin) * os.sysconf("SC_CLK_TCK")
+    return max(0.0, os.cpu_count() - (idle() - before) / ticks)
 
 
 def l3_bytes() -> int:
@@ -80,7 +96,7 @@ def cpu() -> dict:
 def machine() -> dict:
     """Where, with what and by which command this run happens; the head of this file lists the keys."""
     about = cpu()
-    load = os.getloadavg()[0]
+    busy = busy_cores()
     versions = {}
     for package in PACKAGES:
         try:
@@ -103,8 +119,8 @@ def machine() -> dict:
         "commit": _said("git", "-C", str(ROOT), "rev-parse", "HEAD") + (" (changed)" if changed else ""),
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.datetime.now().isoformat(timespec="seconds"),
-        "load_at_start": round(load, 2),
-        "noisy": load > LOAD_LIMIT,
+        "busy_cores_at_start": round(busy, 2),
+        "noisy": busy > BUSY_LIMIT,
     }
 
 
@@ -114,10 +130,10 @@ def print_machine(about: dict) -> None:
           f"{about['system']} {about['kernel']}, huge pages: {about['huge_pages']}")  # fmt: skip
     print("  " + " ".join(about["features"]))
     print("  " + ", ".join(f"{k} {v}" for k, v in about["versions"].items() if v))
-    print(f"  commit {about['commit']}, {about['date']}, load {about['load_at_start']}")
+    print(f"  commit {about['commit']}, {about['date']}, {about['busy_cores_at_start']} cores busy")
     print(f"  {about['command']}")
     if about["noisy"]:
-        print(f"WARNING: the load is {about['load_at_start']}: do not publish these times")
+        print(f"WARNING: others keep {about['busy_cores_at_start']} cores busy: do not publish these times")
 
 
 def summary(seconds: list[float]) -> dict:
