@@ -51,9 +51,9 @@ def bars(result: dict) -> str:
 
 
 def qmm_times(result: dict) -> str:
-    """Milliseconds of one 4096 x 4096 product at 4 bits or in float, on the faster pages, all threads."""
-    rows = [r for r in result["rows"] if r["N"] == r["K"] == 4096 and r["bits"] in (4, 16, 32, None)]
-    rows = [r for r in rows if r["family"] != "stream"]
+    """Milliseconds of one 4096 x 4096 product ours at 4 bits, on the faster pages, all threads."""
+    rows = [r for r in result["rows"] if r["N"] == r["K"] == 4096 and r["family"] != "stream"]
+    rows = [r for r in rows if r["family"] != "mlxq" or r["bits"] == 4]
     if not rows:
         return ""
     most = max(r["threads"] for r in rows)
@@ -84,7 +84,7 @@ DETAILS = {"bench_qmm": qmm_times, "bench_decode": decode_rates}
 
 def newest(tool: str) -> list[dict]:
     """The newest quiet result of a tool on each machine."""
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob(f"{tool}-*.json")]
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob(f"{tool.removeprefix('bench_')}-*.json")]
     quiet = [result for result in results if not result["machine"]["noisy"]]
     by_cpu = {}
     for result in sorted(quiet, key=lambda result: result["machine"]["date"]):
