@@ -1,9 +1,9 @@
-"""Kernels of MLX as Apple's compiler made them, run by the harness' lanes: a check of the harness from outside.
+"""Kernels of MLX as Apple's compiler made them, run by the harness' lanes: a check of it from outside.
 
-The wheel's mlx.metallib holds LLVM bitcode, a module for each kernel. llvm-dis turns it into text, address spaces
-are dropped from that, and llc makes machine code of this processor. What remains are some functions named air.*,
-which are given here by the harness' own operations of simdgroups; so those are not checked, and all else is: what
-Apple's front end makes of types, conversions, indices, templates, and the layout of matrices over lanes.
+The wheel's mlx.metallib holds LLVM bitcode, a module for each kernel. llvm-dis turns it into text, address
+spaces are dropped from that, and llc makes machine code of this processor. What remains are some functions
+named air.*, which are given here by the harness' own operations of simdgroups; so those are not checked. All
+else is: what Apple's front end makes of types, conversions, indices, templates and the layout of matrices.
 """
 
 import functools

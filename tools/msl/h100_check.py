@@ -168,7 +168,7 @@ def sanitize(tool: str, folder: Path, arguments: list[str], seconds: float) -> d
     hits = re.findall(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+)", said)
     lines = [line for line in said.splitlines() if line.startswith("=========") and line.strip("= ")]
     return {
-        "ran": "child has run" in said or bool(hits),
+        "ran": "child has run" in said or bool(hits and int(hits[-1])),  # an error may end the child
         "errors": int(hits[-1]) if hits else None,
         "said": "\n".join(lines[:12] + lines[-2:] if len(lines) > 14 else lines) or said[-600:],
     }
