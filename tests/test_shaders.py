@@ -21,7 +21,9 @@ from test_quantize import ALL, FMT, by_numpy, chunk, digest, storage_of
 from mlxq.format import FORMATS, Format
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # tools/ is no installed package
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "msl")]  # tools/ is no installed package
+
+import mlx_kernels  # noqa: E402
 
 from tools.msl import harness, source  # noqa: E402
 
@@ -210,6 +212,46 @@ def test_qmm_n_reads_and_multiplies_within_a_tenth_of_qmm(counted, fmt):
         == counted[forward].simdgroup_ops[products]
         == 512 * 128 * 128 / 512
     )
+
+
+# MLX's kernel, its template arguments, threadgroups, threads, numbers in order, our case of the same shape.
+STOCK_QMV = sc.product(np.random.default_rng(0), "qmv", ("half", "half", 4, 64, 1), 1, 16, 1024)
+STOCK = {
+    "qmv": ("affine_qmv_fast", "half, 64, 4, false", (1, 2, 1), (32, 2, 1), "KN", STOCK_QMV),
+    "qmm": ("affine_qmm_t", "half, 64, 4, false, false", (4, 16, 1), (32, 2, 2), "KNM", "bytes qmm 4-bit/64"),
+    "qmm_n": ("affine_qmm_n", "half, 64, 4, false", (4, 16, 1), (32, 2, 2), "NKM", "bytes qmm_n 4-bit/64"),
+}
+
+
+@pytest.fixture(scope="module")
+def stock():
+    """{our kernel: {operand: bytes that MLX's kernel reads of it}} for the same arrays."""
+    if isinstance(mlx_kernels.wheel(), str):
+        pytest.skip(mlx_kernels.wheel())
+    lib = mlx_kernels.quantized([row[:2] for row in STOCK.values()])
+    read = {}
+    for ours, (name, arguments, grid, threads, numbers, case) in STOCK.items():
+        given = (TRACED[case] if isinstance(case, str) else case).inputs
+        x = given["g" if ours == "qmm_n" else "x"]
+        arrays = [given["words"], given["scales"], given["biases"], x, given["y"].copy()]
+        buffers = dict(enumerate([*arrays, *(np.int32(given[d]) for d in numbers)]))
+        buffers |= mlx_kernels.no_batch(len(buffers))
+        result = lib.run((name, arguments), buffers, grid, threads, count=True)
+        operands = ("words", "scales", "biases", "x")
+        read[ours] = {operand: result.device_bytes[n]["read"] for n, operand in enumerate(operands)}
+    return read
+
+
+def test_qmv_reads_no_more_than_mlx(pool, stock):
+    (result,) = pool.submit(sc.run_on_harness, [STOCK_QMV], (0,), count=True).result()
+    for name, theirs in stock["qmv"].items():
+        ours = result.device_bytes[STOCK_QMV.index(name)]["read"]
+        assert ours == theirs if name in ("words", "x") else 4 * ours == theirs, name
+
+
+@pytest.mark.parametrize("kernel", ["qmm", "qmm_n"])
+def test_prefill_reads_at_most_half_of_what_mlx_reads(counted, stock, kernel):
+    assert bytes_read(counted, f"bytes {kernel} 4-bit/64") <= 0.5 * sum(stock[kernel].values())
 
 
 def test_sorted_experts_are_read_once_per_tile_of_rows(counted):
