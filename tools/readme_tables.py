@@ -84,7 +84,8 @@ DETAILS = {"bench_qmm": qmm_times, "bench_decode": decode_rates}
 
 def newest(tool: str) -> list[dict]:
     """The newest quiet result of a tool on each machine."""
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob(f"{tool.removeprefix('bench_')}-*.json")]
+    files = RESULTS.glob(f"{tool.removeprefix('bench_')}-*.json")
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     quiet = [result for result in results if not result["machine"]["noisy"]]
     by_cpu = {}
     for result in sorted(quiet, key=lambda result: result["machine"]["date"]):
