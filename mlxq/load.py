@@ -15,7 +15,8 @@ from mlx_lm import utils
 from safetensors import SafetensorError, safe_open
 
 from mlxq import ops
-from mlxq.checkpoint.huggingface import is_hub_id
+from mlxq.checkpoint.huggingface import is_hub_id, read_weight_map
+from mlxq.checkpoint.skeleton import CONFIG_LIES
 from mlxq.nn.mlx import adopt
 
 
@@ -49,7 +50,7 @@ def load(
         arguments["trust_remote_code"] = trust_remote_code
     try:
         model, config = utils.load_model(folder, lazy, **arguments)
-    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+    except CONFIG_LIES as error:
         raise ValueError(
             f"load: mlx-lm {mlx_lm.__version__} cannot build {folder}: {_short(error)}"
         ) from error
@@ -105,7 +106,7 @@ def _checked_config(folder: Path, model_config: dict[str, Any]) -> dict[str, Any
     if "model_type" not in config:
         raise ValueError(f"load: {folder}/config.json has no model_type")
     if (folder / "model.safetensors.index.json").exists():
-        wanted = set(_json(folder, "model.safetensors.index.json").get("weight_map", {}).values())
+        wanted = set(read_weight_map(folder / "model.safetensors.index.json").values())
         if missing := sorted(wanted - {shard.name for shard in shards}):
             raise FileNotFoundError(f"load: {folder} lacks {', '.join(missing)}, which its index names")
     names: set[str] = set()
@@ -141,7 +142,7 @@ def _json(folder: Path, name: str) -> dict[str, Any]:
 
 def _short(error: Exception, lines: int = 4) -> str:
     """An error of another library in one line: MLX lists every missing tensor, the first few are enough."""
-    text = f"no {error}" if isinstance(error, KeyError) else str(error)
+    text = f"no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
     said = [line.strip() for line in text.splitlines() if line.strip()]
     more = f" ... and {len(said) - lines} more" if len(said) > lines else ""
     return " ".join(said[:lines]) + more

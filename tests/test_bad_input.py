@@ -152,7 +152,13 @@ def test_an_unknown_architecture_names_near_ones(source, tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"hidden_size": None}, {"hidden_size": "many"}, {"num_attention_heads": 0}, {"num_hidden_layers": "2"}],
+    [
+        {"hidden_size": None},
+        {"hidden_size": "many"},
+        {"num_attention_heads": 0},
+        {"num_hidden_layers": "2"},
+        {"vocab_size": 0},  # mlx-lm asserts
+    ],
 )
 def test_a_configuration_that_makes_no_model_says_so(changes, source, tmp_path):
     edit_config(source, **changes)
@@ -444,6 +450,22 @@ def test_inspect_refuses_what_convert_refuses(source, tmp_path):
     next((tmp_path / "q").glob("model-00001*")).unlink()
     with pytest.raises(ValueError, match="which is not there"):
         inspect(tmp_path / "q")
+
+
+@pytest.mark.parametrize("lie", [[1], "affine", 4])
+def test_inspect_refuses_a_quantization_block_that_is_none(lie, source, tmp_path):
+    convert(source, tmp_path / "q", progress=False)
+    edit_config(tmp_path / "q", quantization=lie)
+    with pytest.raises(ValueError, match="q/config.json: quantization is .*, not a JSON object"):
+        inspect(tmp_path / "q")
+
+
+@pytest.mark.parametrize("lie", ["4", [], {}, 0, 2.5, None])
+def test_inspect_believes_the_arrays_where_the_configuration_lies(lie, source, tmp_path):
+    convert(source, tmp_path / "q", bits=3, group_size=32, progress=False)  # no other format has these shapes
+    true = inspect(tmp_path / "q").groups()
+    edit_config(tmp_path / "q", quantization={"bits": lie, "group_size": lie})
+    assert inspect(tmp_path / "q").groups() == true
 
 
 def test_inspect_refuses_scales_that_fit_no_format(source, tmp_path):

@@ -16,6 +16,7 @@ from tiny_models import make_hf_model
 
 import mlxq.load
 from mlxq import ops
+from mlxq.checkpoint.summary import inspect as inspect_model
 from mlxq.nn import mlx as layers
 
 
@@ -193,7 +194,7 @@ def test_a_config_that_lacks_a_dimension_is_refused(damaged):
 
 
 @pytest.mark.parametrize(
-    "change", [{"hidden_size": 256}, {"num_hidden_layers": 3}, {"intermediate_size": 100}]
+    "change", [{"hidden_size": 256}, {"num_hidden_layers": 3}, {"intermediate_size": 100}, {"vocab_size": 0}]
 )
 def test_a_config_that_lies_about_dimensions_is_refused(damaged, change):
     change_config(damaged, **change)
@@ -276,6 +277,15 @@ def test_a_missing_shard_is_named(damaged):
         FileNotFoundError, match="lacks model-00002-of-00002.safetensors, which its index names"
     ):
         mlxq.load(damaged)
+
+
+@pytest.mark.parametrize("lie", [{"weight_map": 3}, {"weight_map": {"lm_head.weight": 3}}, {}])
+def test_an_index_without_a_map_is_refused(damaged, lie):
+    (damaged / "model.safetensors.index.json").write_text(json.dumps(lie))
+    with pytest.raises(ValueError, match="index.json has no weight_map from tensor names to file names"):
+        mlxq.load(damaged)
+    with pytest.raises(ValueError, match="index.json has no weight_map from tensor names to file names"):
+        inspect_model(damaged)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 300, -1])

@@ -76,6 +76,14 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def read_weight_map(index: Path) -> dict[str, str]:
+    """File name by tensor name, from an index of shards. Raises ValueError when it has no such map."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ValueError(f"{index} has no weight_map from tensor names to file names")
+    return weight_map
+
+
 def read_config(folder: Path) -> dict:
     """config.json as mlx-lm's models want it.
 
@@ -179,11 +187,8 @@ class HuggingFaceCheckpoint:
         )
 
     def _indexed(self, index: Path) -> list[Path]:
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise ValueError(f"{index} has no weight_map from tensor names to file names")
-        self.weight_map = weight_map
-        names = sorted(set(weight_map.values()))
+        self.weight_map = read_weight_map(index)
+        names = sorted(set(self.weight_map.values()))
         for name in names:
             if Path(name).name != name:
                 raise ValueError(f"{index} names {name!r}, which is not a file name")

@@ -11,6 +11,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+# What a model's constructor raises when config.json lies: mlx-lm checks little of it, and by assertions.
+CONFIG_LIES = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, AssertionError)
+
 
 def model_classes(config: dict, folder: Path, trust_remote_code: bool) -> tuple[type, type]:
     """(Model, ModelArgs) of mlx-lm for this configuration.
@@ -55,10 +58,9 @@ class Skeleton:
         model_class, arguments = model_classes(config, folder, trust_remote_code)
         try:
             self.model: nn.Module = model_class(arguments.from_dict(config))
-        except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, OverflowError) as error:
-            raise ValueError(
-                f"{folder}: config.json makes no {config['model_type']}: {type(error).__name__}: {error}"
-            ) from None
+        except CONFIG_LIES as error:
+            said = f"{type(error).__name__}: {error}".removesuffix(": ")
+            raise ValueError(f"{folder}: config.json makes no {config['model_type']}: {said}") from None
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """mlx-lm's renaming, stacking and dropping of tensors, all lazy; can change the model (tied head)."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlxq.checkpoint.gguf import Gguf
-from mlxq.checkpoint.huggingface import read_json
+from mlxq.checkpoint.huggingface import read_json, read_weight_map
 from mlxq.checkpoint.safetensors import read_header
 from mlxq.format import BITS, GROUP_SIZES
 
@@ -173,10 +173,12 @@ def inspect(path: str | Path) -> Summary:
         entries |= read_header(file)[0]
     index = path / "model.safetensors.index.json"
     if index.exists():
-        for name, where in read_json(index).get("weight_map", {}).items():
+        for name, where in read_weight_map(index).items():
             if name not in entries:
                 raise ValueError(f"{index} names {name} in {where}, which is not there")
     settings = config.get("quantization") or {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}/config.json: quantization is {settings!r}, not a JSON object")
     summary = Summary(path, f"{path}: {config.get('model_type', 'unknown architecture')}")
     parts: dict[str, dict] = {}
     for name, entry in entries.items():
@@ -217,10 +219,12 @@ def _packed(name: str, tensors: dict, settings: dict) -> tuple[str, int]:
         raise ValueError(f"{name}: weight is {words.shape} but scales are {scales.shape}")
     bits, group = chosen.get("bits"), chosen.get("group_size")
     if mode != "affine" or "biases" not in tensors:
-        return mode if mode != "affine" else "unknown", rows * words.shape[-1] * 32 // (bits or 4)
+        width = bits if type(bits) is int and bits > 0 else 4
+        return str(mode) if mode != "affine" else "unknown", rows * words.shape[-1] * 32 // width
     product = words.shape[-1] * 32 / scales.shape[-1]  # bits * group_size, whatever K is
-    if bits is None or group is None or bits * group != product:
-        fitting = [(b, g) for g in (group, *GROUP_SIZES) for b in BITS if g and b * g == product]
+    if type(bits) is not int or type(group) is not int or bits * group != product:
+        groups = (group, *GROUP_SIZES) if type(group) is int else GROUP_SIZES
+        fitting = [(b, g) for g in groups for b in BITS if b * g == product]
         if not fitting:
             raise ValueError(
                 f"{name}: {words.shape[-1]} words and {scales.shape[-1]} scales a row fit no format"
