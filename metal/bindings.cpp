@@ -243,6 +243,10 @@ NB_MODULE(_ext, m) {
         "M"_a, "N"_a, "K"_a, "gather"_a = false, "sorted"_a = false, "blocks"_a = 1, "experts"_a = 1);
 #endif
 
+  // Whether MLX is recording the call for a transformation (grad, vmap, compile) of one of its operands.
+  m.def("traced", [](const mx::array& x, const mx::array& words, const mx::array& scales, const mx::array& biases) {
+    return x.is_tracer() || words.is_tracer() || scales.is_tracer() || biases.is_tracer();
+  });
   m.def("isa_levels", &levels);
   m.def("isa", [] { return std::string(level() < 0 ? "" : families[level()]->name); });
   m.def("set_isa", &set_isa, "name"_a);

@@ -1,4 +1,4 @@
-"""The command line: `mlxq convert | inspect | chat | doctor`.
+"""The command line: `mlxq convert | inspect | chat | doctor | autotune`.
 
 Only argparse and the modules that declare flags are imported before a command runs, so `mlxq --help` answers
 at once. Exit codes: 0 done, 1 doctor found something wrong, 2 bad input (one line on stderr, no traceback
@@ -68,6 +68,12 @@ def _parser() -> argparse.ArgumentParser:
             "check this installation and every kernel that runs here",
             doctor.add_arguments,
             doctor.run,
+        ),
+        (
+            "autotune",
+            "time the kernels against stock MLX here, and use what is faster",
+            _autotune_arguments,
+            _autotune,
         ),
     ):
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
@@ -160,4 +166,34 @@ def _inspect(args: argparse.Namespace) -> int:
     from mlxq.checkpoint.summary import inspect
 
     Console(highlight=False).print(inspect(args.model).table())
+    return 0
+
+
+def _autotune_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--quick", action="store_true", help="some formats and sizes only, in 12 seconds; default: everything"
+    )
+    parser.add_argument("--model", metavar="DIR", help="time the layers of this model instead")
+    parser.add_argument("--clear", action="store_true", help="remove what was stored, and time nothing")
+
+
+def _autotune(args: argparse.Namespace) -> int:
+    from mlxq.ops import tuning
+
+    if args.clear:
+        print(f"{tuning.path()} {'is removed' if tuning.clear() else 'does not exist'}")
+        return 0
+    if args.model is not None:
+        chat.quiet_transformers(args.model)
+    from rich.console import Console
+
+    from mlxq.autotune import WrongAnswer, autotune, show
+
+    try:
+        outcome = autotune(args.quick, args.model)
+    except WrongAnswer as error:
+        print(f"mlxq: {error}; nothing was stored. Try: mlxq doctor", file=sys.stderr)
+        return 1
+    show(outcome, Console(highlight=False))
+    print(f"{tuning.path()} is written" + (", and MLXQ_AUTOTUNE=0 is set" if tuning.switched_off() else ""))
     return 0

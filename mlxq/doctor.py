@@ -20,10 +20,6 @@ from pathlib import Path
 
 import mlxq
 
-# Relative Frobenius error against float64 that each x dtype may have (issue 2: the bars hold at K = 4096,
-# these cases are smaller). Most of it is the rounding of the answer: 2^-24, 2^-11 and 2^-8 half a unit in
-# the last place.
-TOLERANCE = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 8e-3}
 # One row, few rows, more than any register tile; N divides nothing; K is the least that groups of 128 share
 # twice.
 ROWS, OUTPUTS, INPUTS = (1, 7, 67), 72, 256
@@ -86,6 +82,7 @@ def examine() -> dict:
         "MLXQ_ISA": os.environ.get("MLXQ_ISA"),
         "MLXQ_THREADS": os.environ.get("MLXQ_THREADS"),
     }
+    found["tuning"] = ops.tuning_status()
     error = ops.native_error()
     checks.append(_check("compiled kernels", error is None, error or "loaded"))
     begin = time.perf_counter()
@@ -370,6 +367,8 @@ def _run_case(ops, case: _Case, results: dict, wrong: list[str], family: str | N
     import mlx.core as mx
     import numpy as np
 
+    from mlxq.ops.reference import TOLERANCE
+
     before = ops.kernel_calls()
     if case.gather:
         y = ops.gather_qmm(case.x, case.packed, rhs_indices=mx.array(_EXPERTS), transpose=case.transpose)
@@ -406,14 +405,14 @@ def _show(found: dict, console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    for title in ("versions", "machine", "devices", "cpu"):
+    for title in ("versions", "machine", "devices", "cpu", "tuning"):
         if title not in found:
             continue
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="dim", no_wrap=True)
         for key, value in found[title].items():
             text = (
-                " ".join(map(str, value))
+                ("\n" if title == "tuning" else " ").join(map(str, value))
                 if isinstance(value, list)
                 else "not set"
                 if value is None

@@ -5,4 +5,5 @@ import os
 # Set before any test file imports huggingface_hub, which reads it once: machines with and without a network
 # give the same errors.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MLXQ_AUTOTUNE"] = "0"  # else a tuning file in the user's cache decides which kernels run
 os.environ.pop("MLXQ_TRACEBACK", None)  # tests read the one line that bad input gives

@@ -18,7 +18,7 @@ PICTURE = """
     __main__
     cli
     doctor
-    chat
+    chat  autotune
     checkpoint.embedded
     __init__
     convert  load
@@ -26,12 +26,12 @@ PICTURE = """
     nn
     ops  rules
     bridge
-    format
+    format  cache
 """
 LAYER = {unit: depth for depth, line in enumerate(PICTURE.split("\n")) for unit in line.split()}
 
-FROM_NN_UP = ("nn", "ptq", "checkpoint", "load", "convert", "chat", "doctor")
-TERMINAL = ("checkpoint.summary", "convert", "chat", "doctor", "cli")
+FROM_NN_UP = ("nn", "ptq", "checkpoint", "load", "convert", "chat", "autotune", "doctor")
+TERMINAL = ("checkpoint.summary", "convert", "chat", "autotune", "doctor", "cli")
 # Which third-party modules may be imported, and where. Besides these, files named for torch may import torch.
 MAY_IMPORT = {
     "numpy": ("",),

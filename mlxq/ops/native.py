@@ -1,7 +1,8 @@
 """mx.array operations on the compiled primitive, and on stock MLX where there is none.
 
 The extension serves 2, 4 and 8 bits on CPU streams. Everything else goes to stock MLX in float32: other
-widths, GPU streams, and every call when the extension cannot be loaded (said once, as a warning).
+widths, GPU streams, and every call when the extension cannot be loaded (said once, as a warning). Where the
+tuning file (mlxq.ops.tuning) says that stock MLX is faster on this machine, it serves in x's own type.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import threading
 import warnings
 
 import mlx.core as mx
 import numpy as np
 
-from mlxq import bridge, format
+from mlxq import __version__, bridge, format
+from mlxq.ops import tuning
 
 
 @functools.cache
@@ -84,6 +87,9 @@ def kernel_for(M, N, K, bits, group_size, x_dtype="float32", scale_dtype="float3
     module = _load()[0]
     if module is None or bits not in format.KERNEL_BITS:
         return "stock"
+    op, fmt = "qmm" if transpose else "qmm_n", format.Format(bits, group_size)
+    if x_dtype == scale_dtype and choice("cpu", op, fmt, x_dtype, M, N, K) == "stock":
+        return "stock"
     return module.kernel_for(M, N, K, bits, group_size, x_dtype, scale_dtype, transpose)
 
 
@@ -91,7 +97,7 @@ def kernel_for(M, N, K, bits, group_size, x_dtype="float32", scale_dtype="float3
 def forced_isa(name: str):
     """Use no kernel family better than `name` inside the block, as MLXQ_ISA does for a whole run.
 
-    Raises ValueError when this machine has no such family.
+    The tuning file is not followed inside. Raises ValueError when this machine has no such family.
     """
     module = _ext()
     if module is None:
@@ -99,7 +105,8 @@ def forced_isa(name: str):
     before = module.isa()
     module.set_isa(name)
     try:
-        yield
+        with untuned():
+            yield
     finally:
         module.set_isa(before)
 
@@ -108,6 +115,87 @@ def advise_huge_pages(arrays) -> int:
     """Ask the kernel to back evaluated arrays with huge pages; how many bytes it took (0 where it cannot)."""
     module = _load()[0]
     return sum(module.advise_huge_pages(a) for a in arrays) if module else 0
+
+
+# What of the tuning file a call looks up, None until the first call reads it:
+# (op, bits, group_size) -> (rows, size) -> dtype of x and scales -> devices on which stock MLX serves.
+_tuned: dict | None = None
+_ROWS, _SIZES = tuning.ROWS_BY_BITS, tuning.SIZE_BY_BITS
+_reading = threading.Lock()
+
+
+def machine() -> dict:
+    """What the times of a tuning file depend on, as plain strings and numbers."""
+    module = _load()[0]
+    about = mx.device_info(mx.cpu)
+    found = {
+        "cpu": f"{about.get('device_name', 'unknown')} {about.get('architecture', '')}".strip(),
+        "isa": (module.isa() if module else "") or isa_levels()[-1],
+        "threads": threads(),
+        "mlx": mx.__version__,
+        "mlxq": __version__,
+    }
+    if mx.metal.is_available() or mx.cuda.is_available():
+        about = mx.device_info(mx.gpu)
+        found["gpu"] = str(about.get("architecture") or about.get("device_name", "unknown"))
+    return found
+
+
+def _read_tuning() -> dict:
+    global _tuned
+    with _reading:
+        if _tuned is not None:
+            return _tuned
+        found: dict = {}
+        try:
+            read = tuning.read(machine())
+        except ValueError as error:
+            text = f"{error} and is not used. Run: {tuning.COMMAND}"
+            warnings.warn(text, RuntimeWarning, stacklevel=4)
+            read = None
+        for c in read.stock() if read else ():
+            of_format = found.setdefault((c.op, c.bits, c.group_size), {})
+            of_dtype, dtype = of_format.setdefault((c.rows, c.size), {}), getattr(mx, c.dtype)
+            of_dtype[dtype] = of_dtype.get(dtype, ()) + (c.device,)
+        _tuned = found
+    return found
+
+
+def retune() -> None:
+    """Read the tuning file anew at the next call."""
+    global _tuned
+    _tuned = None
+
+
+@contextlib.contextmanager
+def untuned():
+    """Follow no tuning file inside the block."""
+    global _tuned
+    before, _tuned = _tuned, {}
+    try:
+        yield
+    finally:
+        _tuned = before
+
+
+def choice(device: str, op: str, fmt: format.Format, dtype: str, M: int, N: int, K: int) -> str:
+    """"stock" where stock MLX serves a product by the tuning file or without a kernel, else "mlxq".
+
+    device is "cpu" or "gpu", op one of tuning.OPS, dtype that of x and of the scales, M as in tuning.Class.
+    Without a tuning file it is "mlxq" wherever there is a kernel. That is final on the CPU. On a GPU stream
+    the primitive then decides by its own table (metal/eval_metal.cpp), which may still choose stock MLX.
+    """
+    if not native_available() or fmt.bits not in format.KERNEL_BITS:
+        return "stock"
+    tuned = _tuned if _tuned is not None else _read_tuning()
+    kind = tuning.class_of(device, op, fmt, dtype, M, N, K)
+    of_dtype = tuned.get((op, fmt.bits, fmt.group_size), {}).get((kind.rows, kind.size), {})
+    return "stock" if device in of_dtype.get(getattr(mx, dtype), ()) else "mlxq"
+
+
+def tuning_status() -> dict:
+    """What `mlxq doctor` shows of the tuning file; see mlxq.ops.tuning.status."""
+    return tuning.status(machine())
 
 
 def _parts(w: format.Packed) -> tuple[mx.array, mx.array, mx.array]:
@@ -122,19 +210,21 @@ def qmm(x: mx.array, w: format.Packed, transpose: bool = True) -> mx.array:
     bits, group_size = w.format.bits, w.format.group_size
     module = _ext() if bits in format.KERNEL_BITS else None
     if module is not None:
-        return module.qmm(x, words, scales, biases, transpose, group_size, bits)
+        tuned = _tuned if _tuned is not None else _read_tuning()
+        op = "qmm" if transpose else "qmm_n"
+        if not (tuned and _stock_serves(tuned, op, x, words, scales, biases, w.format)):
+            return module.qmm(x, words, scales, biases, transpose, group_size, bits)
+        try:
+            return mx.quantized_matmul(x, words, scales, biases, transpose, group_size=group_size, bits=bits)
+        except (ValueError, TypeError):
+            check("qmm", x, w, transpose)  # raises, in the words of this package
+            raise
     check("qmm", x, w, transpose)
     if x.size == 0:  # stock MLX divides by the number of rows
         return mx.zeros((*x.shape[:-1], w.N if transpose else w.K), x.dtype)
-    y = mx.quantized_matmul(
-        x.astype(mx.float32),
-        words,
-        scales.astype(mx.float32),
-        biases.astype(mx.float32),
-        transpose=transpose,
-        group_size=group_size,
-        bits=bits,
-    )
+    wide = _stock_dtype(x, scales, biases)
+    parts = (x.astype(wide), words, scales.astype(wide), biases.astype(wide))
+    y = mx.quantized_matmul(*parts, transpose=transpose, group_size=group_size, bits=bits)
     return y.astype(x.dtype)
 
 
@@ -145,18 +235,28 @@ def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpos
     bits, group_size = w.format.bits, w.format.group_size
     module = _ext() if bits in format.KERNEL_BITS else None
     if module is not None:
-        parts = (x, words, scales, biases, lhs, rhs)
-        return module.gather_qmm(*parts, transpose, group_size, bits, sorted_indices)
+        tuned = _tuned if _tuned is not None else _read_tuning()
+        tunable = tuned and transpose and rhs is not None
+        if not (tunable and _stock_serves(tuned, "gather_qmm", x, words, scales, biases, w.format, rhs)):
+            parts = (x, words, scales, biases, lhs, rhs)
+            return module.gather_qmm(*parts, transpose, group_size, bits, sorted_indices)
+        settings = {"group_size": group_size, "bits": bits, "sorted_indices": sorted_indices}
+        try:
+            return mx.gather_qmm(x, words, scales, biases, lhs, rhs, transpose, **settings)
+        except (ValueError, TypeError):
+            check("gather_qmm", x, w, transpose, lhs_indices, rhs_indices)  # as above
+            raise
     check("gather_qmm", x, w, transpose, lhs_indices, rhs_indices)
     if x.size == 0:
         batches = (x.shape[:-2] if lhs is None else lhs.shape, words.shape[:-2] if rhs is None else rhs.shape)
         leading = np.broadcast_shapes(*batches)
         return mx.zeros((*leading, x.shape[-2], w.N if transpose else w.K), x.dtype)
+    wide = _stock_dtype(x, scales, biases)
     y = mx.gather_qmm(
-        x.astype(mx.float32),
+        x.astype(wide),
         words,
-        scales.astype(mx.float32),
-        biases.astype(mx.float32),
+        scales.astype(wide),
+        biases.astype(wide),
         lhs_indices=lhs,
         rhs_indices=rhs,
         transpose=transpose,
@@ -165,6 +265,42 @@ def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpos
         sorted_indices=sorted_indices,
     )
     return y.astype(x.dtype)
+
+
+def _stock_serves(tuned, op, x, words, scales, biases, fmt: format.Format, experts=None) -> bool:
+    """Whether the tuning file gives this product to stock MLX; experts: gather_qmm's rhs_indices.
+
+    Never while MLX traces a transformation: stock's products have no vmap, and no jvp of scales or experts.
+    """
+    bits = fmt.bits
+    of_format = tuned.get((op, bits, fmt.group_size))
+    if of_format is None:
+        return False
+    shape, size = x.shape, x.size
+    if not shape or not size:
+        return False
+    if experts is None:
+        M, weights = size // shape[-1], words.size * 32 // bits
+    else:
+        of_words = words.shape
+        if len(shape) < 2 or len(of_words) < 3 or not experts.size:
+            return False
+        M, weights = experts.size * shape[-2], of_words[-2] * of_words[-1] * 32 // bits
+    of_dtype = of_format.get((_ROWS[(M - 1).bit_length()], _SIZES[weights.bit_length()]))
+    if of_dtype is None or (experts is None and words.ndim != 2):
+        return False
+    dtype = x.dtype
+    if scales.dtype != dtype or biases.dtype != dtype:
+        return False
+    if ("gpu" if mx.default_device() == mx.gpu else "cpu") not in of_dtype.get(dtype, ()):
+        return False
+    return not _ext().traced(x, words, scales, biases)
+
+
+def _stock_dtype(x, scales, biases) -> mx.Dtype:
+    """In which dtype stock MLX computes for us: its sums are in float32 on a GPU, in x's dtype on the CPU."""
+    same = x.dtype == scales.dtype == biases.dtype
+    return x.dtype if same and mx.default_device() == mx.gpu else mx.float32
 
 
 def check(op: str, x, w: format.Packed, transpose: bool, *indices) -> None:
