@@ -328,7 +328,7 @@ def _write(step: Step, writer: Writer, rule: str, broken: Container[str], bar) -
         if not np.isfinite(values).all() and step.name not in broken:
             raise ValueError(
                 f"{step.path}: NaN or Inf in the weights (rows {start} to {stop - 1}); "
-                "such layers are kept in float only when that is asked for"
+                "--allow-nonfinite keeps such layers in float"
             )
         if step.format is None:
             kept = _cast(step, values)
@@ -368,7 +368,7 @@ def _cast(step: Step, values: np.ndarray) -> np.ndarray:
     finite = values[np.isfinite(values)]
     largest = float(np.abs(finite).max(initial=0.0))
     if not _fits(largest, step.dtype):
-        raise ValueError(f"{step.path}: {largest:.6g} is too much for {step.dtype}; ask for another dtype")
+        raise ValueError(f"{step.path}: {largest:.6g} is too much for {step.dtype}; choose another --dtype")
     return as_stored(values, step.dtype)
 
 

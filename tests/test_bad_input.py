@@ -71,7 +71,7 @@ def test_arguments_are_checked_before_anything_is_read(options, said, tmp_path):
 def test_a_destination_that_exists_is_kept(source, tmp_path):
     (tmp_path / "q").mkdir()
     (tmp_path / "q" / "config.json").write_text("precious")
-    refuse(source, tmp_path, FileExistsError, "choose another name, remove it, or ask for overwriting")
+    refuse(source, tmp_path, FileExistsError, "choose another name, remove it, or use --overwrite")
     assert (tmp_path / "q" / "config.json").read_text() == "precious"
     convert(source, tmp_path / "q", overwrite=True, progress=False)
     assert inspect(tmp_path / "q").parameters
@@ -265,12 +265,11 @@ def test_nan_and_inf_are_refused_by_layer_unless_asked_for(name, value, source, 
         tensors[name] = flat.reshape(tensors[name].shape)
 
     edit_tensors(source, spoil)
-    refuse(source, tmp_path, ValueError, f"{name.removesuffix('.weight')}")
+    layer = name if name == "model.norm.weight" else name.removesuffix(".weight")
+    refuse(source, tmp_path, ValueError, f"{layer}: NaN or Inf in the weights (rows 0 to ")
+    refuse(source, tmp_path, ValueError, "--allow-nonfinite keeps such layers in float")
     report = convert(source, tmp_path / "q", allow_nonfinite=True, progress=False)
-    path = name.replace(".", "/")
-    assert report.kept_float == {
-        path if name == "model.norm.weight" else path.removesuffix("/weight"): "it holds NaN or Inf"
-    }
+    assert report.kept_float == {layer.replace(".", "/"): "it holds NaN or Inf"}
     assert np.isfinite(report.relative_error)
     kept = np.array(mx.load(str(tmp_path / "q" / "model.safetensors"))[name])
     assert np.array_equal(kept.reshape(-1)[77], value, equal_nan=True) and not np.isfinite(kept).all()

@@ -151,7 +151,7 @@ def test_nothing_stays_when_the_block_raises(error, tmp_path):
 
 def test_an_existing_name_is_refused_with_the_way_out(tmp_path):
     (tmp_path / "dst").mkdir()
-    with pytest.raises(FileExistsError, match="choose another name, remove it, or ask for overwriting"):
+    with pytest.raises(FileExistsError, match="choose another name, remove it, or use --overwrite"):
         with partial_folder(tmp_path / "dst"):
             pass
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")

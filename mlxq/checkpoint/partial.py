@@ -49,7 +49,7 @@ def check_destination(dst: Path, overwrite: bool) -> None:
     if not os.path.lexists(dst):
         return
     if not overwrite:
-        raise FileExistsError(f"{dst} exists already: choose another name, remove it, or ask for overwriting")
+        raise FileExistsError(f"{dst} exists already: choose another name, remove it, or use --overwrite")
     if not dst.is_dir() or (any(dst.iterdir()) and not (dst / "config.json").is_file()):
         raise FileExistsError(
             f"{dst} exists and is not a model folder (no config.json): it is not overwritten"
