@@ -71,9 +71,12 @@ template <typename T, int group_size>
   simdgroup_float8x8 sums[4][4];
   int totals[4][4][2];
   float scaled[4][4][2];
+  MLXQ_UNROLL
   for (int i = 0; i < 4; i++) {
+    MLXQ_UNROLL
     for (int j = 0; j < 4; j++) {
       sums[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+      MLXQ_UNROLL
       for (int e = 0; e < 2; e++) {
         totals[i][j][e] = 0;
         scaled[i][j][e] = 0.0f;
@@ -84,6 +87,7 @@ template <typename T, int group_size>
   for (int k = -32; k < K; k += 32) {
     const int next = k + 32;
     if (next < K) {
+      MLXQ_UNROLL
       for (int i = 0; i < 4; i++) {
         const int row = thread_index / 8 + i * 16;
         const int word = next / 4 + thread_index % 8;
@@ -96,35 +100,43 @@ template <typename T, int group_size>
     if (k >= 0) {
       const threadgroup uint* x_now = x_tile + (k / 32 & 1) * 64 * STRIDE;
       const threadgroup uint* w_now = w_tile + (k / 32 & 1) * 64 * STRIDE;
+      MLXQ_UNROLL
       for (int kk = 0; kk < 32; kk += 8) {
         simdgroup_float8x8 x_matrix[4];
         const int pair = kk + column_of_lane;
+        MLXQ_UNROLL
         for (int i = 0; i < 4; i++) {
           const uint word = x_now[(row0 + i * 8 + row_of_lane) * STRIDE + pair / 4];
           x_matrix[i].thread_elements()[0] = static_cast<float>(byte_at(word, pair % 4));
           x_matrix[i].thread_elements()[1] = static_cast<float>(byte_at(word, pair % 4 + 1));
         }
         const int at = kk + row_of_lane;
+        MLXQ_UNROLL
         for (int j = 0; j < 4; j++) {
           const threadgroup uint* word = w_now + (column0 + j * 8 + column_of_lane) * STRIDE + at / 4;
           simdgroup_float8x8 w_matrix;
           w_matrix.thread_elements()[0] = static_cast<float>(byte_at(word[0], at % 4));
           w_matrix.thread_elements()[1] = static_cast<float>(byte_at(word[STRIDE], at % 4));
+          MLXQ_UNROLL
           for (int i = 0; i < 4; i++) {
             simdgroup_multiply_accumulate(sums[i][j], x_matrix[i], w_matrix, sums[i][j]);
           }
         }
       }
       if (next % SPAN == 0 || next == K) {
+        MLXQ_UNROLL
         for (int j = 0; j < 4; j++) {
           float scale[2] = {0.0f, 0.0f};
           if (group_size != 0) {
+            MLXQ_UNROLL
             for (int e = 0; e < 2; e++) {
               const int n = first_column + column0 + j * 8 + column_of_lane + e;
               scale[e] = n < N ? w_scales[static_cast<size_t>(n) * (K / SPAN) + k / SPAN] : 0.0f;
             }
           }
+          MLXQ_UNROLL
           for (int i = 0; i < 4; i++) {
+            MLXQ_UNROLL
             for (int e = 0; e < 2; e++) {
               const float sum = sums[i][j].thread_elements()[e];
               if (group_size == 0) {
@@ -141,6 +153,7 @@ template <typename T, int group_size>
     if (next < K) {
       threadgroup uint* x_then = x_tile + (next / 32 & 1) * 64 * STRIDE;
       threadgroup uint* w_then = w_tile + (next / 32 & 1) * 64 * STRIDE;
+      MLXQ_UNROLL
       for (int i = 0; i < 4; i++) {
         const int at = (thread_index / 8 + i * 16) * STRIDE + thread_index % 8;
         x_then[at] = x_next[i];
@@ -149,10 +162,13 @@ template <typename T, int group_size>
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
+  MLXQ_UNROLL
   for (int i = 0; i < 4; i++) {
     const int m = first_row + row0 + i * 8 + row_of_lane;
     const float x_scale = m < M ? x_scales[m] : 0.0f;
+    MLXQ_UNROLL
     for (int j = 0; j < 4; j++) {
+      MLXQ_UNROLL
       for (int e = 0; e < 2; e++) {
         const int n = first_column + column0 + j * 8 + column_of_lane + e;
         if (m < M && n < N) {
@@ -189,7 +205,9 @@ template <typename T, int group_size, int M>
   w_scales += static_cast<size_t>(first) * (group_size == 0 ? 1 : groups_per_row);
   int totals[M][ROWS];
   float scaled[M][ROWS];
+  MLXQ_UNROLL
   for (int m = 0; m < M; m++) {
+    MLXQ_UNROLL
     for (int r = 0; r < ROWS; r++) {
       totals[m][r] = 0;
       scaled[m][r] = 0.0f;
@@ -206,19 +224,25 @@ template <typename T, int group_size, int M>
     }
     uint packed[ROWS][2];
     float scale[ROWS];
+    MLXQ_UNROLL
     for (int r = 0; r < ROWS; r++) {
+      MLXQ_UNROLL
       for (int i = 0; i < 2; i++) {
         packed[r][i] = inside && r < rows ? w[r * words_per_row + word + i] ^ flip : 0u;
       }
       scale[r] = group_size == 0 ? 0.0f : simd_shuffle(held, static_cast<ushort>(r * GROUPS + lane * 8 / GROUP));
     }
+    MLXQ_UNROLL
     for (int m = 0; m < M; m++) {
       uint x_words[2];
+      MLXQ_UNROLL
       for (int i = 0; i < 2; i++) {
         x_words[i] = inside ? x[static_cast<size_t>(m) * words_per_row + word + i] : 0u;
       }
+      MLXQ_UNROLL
       for (int r = 0; r < ROWS; r++) {
         int sum = 0;
+        MLXQ_UNROLL
         for (int i = 0; i < 8; i++) {
           sum += byte_at(x_words[i / 4], i % 4) * byte_at(packed[r][i / 4], i % 4);
         }
@@ -230,7 +254,9 @@ template <typename T, int group_size, int M>
       }
     }
   }
+  MLXQ_UNROLL
   for (int m = 0; m < M; m++) {
+    MLXQ_UNROLL
     for (int r = 0; r < ROWS; r++) {
       const size_t at = static_cast<size_t>(m) * N + first + r;
       const bool writes = lane == 0 && r < rows;
@@ -268,6 +294,7 @@ template <typename T>
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   uint all = 0;
+  MLXQ_UNROLL
   for (int i = 0; i < 8; i++) {
     all = metal::max(all, as_type<uint>(largest[i]));
   }
@@ -275,6 +302,7 @@ template <typename T>
   const float scale = all == 0 ? 1.0f : peak / 127.0f;
   for (int word = thread_index; word < K / 4; word += 256) {
     uint packed = 0;
+    MLXQ_UNROLL
     for (int i = 0; i < 4; i++) {
       const float value = metal::rint(static_cast<float>(x[4 * word + i]) / scale);
       const int code = static_cast<int>(metal::clamp(value, -127.0f, 127.0f));

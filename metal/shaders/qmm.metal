@@ -58,6 +58,7 @@ METAL_FUNC void qmm_tile(const device T* x, const device uint* words, const devi
   // What this thread fetches: rows of x and of W are the same in all steps.
   const device T* x_from[X_LOADS];
   bool x_exists[X_LOADS];
+  MLXQ_UNROLL
   for (int i = 0; i < X_LOADS; i++) {
     const int item = thread_index + i * THREADS;
     const int m = first_row + item / 8;
@@ -74,7 +75,9 @@ METAL_FUNC void qmm_tile(const device T* x, const device uint* words, const devi
   float scale_next = 0.0f;
 
   simdgroup_float8x8 sums[TM][TN];
+  MLXQ_UNROLL
   for (int i = 0; i < TM; i++) {
+    MLXQ_UNROLL
     for (int j = 0; j < TN; j++) {
       sums[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
     }
@@ -83,11 +86,14 @@ METAL_FUNC void qmm_tile(const device T* x, const device uint* words, const devi
   for (int k = begin - 32; k < end; k += 32) {
     const int next = k + 32;
     if (next < end) {
+      MLXQ_UNROLL
       for (int i = 0; i < X_LOADS; i++) {
+        MLXQ_UNROLL
         for (int j = 0; j < 4; j++) {
           x_next[i][j] = x_exists[i] ? x_from[i][next + j] : static_cast<T>(0.0f);
         }
       }
+      MLXQ_UNROLL
       for (int i = 0; i < W_LOADS; i++) {
         const int item = thread_index + i * THREADS;
         const int n = first_column + item / bits;
@@ -103,6 +109,7 @@ METAL_FUNC void qmm_tile(const device T* x, const device uint* words, const devi
       const threadgroup uint* words_now = word_tile + (k / 32 & 1) * BN * W_STRIDE;
       const threadgroup float* scales_now = scale_tile + (k / group_size & 1) * 2 * BN;
       float scale[TN][2], bias[TN][2];
+      MLXQ_UNROLL
       for (int j = 0; j < TN; j++) {
         const int n = column0 + j * 8 + column_of_lane;
         scale[j][0] = scales_now[n];
@@ -110,19 +117,23 @@ METAL_FUNC void qmm_tile(const device T* x, const device uint* words, const devi
         bias[j][0] = scales_now[BN + n];
         bias[j][1] = scales_now[BN + n + 1];
       }
+      MLXQ_UNROLL
       for (int kk = 0; kk < 32; kk += 8) {
         simdgroup_float8x8 x_matrix[TM];
+        MLXQ_UNROLL
         for (int i = 0; i < TM; i++) {
           const threadgroup T* pair = x_now + (row0 + i * 8 + row_of_lane) * X_STRIDE + kk + column_of_lane;
           x_matrix[i].thread_elements()[0] = static_cast<float>(pair[0]);
           x_matrix[i].thread_elements()[1] = static_cast<float>(pair[1]);
         }
         const int bit = (kk + row_of_lane) * bits;
+        MLXQ_UNROLL
         for (int j = 0; j < TN; j++) {
           const threadgroup uint* word = words_now + (column0 + j * 8 + column_of_lane) * W_STRIDE + bit / 32;
           simdgroup_float8x8 w_matrix;
           w_matrix.thread_elements()[0] = metal::fma(scale[j][0], code_at<bits>(word[0], bit % 32), bias[j][0]);
           w_matrix.thread_elements()[1] = metal::fma(scale[j][1], code_at<bits>(word[W_STRIDE], bit % 32), bias[j][1]);
+          MLXQ_UNROLL
           for (int i = 0; i < TM; i++) {
             simdgroup_multiply_accumulate(sums[i][j], x_matrix[i], w_matrix, sums[i][j]);
           }
@@ -132,12 +143,15 @@ METAL_FUNC void qmm_tile(const device T* x, const device uint* words, const devi
     if (next < end) {
       threadgroup T* x_then = x_tile + (next / 32 & 1) * BM * X_STRIDE;
       threadgroup uint* words_then = word_tile + (next / 32 & 1) * BN * W_STRIDE;
+      MLXQ_UNROLL
       for (int i = 0; i < X_LOADS; i++) {
         const int item = thread_index + i * THREADS;
+        MLXQ_UNROLL
         for (int j = 0; j < 4; j++) {
           x_then[item / 8 * X_STRIDE + item % 8 * 4 + j] = x_next[i][j];
         }
       }
+      MLXQ_UNROLL
       for (int i = 0; i < W_LOADS; i++) {
         const int item = thread_index + i * THREADS;
         words_then[item / bits * W_STRIDE + item % bits] = words_next[i];
@@ -148,10 +162,13 @@ METAL_FUNC void qmm_tile(const device T* x, const device uint* words, const devi
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
+  MLXQ_UNROLL
   for (int i = 0; i < TM; i++) {
     const int m = first_row + row0 + i * 8 + row_of_lane;
+    MLXQ_UNROLL
     for (int j = 0; j < TN; j++) {
       const int n = first_column + column0 + j * 8 + column_of_lane;
+      MLXQ_UNROLL
       for (int e = 0; e < 2; e++) {
         if (m < last_row && n + e < N) {
           put(y, static_cast<size_t>(m) * N + n + e, sums[i][j].thread_elements()[e]);

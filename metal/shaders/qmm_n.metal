@@ -60,6 +60,7 @@ METAL_FUNC void qmm_n_tile(const device T* g, const device uint* words, const de
   // What this thread fetches: rows of g, words of a row of W and groups are the same in all steps.
   const device T* g_from[G_LOADS];
   bool g_exists[G_LOADS];
+  MLXQ_UNROLL
   for (int i = 0; i < G_LOADS; i++) {
     const int item = thread_index + i * THREADS;
     const int m = first_row + item / 8;
@@ -78,7 +79,9 @@ METAL_FUNC void qmm_n_tile(const device T* g, const device uint* words, const de
   float scale_next = 0.0f;
 
   simdgroup_float8x8 sums[TM][TN];
+  MLXQ_UNROLL
   for (int i = 0; i < TM; i++) {
+    MLXQ_UNROLL
     for (int j = 0; j < TN; j++) {
       sums[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
     }
@@ -87,12 +90,15 @@ METAL_FUNC void qmm_n_tile(const device T* g, const device uint* words, const de
   for (int n = begin - 32; n < end; n += 32) {
     const int next = n + 32;
     if (next < end) {
+      MLXQ_UNROLL
       for (int i = 0; i < G_LOADS; i++) {
+        MLXQ_UNROLL
         for (int j = 0; j < 4; j++) {
           const int column = next + g_column + j;
           g_next[i][j] = g_exists[i] && column < end ? g_from[i][column] : static_cast<T>(0.0f);
         }
       }
+      MLXQ_UNROLL
       for (int i = 0; i < W_LOADS; i++) {
         const int item = thread_index + i * THREADS;
         const int row = next + item / WIDTH;
@@ -111,14 +117,17 @@ METAL_FUNC void qmm_n_tile(const device T* g, const device uint* words, const de
       const threadgroup T* g_now = g_tile + buffer * BM * G_STRIDE;
       const threadgroup uint* words_now = word_tile + buffer * 32 * W_STRIDE;
       const threadgroup float* scales_now = scale_tile + buffer * 64 * GROUPS;
+      MLXQ_UNROLL
       for (int kk = 0; kk < 32; kk += 8) {
         simdgroup_float8x8 g_matrix[TM];
+        MLXQ_UNROLL
         for (int i = 0; i < TM; i++) {
           const threadgroup T* pair = g_now + (row0 + i * 8 + row_of_lane) * G_STRIDE + kk + column_of_lane;
           g_matrix[i].thread_elements()[0] = static_cast<float>(pair[0]);
           g_matrix[i].thread_elements()[1] = static_cast<float>(pair[1]);
         }
         const int row = kk + row_of_lane;
+        MLXQ_UNROLL
         for (int j = 0; j < TN; j++) {
           const int column = column0 + j * 8 + column_of_lane;
           const int group = row * GROUPS + column / group_size;
@@ -129,6 +138,7 @@ METAL_FUNC void qmm_n_tile(const device T* g, const device uint* words, const de
           simdgroup_float8x8 w_matrix;
           w_matrix.thread_elements()[0] = metal::fma(scale, code_at<bits>(word, bit), bias);
           w_matrix.thread_elements()[1] = metal::fma(scale, code_at<bits>(word, bit + bits), bias);
+          MLXQ_UNROLL
           for (int i = 0; i < TM; i++) {
             simdgroup_multiply_accumulate(sums[i][j], g_matrix[i], w_matrix, sums[i][j]);
           }
@@ -139,12 +149,15 @@ METAL_FUNC void qmm_n_tile(const device T* g, const device uint* words, const de
       const int buffer = (next - begin) / 32 & 1;
       threadgroup T* g_then = g_tile + buffer * BM * G_STRIDE;
       threadgroup uint* words_then = word_tile + buffer * 32 * W_STRIDE;
+      MLXQ_UNROLL
       for (int i = 0; i < G_LOADS; i++) {
         const int item = thread_index + i * THREADS;
+        MLXQ_UNROLL
         for (int j = 0; j < 4; j++) {
           g_then[item / 8 * G_STRIDE + g_column + j] = g_next[i][j];
         }
       }
+      MLXQ_UNROLL
       for (int i = 0; i < W_LOADS; i++) {
         const int item = thread_index + i * THREADS;
         words_then[item / WIDTH * W_STRIDE + item % WIDTH] = words_next[i];
@@ -155,10 +168,13 @@ METAL_FUNC void qmm_n_tile(const device T* g, const device uint* words, const de
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
+  MLXQ_UNROLL
   for (int i = 0; i < TM; i++) {
     const int m = first_row + row0 + i * 8 + row_of_lane;
+    MLXQ_UNROLL
     for (int j = 0; j < TN; j++) {
       const int k = first_column + column0 + j * 8 + column_of_lane;
+      MLXQ_UNROLL
       for (int e = 0; e < 2; e++) {
         if (m < last_row && k + e < K) {
           put(y, static_cast<size_t>(m) * K + k + e, sums[i][j].thread_elements()[e]);
@@ -220,7 +236,9 @@ METAL_FUNC void qvm_columns(const device T* g, const device uint* words, const d
   const int group_of_lane = half_lane * 8 / group_size;
 
   float sums[M][8];
+  MLXQ_UNROLL
   for (int m = 0; m < M; m++) {
+    MLXQ_UNROLL
     for (int i = 0; i < 8; i++) {
       sums[m][i] = 0.0f;
     }
@@ -233,12 +251,14 @@ METAL_FUNC void qvm_columns(const device T* g, const device uint* words, const d
     const float scales_held = exists ? scale_value(scales[at]) : 0.0f;
     const float biases_held = exists ? scale_value(biases[at]) : 0.0f;
     float g_held[M];
+    MLXQ_UNROLL
     for (int m = 0; m < M; m++) {
       const bool wanted = half_lane < ROWS && row0 + half_lane < end;
       g_held[m] = wanted ? static_cast<float>(g[static_cast<size_t>(m) * N + row0 + half_lane]) : 0.0f;
     }
     for (int r = 0; r < ROWS; r++) {
       uint packed[WORDS];
+      MLXQ_UNROLL
       for (int i = 0; i < WORDS; i++) {
         packed[i] = 0u;
       }
@@ -247,6 +267,7 @@ METAL_FUNC void qvm_columns(const device T* g, const device uint* words, const d
         if (bits == 2) {  // two lanes share a word: each reads its half
           packed[0] = reinterpret_cast<const device ushort*>(from)[column / 8];
         } else {
+          MLXQ_UNROLL
           for (int i = 0; i < WORDS; i++) {
             packed[i] = from[column * bits / 32 + i];
           }
@@ -256,18 +277,23 @@ METAL_FUNC void qvm_columns(const device T* g, const device uint* words, const d
       const float scale = simd_shuffle(scales_held, holder);
       const float bias = simd_shuffle(biases_held, holder);
       float weights[8];
+      MLXQ_UNROLL
       for (int i = 0; i < 8; i++) {
         weights[i] = metal::fma(scale, code_of<bits>(packed, i), bias);
       }
+      MLXQ_UNROLL
       for (int m = 0; m < M; m++) {
         const float value = simd_shuffle(g_held[m], static_cast<ushort>(half_start + r));
+        MLXQ_UNROLL
         for (int i = 0; i < 8; i++) {
           sums[m][i] = metal::fma(value, weights[i], sums[m][i]);
         }
       }
     }
   }
+  MLXQ_UNROLL
   for (int m = 0; m < M; m++) {
+    MLXQ_UNROLL
     for (int i = 0; i < 8; i++) {
       const float both = sums[m][i] + simd_shuffle_xor(sums[m][i], 16);
       if (lane < 16) {
@@ -278,6 +304,7 @@ METAL_FUNC void qvm_columns(const device T* g, const device uint* words, const d
   threadgroup_barrier(mem_flags::mem_threadgroup);
   const int k = simdgroup * 32 + lane;
   if (first + k < K) {
+    MLXQ_UNROLL
     for (int m = 0; m < M; m++) {
       const float sum = (sums_of[m * 128 + k] + sums_of[(M + m) * 128 + k]) +
                         (sums_of[(2 * M + m) * 128 + k] + sums_of[(3 * M + m) * 128 + k]);

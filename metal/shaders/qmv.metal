@@ -49,13 +49,16 @@ METAL_FUNC void qmv_rows(const device T* x, const device uint* words, const devi
   biases += static_cast<size_t>(first) * groups_per_row;
 
   float sums[M][ROWS];
+  MLXQ_UNROLL
   for (int m = 0; m < M; m++) {
+    MLXQ_UNROLL
     for (int r = 0; r < ROWS; r++) {
       sums[m][r] = 0.0f;
     }
   }
   for (int k = 0; k < K; k += STEP) {
     float step_scales[SLOTS], step_biases[SLOTS];
+    MLXQ_UNROLL
     for (int slot = 0; slot < SLOTS; slot++) {
       const int item = slot * 32 + lane;
       const int row = item / GROUPS;
@@ -67,13 +70,16 @@ METAL_FUNC void qmv_rows(const device T* x, const device uint* words, const devi
     const int at = k + lane * VALUES;
     const bool inside = at < K;
     uint packed[ROWS][WORDS];
+    MLXQ_UNROLL
     for (int r = 0; r < ROWS; r++) {
+      MLXQ_UNROLL
       for (int i = 0; i < WORDS; i++) {
         packed[r][i] = inside && r < rows ? words[r * words_per_row + at * bits / 32 + i] : 0u;
       }
     }
     float scale[ROWS], bias[ROWS];
     const int group_of_lane = lane * VALUES / group_size;
+    MLXQ_UNROLL
     for (int r = 0; r < ROWS; r++) {
       const ushort holder = static_cast<ushort>(r * GROUPS % 32 + group_of_lane);
       scale[r] = simd_shuffle(step_scales[r * GROUPS / 32], holder);
@@ -82,12 +88,15 @@ METAL_FUNC void qmv_rows(const device T* x, const device uint* words, const devi
     if (M == 1) {
       float x_values[VALUES];
       float x_sum = 0.0f;
+      MLXQ_UNROLL
       for (int i = 0; i < VALUES; i++) {
         x_values[i] = inside ? static_cast<float>(x[at + i]) : 0.0f;
         x_sum += x_values[i];
       }
+      MLXQ_UNROLL
       for (int r = 0; r < ROWS; r++) {
         float dot = 0.0f;
+        MLXQ_UNROLL
         for (int i = 0; i < VALUES; i++) {
           dot = metal::fma(code_of<bits>(packed[r], i), x_values[i], dot);
         }
@@ -95,19 +104,26 @@ METAL_FUNC void qmv_rows(const device T* x, const device uint* words, const devi
       }
     } else {
       // Eight columns at a time: 32 weights and 8 values of x in registers.
+      MLXQ_UNROLL
       for (int chunk = 0; chunk < VALUES; chunk += 8) {
         float weights[ROWS][8];
+        MLXQ_UNROLL
         for (int r = 0; r < ROWS; r++) {
+          MLXQ_UNROLL
           for (int i = 0; i < 8; i++) {
             weights[r][i] = metal::fma(scale[r], code_of<bits>(packed[r], chunk + i), bias[r]);
           }
         }
+        MLXQ_UNROLL
         for (int m = 0; m < M; m++) {
           float x_values[8];
+          MLXQ_UNROLL
           for (int i = 0; i < 8; i++) {
             x_values[i] = inside ? static_cast<float>(x[static_cast<size_t>(m) * K + at + chunk + i]) : 0.0f;
           }
+          MLXQ_UNROLL
           for (int r = 0; r < ROWS; r++) {
+            MLXQ_UNROLL
             for (int i = 0; i < 8; i++) {
               sums[m][r] = metal::fma(weights[r][i], x_values[i], sums[m][r]);
             }
@@ -116,7 +132,9 @@ METAL_FUNC void qmv_rows(const device T* x, const device uint* words, const devi
       }
     }
   }
+  MLXQ_UNROLL
   for (int m = 0; m < M; m++) {
+    MLXQ_UNROLL
     for (int r = 0; r < ROWS; r++) {
       const float sum = simd_sum(sums[m][r]);
       if (lane == 0 && r < rows) {

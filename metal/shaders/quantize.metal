@@ -91,6 +91,7 @@ METAL_FUNC float larger(float a, float b) { return a > b ? a : b; }
 template <int EACH>
 METAL_FUNC float encode(const thread float* w, float scale, float bias, float levels, float unit, thread uint* codes) {
   float errors[EACH];
+  MLXQ_UNROLL
   for (int e = 0; e < EACH; e++) {
     float q = (w[e] - bias) / scale;
     q = q > 0.0f ? q : 0.0f;
@@ -103,7 +104,9 @@ METAL_FUNC float encode(const thread float* w, float scale, float bias, float le
     const float squared = error * error;
     errors[e] = squared < MLXQ_ERROR_BELOW ? 0.0f : squared;
   }
+  MLXQ_UNROLL
   for (int n = EACH / 2; n > 0; n /= 2) {
+    MLXQ_UNROLL
     for (int e = 0; e < n; e++) {
       errors[e] = errors[e] + errors[e + n];
     }
@@ -136,6 +139,7 @@ template <typename W, typename S, int bits, int group_size>
   uint bad = 0;
   float low = 3.4028235e38f;
   float high = -3.4028235e38f;
+  MLXQ_UNROLL
   for (int e = 0; e < EACH; e++) {
     const float value = scale_value(from[32 * e + lane]);
     bad += is_finite(value) ? 0u : 1u;
@@ -155,6 +159,7 @@ template <typename W, typename S, int bits, int group_size>
 
   const float range = high - low;
   uint codes[EACH];
+  MLXQ_UNROLL
   for (int e = 0; e < EACH; e++) {
     codes[e] = 0u;
   }
@@ -178,6 +183,7 @@ template <typename W, typename S, int bits, int group_size>
     grid_scale[2] = low_edge ? steps : -steps;
     float best = as_type<float>(0x7f800000u);
     held = false;
+    MLXQ_UNROLL
     for (int i = 0; i < 3; i++) {
       uint tried[EACH];
       const float error = encode<EACH>(values, grid_scale[i], grid_bias[i], levels, unit, tried);
@@ -187,6 +193,7 @@ template <typename W, typename S, int bits, int group_size>
         held = true;
         chosen_scale = grid_scale[i];
         chosen_bias = grid_bias[i];
+        MLXQ_UNROLL
         for (int e = 0; e < EACH; e++) {
           codes[e] = tried[e];
         }
@@ -196,6 +203,7 @@ template <typename W, typename S, int bits, int group_size>
   if (bad > 0u || !held) {
     chosen_scale = 0.0f;
     chosen_bias = 0.0f;
+    MLXQ_UNROLL
     for (int e = 0; e < EACH; e++) {
       codes[e] = 0u;
     }
@@ -207,6 +215,7 @@ template <typename W, typename S, int bits, int group_size>
       }
     }
   }
+  MLXQ_UNROLL
   for (int e = 0; e < EACH; e++) {
     uint word = codes[e] << (lane % PER_WORD * bits);
     for (ushort distance = 1; distance < PER_WORD; distance *= 2) {

@@ -16,6 +16,9 @@
 
 using namespace metal;
 
+// Before every loop that indexes an array of registers: rolled up, the array would live in device memory.
+#define MLXQ_UNROLL _Pragma("clang loop unroll(full)")
+
 // A scale or a bias as float. float16 goes through integers where it is subnormal: devices may flush those.
 METAL_FUNC float scale_value(float stored) { return stored; }
 
