@@ -1,4 +1,4 @@
-// Metal evaluation: picks the shader by shape and GPU, binds its buffers, dispatches it. The only file with Metal calls.
+// Metal evaluation: picks the shader by shape and GPU, binds its buffers, dispatches it. All our Metal calls are here.
 //
 // Which kernel serves what is in the two tables below and in choose(), which has no other input than the product and
 // the GPU. What a kernel computes, its buffers and its grid are written at the head of its file in shaders/.
@@ -12,6 +12,7 @@
 #include <sys/sysctl.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <climits>
 #include <cstdlib>
@@ -167,6 +168,26 @@ struct Kernel {
            uint64_t(variant) << 48;
   }
 
+  // Threads of a threadgroup: {32, 4, 1} are four simdgroups.
+  std::array<int, 3> shape() const {
+    switch (fn) {
+      case Fn::qmv:
+      case Fn::gather_qmv:
+        return {32, 2, 1};
+      case Fn::qvm:
+      case Fn::qvm_split:
+      case Fn::gather_qvm:
+        return {32, 4, 1};
+      case Fn::sum_splits:
+      case Fn::schedule_tiles:
+        return {256, 1, 1};
+      default:
+        return {32, tiles[variant].simdgroups_across, tiles[variant].simdgroups_down};
+    }
+  }
+
+  int threads() const { return shape()[0] * shape()[1] * shape()[2]; }
+
   // "float, half, 4, 64, 1" and the like.
   std::string arguments() const {
     std::string out;
@@ -219,8 +240,7 @@ struct Kernel {
 // How one product is computed: a kernel, and for some one before (schedule_tiles) or behind it (sum_splits).
 struct Plan {
   Kernel kernel;
-  int grid[3];
-  int threads[3];
+  std::array<int, 3> grid;
   int span = 0;            // of the inner dimension in a split; 0: not split
   int splits = 1;
   int scheduled_tiles = 0;  // of schedule_tiles; 0: none
@@ -270,7 +290,7 @@ void split(Plan& plan, const Gpu& g, int64_t threadgroups, int inner, int unit, 
 // Nothing where MLX's own operation is the better choice.
 std::optional<Plan> choose(const Product& p, const Gpu& g) {
   int outputs = p.transpose ? p.N : p.K;
-  Plan plan{{Fn::qmv, p.x_dtype, p.scale_dtype, p.bits, p.group_size, 0}, {1, 1, 1}, {32, 1, 1}};
+  Plan plan{{Fn::qmv, p.x_dtype, p.scale_dtype, p.bits, p.group_size, 0}, {1, 1, 1}};
   int64_t rows = int64_t(p.M) * p.blocks;
   if (rows > INT_MAX) {
     return std::nullopt;
@@ -280,7 +300,6 @@ std::optional<Plan> choose(const Product& p, const Gpu& g) {
     plan.kernel.variant = p.M;
     int across = ceil_div(outputs, p.transpose ? 8 : 128);
     plan.grid[0] = across;
-    plan.threads[1] = p.transpose ? 2 : 4;
     if (p.gather) {
       plan.kernel.fn = p.transpose ? Fn::gather_qmv : Fn::gather_qvm;
       plan.grid[1] = p.blocks;
@@ -296,8 +315,6 @@ std::optional<Plan> choose(const Product& p, const Gpu& g) {
   int tile = tile_for(scheduled ? rows / p.experts : p.M);
   const Tile& t = tiles[tile];
   plan.kernel.variant = tile;
-  plan.threads[1] = t.simdgroups_across;
-  plan.threads[2] = t.simdgroups_down;
   plan.grid[0] = ceil_div(outputs, t.columns);
   if (scheduled) {
     plan.kernel.fn = p.transpose ? Fn::gather_qmm_sorted : Fn::gather_qmm_n_sorted;
@@ -339,7 +356,8 @@ State& state() {
   return *all;
 }
 
-// Throws what MLX throws when Metal refuses the text or the kernel.
+// Throws what MLX throws when Metal refuses the text or the kernel, and when it gives the kernel fewer threads than a
+// dispatch asks for (its registers decide that): such a dispatch would do nothing.
 Compiled& compile(const Kernel& kernel) {
   State& all = state();
   std::lock_guard lock(all.mutex);
@@ -350,6 +368,10 @@ Compiled& compile(const Kernel& kernel) {
     std::string library = shader(kernel.fn).arguments == Arguments::none ? "mlxq_" + name : name;
     auto* text = device.get_library(library, [&] { return kernel.source(); });
     auto* pipeline = device.get_kernel(name, text);
+    if (int most = int(pipeline->maxTotalThreadsPerThreadgroup()); most < kernel.threads()) {
+      throw std::runtime_error("it needs threadgroups of " + std::to_string(kernel.threads()) +
+                               " threads and this GPU runs it with at most " + std::to_string(most));
+    }
     at = all.compiled.try_emplace(kernel.key(), pipeline, name).first;
   }
   return at->second;
@@ -389,6 +411,11 @@ void start(mx::metal::CommandEncoder& encoder, const Kernel& kernel) {
   encoder.set_compute_pipeline_state(compiled.pipeline);
 }
 
+void finish(mx::metal::CommandEncoder& encoder, const Kernel& kernel, const std::array<int, 3>& grid) {
+  auto [x, y, z] = kernel.shape();
+  encoder.dispatch_threadgroups(MTL::Size(grid[0], grid[1], grid[2]), MTL::Size(x, y, z));
+}
+
 void dispatch(const Product& p, const mx::Stream& stream, const std::vector<array>& inputs, array& out) {
   std::optional<Plan> chosen = choose(p, gpu());
   if (!chosen) {  // a graph compiled without shapes for decoding that now prefills on a GPU with matrix units
@@ -413,7 +440,7 @@ void dispatch(const Product& p, const mx::Stream& stream, const std::vector<arra
     for (int constant : {p.blocks, p.M, p.experts, tiles[plan.kernel.variant].rows, plan.scheduled_tiles}) {
       encoder.set_bytes(constant, at++);
     }
-    encoder.dispatch_threadgroups(MTL::Size(1, 1, 1), MTL::Size(256, 1, 1));
+    finish(encoder, {Fn::schedule_tiles}, {1, 1, 1});
   }
   if (plan.splits > 1) {
     partials = temporary({plan.splits, int(out.size())}, mx::float32, encoder);
@@ -436,8 +463,7 @@ void dispatch(const Product& p, const mx::Stream& stream, const std::vector<arra
   if (plan.splits > 1) {
     encoder.set_bytes(plan.span, at++);
   }
-  encoder.dispatch_threadgroups(MTL::Size(plan.grid[0], plan.grid[1], plan.grid[2]),
-                               MTL::Size(plan.threads[0], plan.threads[1], plan.threads[2]));
+  finish(encoder, plan.kernel, plan.grid);
   if (plan.splits > 1) {
     int count = int(out.size());
     start(encoder, {Fn::sum_splits, p.x_dtype});
@@ -445,7 +471,7 @@ void dispatch(const Product& p, const mx::Stream& stream, const std::vector<arra
     encoder.set_output_array(out, 1);
     encoder.set_bytes(count, 2);
     encoder.set_bytes(plan.splits, 3);
-    encoder.dispatch_threadgroups(MTL::Size(ceil_div(count, 256), 1, 1), MTL::Size(256, 1, 1));
+    finish(encoder, {Fn::sum_splits}, {ceil_div(count, 256), 1, 1});
   }
 }
 
@@ -490,8 +516,8 @@ Choice metal_choice(const Product& p) {
     return {};
   }
   Choice out{shader(plan->kernel.fn).name, plan->kernel.arguments(), {}, {}, plan->span, plan->scheduled_tiles};
-  std::copy_n(plan->grid, 3, out.grid);
-  std::copy_n(plan->threads, 3, out.threads);
+  std::ranges::copy(plan->grid, out.grid);
+  std::ranges::copy(plan->kernel.shape(), out.threads);
   return out;
 }
 

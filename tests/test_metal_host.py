@@ -410,6 +410,20 @@ def test_kernels_compiled_before_a_refusal_finish_their_graphs(device):
     assert answer["error"] < 1e-4
 
 
+def test_a_kernel_that_gets_too_few_threads_is_refused(device):
+    answer = run_alone("""
+        w = mx.quantize(mx.random.normal((40, 64)), 64, 4)
+        device.library.mlxq_fake_most_threads(64)
+        with device.on(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            mx.eval(device.module.qmm(mx.random.normal((1, 64)), *w, True, 64, 4))
+            mx.eval(device.module.qmm(mx.random.normal((9, 64)), *w, True, 64, 4))
+            print(json.dumps({"ran": device.ran(), "error": device.module.metal_status()["error"]}))
+    """)
+    assert answer["ran"] == ["qmv"]
+    assert "needs threadgroups of 128 threads and this GPU runs it with at most 64" in answer["error"]
+
+
 # ---- the embedded text -------------------------------------------------------------------------------------
 
 

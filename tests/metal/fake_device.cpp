@@ -30,6 +30,7 @@ Run run_callback;
 std::atomic<bool> on{false};
 std::atomic<long> temporaries{0};
 std::string os_version = "15.0";
+unsigned long most_threads = 1024;
 std::mutex mutex;
 
 struct Dispatch {
@@ -59,6 +60,8 @@ MLXQ_EXPORT void mlxq_fake_device(int is_on, const char* architecture, int gener
   on = is_on != 0;
 }
 
+MLXQ_EXPORT void mlxq_fake_most_threads(int most) { most_threads = most; }
+
 MLXQ_EXPORT long mlxq_fake_temporaries() { return temporaries.exchange(0); }
 
 int sysctlbyname(const char* name, void* value, size_t* bytes, void*, size_t) {
@@ -69,6 +72,8 @@ int sysctlbyname(const char* name, void* value, size_t* bytes, void*, size_t) {
   *bytes = os_version.size() + 1;
   return 0;
 }
+
+unsigned long MTL::ComputePipelineState::maxTotalThreadsPerThreadgroup() const { return most_threads; }
 
 namespace mlx::core::metal {
 

@@ -25,6 +25,7 @@ struct Library {
 
 struct ComputePipelineState {
   std::string name;
+  unsigned long maxTotalThreadsPerThreadgroup() const;
 };
 
 }  // namespace MTL
