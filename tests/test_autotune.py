@@ -135,6 +135,16 @@ def test_a_gpu_lets_stock_compute_in_the_type_of_x(monkeypatch):
     assert native._stock_dtype(half, single, single) == mx.float32  # scales are not rounded
 
 
+def test_a_decision_holds_on_its_own_device(monkeypatch):
+    w, on_gpu = packed(), replace(HERE, device="gpu")
+    for cpu, gpu in (("stock", "mlxq"), ("mlxq", "stock"), ("stock", "stock")):
+        store(*[HERE] * (cpu == "stock"), *[on_gpu] * (gpu == "stock"))
+        assert served_by(lambda: ops.qmm(rows(3, K), w))[0] == cpu
+        with monkeypatch.context() as patch:
+            patch.setattr(native.mx, "default_device", lambda: mx.gpu)
+            assert served_by(lambda: ops.qmm(rows(3, K), w))[0] == gpu
+
+
 def test_the_last_class_of_rows_is_open():
     store(replace(HERE, rows=tuning.ROWS[-1]))
     w = packed()
@@ -479,10 +489,12 @@ def test_a_file_that_cannot_be_followed_is_replaced(clock):
         assert replace(HERE, rows=1) in stored() and tuning.status(native.machine())["state"] == "in use"
 
 
-def test_classes_that_a_run_does_not_time_keep_their_decision(clock):
+def test_classes_that_a_run_does_not_time_keep_their_decision(clock, monkeypatch):
     elsewhere = replace(HERE, group_size=128)
     store(elsewhere, HERE)
+    monkeypatch.setenv("MLXQ_AUTOTUNE", "0")  # which is about following it
     autotune.autotune(quick=True)
+    monkeypatch.delenv("MLXQ_AUTOTUNE")
     assert stored()[elsewhere] == STOCK and stored()[HERE].winner == "mlxq"
 
 

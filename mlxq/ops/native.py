@@ -1,8 +1,9 @@
 """mx.array operations on the compiled primitive, and on stock MLX where there is none.
 
-The extension serves 2, 4 and 8 bits on CPU streams. Everything else goes to stock MLX in float32: other
-widths, GPU streams, and every call when the extension cannot be loaded (said once, as a warning). Where the
-tuning file (mlxq.ops.tuning) says that stock MLX is faster on this machine, it serves in x's own type.
+The extension serves 2, 4 and 8 bits. Other widths go to stock MLX, and so does every call when the extension
+cannot be loaded (said once, as a warning): in float32 on the CPU, where stock MLX sums in x's dtype, and in
+x's dtype on a GPU, where it sums in float32. Products that stock MLX answers faster on this machine, as the
+tuning file says (mlxq.ops.tuning), go there directly.
 """
 
 from __future__ import annotations
@@ -74,6 +75,16 @@ def threads() -> int:
     """How many threads one operation may use: MLXQ_THREADS, or the cores this process may run on."""
     module = _load()[0]
     return module.threads() if module else 1
+
+
+def metal_status() -> dict | None:
+    """What our Metal kernels do for GPU streams; None where MLX has no Metal.
+
+    {"architecture", "generation", "nax": MLX prefills on matrix units, "error": why stock MLX serves or None,
+    "kernels": {name: how often dispatched} of those compiled so far}
+    """
+    module = _load()[0]
+    return module.metal_status() if module else None
 
 
 def kernel_calls() -> dict[str, int]:

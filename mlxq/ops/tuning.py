@@ -185,7 +185,7 @@ def clear() -> bool:
 
 def status(machine: dict) -> dict:
     """What `mlxq doctor` shows: file, state and, while it is followed, age, counts and exceptions."""
-    found: dict = {"file": str(path())}
+    found: dict = {"file": str(path()).replace(str(Path.home()), "~")}
     try:
         tuning = read(machine)
     except ValueError as error:
@@ -194,15 +194,16 @@ def status(machine: dict) -> dict:
         off = "switched off by MLXQ_AUTOTUNE=0"
         return found | {"state": off if switched_off() else f"none; to make one: {COMMAND}"}
     stock = tuning.stock()
-    return found | {
+    found |= {
         "state": "in use",
         "age": _age(time.time() - tuning.written),
         "decided": f"mlxq {len(tuning.classes) - len(stock)} classes, stock MLX {len(stock)}",
-        "on stock MLX": [
-            f"{c}: mlxq takes {tuning.classes[c].mlxq_ms / tuning.classes[c].stock_ms:.2f} times as long"
-            for c in stock
-        ],
     }
+    if stock:
+        ratios = [tuning.classes[c].mlxq_ms / tuning.classes[c].stock_ms for c in stock]
+        lines = zip(stock, ratios, strict=True)
+        found["on stock MLX"] = [f"{c}: mlxq takes {ratio:.2f} times as long" for c, ratio in lines]
+    return found
 
 
 def _age(seconds: float) -> str:
