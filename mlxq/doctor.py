@@ -23,9 +23,6 @@ import mlxq
 # One row, few rows, more than any register tile; N divides nothing; K is the least that groups of 128 share
 # twice.
 ROWS, OUTPUTS, INPUTS = (1, 7, 67), 72, 256
-STOCK_ON_GPU = (
-    "stock MLX: mlxq's own shaders are not in this version, and its authors ran nothing on Apple hardware"
-)
 _PACKAGES = (
     "mlx",
     "mlx-cpu",
@@ -74,7 +71,7 @@ def examine() -> dict:
         return found | {"checks": checks, "ok": False}
     from mlxq import ops
 
-    found["devices"] = _devices(mx)
+    found["devices"] = _devices(mx, ops)
     found["cpu"] = {
         "features": list(ops.cpu_features()),
         "families": list(ops.isa_levels()),
@@ -86,9 +83,10 @@ def examine() -> dict:
     error = ops.native_error()
     checks.append(_check("compiled kernels", error is None, error or "loaded"))
     begin = time.perf_counter()
-    for test in (_table, _quantizer, _self_test):
+    for test in (_table, _quantizer, _self_test, _metal):
         try:
-            part, results = test(ops)
+            with mx.stream(mx.gpu if test is _metal and mx.metal.is_available() else mx.cpu):
+                part, results = test(ops)
         except Exception as failure:  # whatever a broken installation raises is a finding, not the end
             part, results = (
                 {},
@@ -171,7 +169,7 @@ def _output(*command: str) -> str:
         return ""
 
 
-def _devices(mx) -> dict[str, str]:
+def _devices(mx, ops) -> dict[str, str]:
     found = {"MLX default": str(mx.default_device())}
     metal, cuda = mx.metal.is_available(), mx.cuda.is_available()
     if metal or cuda:
@@ -181,7 +179,11 @@ def _devices(mx) -> dict[str, str]:
     found["CUDA"] = (
         ", ".join(_output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()) or "none"
     )
-    found["GPU streams of MLX"] = STOCK_ON_GPU if metal else "stock MLX" if cuda else "none"
+    served = "stock MLX" if metal or cuda else "none"
+    if status := ops.metal_status():
+        served = f"stock MLX: {status['error']}" if status["error"] else "mlxq's Metal shaders"
+        served += "; prefill: stock MLX, on its matrix units" if status["nax"] and not status["error"] else ""
+    found["GPU streams of MLX"] = served
     return found
 
 
@@ -279,6 +281,26 @@ def _self_test(ops):
     return {}, checks
 
 
+def _metal(ops):
+    """Our Metal kernels on this GPU, every format and orientation, against float64; nothing without Metal."""
+    from mlxq import format
+    from mlxq.ops import native
+
+    if ops.metal_status() is None:
+        return {}, []
+    results: dict[str, dict] = {}
+    with native.untuned():
+        for case in _cases(format.KERNEL_BITS):
+            if case.dtypes == ("float16", "float16"):
+                _run_case(ops, case, results, [], None, lambda: ops.metal_status()["kernels"])
+    status = ops.metal_status()
+    wrong = status["error"] or "".join(r["wrong"] for r in results.values()).lstrip("; ")
+    worst = max((r["error"] for r in results.values()), default=0.0)
+    ran = len(results.keys() - {"stock"})
+    detail = f"{ran} kernels on {status['architecture']}, error at most {_percent_of_bar(worst)}"
+    return {"metal": status}, [_check("Metal kernels", not wrong, wrong or detail)]
+
+
 def _percent_of_bar(share: float) -> str:
     return f"{100 * share:.0f} % of what is allowed"
 
@@ -363,20 +385,22 @@ def _to_mx(packed, storage: str):
     return format.Packed(mx.array(packed.words), scales, biases, packed.format)
 
 
-def _run_case(ops, case: _Case, results: dict, wrong: list[str], family: str | None) -> None:
+def _run_case(ops, case: _Case, results: dict, wrong: list[str], family: str | None, calls=None) -> None:
+    """Adds the case to the results of the kernels that ran: those that calls() (ops.kernel_calls) counts."""
     import mlx.core as mx
     import numpy as np
 
     from mlxq.ops.reference import TOLERANCE
 
-    before = ops.kernel_calls()
+    calls = calls or ops.kernel_calls
+    before = calls()
     if case.gather:
         y = ops.gather_qmm(case.x, case.packed, rhs_indices=mx.array(_EXPERTS), transpose=case.transpose)
     else:
         y = ops.qmm(case.x, case.packed, transpose=case.transpose)
     with mx.stream(mx.cpu):
         got = np.array(y.astype(mx.float32)).astype(np.float64)
-    after = ops.kernel_calls()
+    after = calls()
     ran = [name for name in after if after[name] != before.get(name, 0)] or ["stock"]
     # Which kernel serves a block of experts is the primitive's own choice; a plain product must run
     # what it announces.

@@ -424,6 +424,30 @@ def test_a_kernel_that_gets_too_few_threads_is_refused(device):
     assert "needs threadgroups of 128 threads and this GPU runs it with at most 64" in answer["error"]
 
 
+def test_doctor_runs_the_metal_kernels_and_is_1_when_they_were_refused(device):
+    answer = run_alone("""
+        from mlxq import doctor, format, ops
+        from mlxq.ops import native
+        native._load = lambda: (device.module, None)
+        native._ext = lambda: device.module
+        format.GROUP_SIZES, format.KERNEL_BITS = (64,), (4,)
+        with device.on():
+            fine = doctor._metal(ops)[1] + [doctor._devices(mx, ops)["GPU streams of MLX"]]
+        device.refusal = "program_source:3:5: error: no such thing"
+        with device.on(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ops.qmm(mx.ones((5, 64)), ops.quantize(mx.ones((8, 64)), format.Format(4, 64)))
+            bad = doctor._metal(ops)[1] + [doctor._devices(mx, ops)["GPU streams of MLX"]]
+        print(json.dumps([fine, bad, device.ran()]))
+    """)
+    fine, bad, _ = answer
+    assert fine[0]["ok"] and fine[0]["name"] == "Metal kernels"
+    assert "8 kernels on applegpu_g15s" in fine[0]["detail"]
+    assert fine[1] == "mlxq's Metal shaders"
+    reason = "mlxq_qmv_float_float_4_64_5: program_source:3:5: error: no such thing"
+    assert bad == [{"name": "Metal kernels", "ok": False, "detail": reason}, f"stock MLX: {reason}"]
+
+
 # ---- the embedded text -------------------------------------------------------------------------------------
 
 
