@@ -2,6 +2,8 @@
 // between, yielding their core to whoever wants it (Python, building the next step), then sleep. Tasks are claimed one by
 // one from an atomic counter: a worker that comes late costs the caller nothing. One that loses its core in the middle
 // of a task would: so the caller waits for it awake only briefly, then sleeps, and leaves its own core to that worker.
+// Linux likes to wake a worker on the core of the thread that wakes it, where it waits for milliseconds while another core
+// is idle: so workers are kept off the core that the caller runs on.
 #include "pool.h"
 
 #include <algorithm>
@@ -16,6 +18,7 @@
 
 #include <unistd.h>
 #ifdef __linux__
+#include <pthread.h>
 #include <sched.h>
 #endif
 
@@ -62,6 +65,7 @@ class Pool {
     if (!lock || owner_ != getpid()) {
       return false;
     }
+    keep_off_this_core();
     task_.store(&task, std::memory_order_relaxed);
     count_.store(count, std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);
@@ -88,6 +92,24 @@ class Pool {
   }
 
  private:
+  // With the lock held. Nothing to do while the caller stays where it was.
+  void keep_off_this_core() {
+#ifdef __linux__
+    int core = sched_getcpu();
+    cpu_set_t others;
+    if (core == avoided_core_ || sched_getaffinity(0, sizeof(others), &others) != 0) {
+      return;
+    }
+    CPU_CLR(core, &others);
+    if (CPU_COUNT(&others) > 0) {
+      for (auto& worker : workers_) {
+        pthread_setaffinity_np(worker.native_handle(), sizeof(others), &others);
+      }
+    }
+    avoided_core_ = core;
+#endif
+  }
+
   void claim(uint32_t generation) {
     uint64_t seen = next_.load(std::memory_order_acquire);
     while (uint32_t(seen >> 32) == generation && int(uint32_t(seen)) < count_.load(std::memory_order_relaxed)) {
@@ -124,6 +146,7 @@ class Pool {
 
   std::mutex mutex_;
   std::vector<std::thread> workers_;
+  int avoided_core_ = -1;
   pid_t owner_;
   alignas(64) std::atomic<uint32_t> generation_{0};
   std::atomic<int> awake_{0};
@@ -138,8 +161,7 @@ class Pool {
 int pool_threads() {
   static const int threads = [] {
     const char* wanted = std::getenv("MLXQ_THREADS");
-    int n = wanted ? std::atoi(wanted) : allowed_cores();
-    return std::clamp(n, 1, 256);
+    return wanted ? std::clamp(std::atoi(wanted), 1, 256) : allowed_cores();
   }();
   return threads;
 }
