@@ -133,6 +133,10 @@ array rows_of(const array& a, mx::StreamOrDevice s) {
   return mx::astype(mx::reshape(a, {-1, a.shape(-1)}, s), mx::float32, s);
 }
 
+// Whether a product, or its gradient, is an empty sum. MLX's reshape cannot infer the shape of an empty array, and its
+// scatter divides by the size of an update.
+bool empty_sum(const array& x, const array& g) { return x.size() == 0 || g.size() == 0; }
+
 [[noreturn]] void no_word_gradient(const char* op) {
   throw std::invalid_argument(text(
       op, ": packed words are integers and have no gradient; differentiate with respect to x, scales or biases"));
@@ -276,6 +280,10 @@ vector<array> QuantizedProduct::vjp(const vector<array>& primals, const vector<a
   const array &x = primals[0], &words = primals[1], &scales = primals[2], &biases = primals[3], &g = cotangents[0];
   vector<array> out;
   for (int arg : argnums) {
+    if (arg != 1 && empty_sum(x, g)) {
+      out.push_back(mx::zeros_like(primals[arg], s));
+      continue;
+    }
     if (arg == 0) {
       out.push_back(qmm(g, words, scales, biases, !transpose_, group_size_, bits_, s));
       continue;
@@ -372,6 +380,10 @@ vector<array> GatherProduct::vjp(const vector<array>& primals, const vector<arra
   };
   vector<array> out;
   for (int arg : argnums) {
+    if ((arg == 0 || arg == 2 || arg == 3) && empty_sum(x, g)) {
+      out.push_back(mx::zeros_like(primals[arg], s));
+      continue;
+    }
     if (arg == 0) {
       array dx = gather_qmm(g3, words, scales, primals[3], mx::arange(blocks, mx::int32, s), rhs, !transpose_,
                             group_size_, bits_, sorted_, s);

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 
 from mlxq import __version__, chat, doctor
 
@@ -19,6 +20,7 @@ _BAD_INPUT = (ValueError, TypeError, OSError, ImportError)
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code of one `mlxq` command line (argv without the program's name; default: this process's)."""
+    warnings.showwarning = _show_warning
     try:
         args = _parser().parse_args(argv)
         code = args.run(args)
@@ -35,6 +37,14 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"mlxq: {_message(error)}", file=sys.stderr)
         return 2
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """A warning of ours as one line, without the place in the source; others as Python shows them."""
+    if category is RuntimeWarning and str(message).startswith("mlxq"):
+        print(f"mlxq: {str(message).removeprefix('mlxq: ')}", file=sys.stderr)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
 def _message(error: Exception) -> str:

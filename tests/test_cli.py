@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -163,3 +164,22 @@ def test_bad_arguments_are_named(line, said, capsys, tmp_path, monkeypatch):
     error = capsys.readouterr().err
     assert error.startswith("mlxq: ") and said in error and error.count("\n") == 1
     assert os.listdir(tmp_path) == []
+
+
+def test_a_warning_of_ours_is_one_line(capsys):
+    before = warnings.showwarning
+    try:
+        cli.main(["--version"])
+    except SystemExit:
+        pass
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = cli._show_warning
+            warnings.warn("mlxq's compiled kernels could not be loaded", RuntimeWarning, stacklevel=1)
+            warnings.warn("somebody else's", UserWarning, stacklevel=1)
+    finally:
+        warnings.showwarning = before
+    ours, other = capsys.readouterr().err.splitlines()[:2]
+    assert ours == "mlxq: mlxq's compiled kernels could not be loaded"
+    assert "UserWarning: somebody else's" in other

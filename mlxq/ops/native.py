@@ -36,6 +36,9 @@ def _load():
             f"mlxq's compiled kernels were built for mlx {built} and this is mlx {mx.__version__}; "
             f"run: pip install mlx=={built}"
         )
+    count = os.environ.get("MLXQ_THREADS", "1")
+    if not count.isdecimal() or int(count) == 0:
+        raise ValueError(f"MLXQ_THREADS={count} is not a number of threads; wanted 1 or more")
     if isa := os.environ.get("MLXQ_ISA"):
         _ext.set_isa(isa)  # ValueError for a family that this machine lacks: never a silent substitute
     return _ext, None
