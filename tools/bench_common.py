@@ -36,7 +36,8 @@ RESULTS = ROOT / "tools" / "results"
 BUSY_LIMIT = 0.25  # cores that others use, above which times are not published
 PACKAGES = ("mlxq", "mlx", "mlx-lm", "torch", "transformers", "llama_cpp_python", "numpy")
 # libgomp's workers (torch, llama.cpp) spin for milliseconds after a job: they sleep before another is timed.
-SETTLE_SECONDS = 0.008
+SETTLE_SECONDS = 0.02
+WARM_BELOW_SECONDS = 0.1
 LLAMA_MISSING = (
     "llama.cpp: llama_cpp with its libraries is not importable; CMAKE_ARGS=-DGGML_NATIVE=ON "
     "pip install llama-cpp-python (compiles for half an hour)"
@@ -153,13 +154,15 @@ def interleaved(
     seconds_each   how long each of them may take: 3 to 15 blocks, and a single call of one that exceeds it
     block_seconds  the length of a block: as many calls, at most max_calls, as fit in it
     """
-    plan = []
+    plan, warm = [], {}
     for c in contenders:
+        warm[c.name] = False
         once = c.time(1)  # with whatever the first call allocates
         if once > seconds_each:  # as slow as stock MLX in bfloat16: it cannot be warmed up for long
             plan.append((c, 1, 1))
             continue
         once = c.time(1)
+        warm[c.name] = once < WARM_BELOW_SECONDS
         calls = max(1, min(max_calls, int(block_seconds / max(once, 1e-9))))
         plan.append((c, calls, max(3, min(15, int(seconds_each / max(once * calls, 1e-9))))))
         time.sleep(SETTLE_SECONDS)
@@ -170,8 +173,8 @@ def interleaved(
             # One with fewer repeats than the rest sits some turns out, spread over the whole run.
             if turn * repeats // turns == (turn + 1) * repeats // turns:
                 continue
-            if calls > 1:
-                c.time(1)  # wakes its threads
+            if warm[c.name]:
+                c.time(1)  # wakes its threads, and brings back what the others pushed out of the cache
             out[c.name].append(c.time(calls) / calls)
             time.sleep(SETTLE_SECONDS)
     return out
