@@ -10,7 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MLXQ_AUTOTUNE"] = "0"  # else a tuning file in the user's cache decides which kernels run
 os.environ.pop("MLXQ_TRACEBACK", None)  # tests read the one line that bad input gives
 
-# On a Mac the default device is the GPU, and a test that forces a CPU kernel would meet MLX's or our Metal one.
+# On a Mac the default device is the GPU, where a test that forces a CPU kernel would not meet it.
 # What is for Metal says so itself.
 if mx.metal.is_available():
     mx.set_default_device(mx.cpu)
