@@ -375,6 +375,16 @@ def test_contenders_take_turns_and_the_medians_are_compared(clock, monkeypatch):
     assert autotune.measure(product, autotune.random_weight(product), 0.0) == (2.0, 2.1)
 
 
+def test_stock_has_to_win_twice(monkeypatch):
+    """One disturbance of the machine decides nothing."""
+    products = [p for p in autotune.of_list(FEW) if p.op == "qmm" and p.fmt == FMT and p.M == 1]
+    for second, winner in (((2.0, 2.1), "mlxq"), ((2.0, 1.0), "stock")):
+        measured = iter(((9.0, 2.0), second))
+        monkeypatch.setattr(autotune, "measure", lambda *_, measured=measured: next(measured))
+        (times,) = autotune.measure_all(products, FEW).times.values()
+        assert times.winner == winner
+
+
 def test_stock_gets_a_class_only_if_it_wins_with_every_shape_in_it():
     for order in ((1.0, 2.0), (2.0, 1.0)):
         times = {}
