@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mlxq import bridge, format, ops
-from mlxq.ops import reference
+from mlxq.ops import native, reference
 
 FMT = format.Format(4, 64)
 # float32 sums of a few hundred products: 2^-24 * sqrt(K) * a few, K <= 512.
@@ -374,6 +374,16 @@ def test_an_unknown_isa_is_refused_with_those_that_run_here():
 def test_a_number_of_threads_that_is_none_is_refused(wanted):
     done = run_python("from mlxq import ops; print(ops.threads())", MLXQ_THREADS=wanted)
     assert done.returncode != 0 and f"MLXQ_THREADS={wanted} is not a number of threads" in done.stderr
+
+
+def test_an_mlx_whose_symbols_are_missing_is_named_with_the_one_that_is_wanted(monkeypatch):
+    """With mlx 0.32.2 the loader says "undefined symbol": the sentence must say which mlx to install instead."""
+    monkeypatch.setattr(native.importlib.metadata, "requires", lambda name: ["numpy", "mlx[cpu]==9.8.7; x == 'y'"])
+    monkeypatch.setitem(sys.modules, "mlxq._ext", None)  # importing it raises ImportError
+    monkeypatch.delattr("mlxq._ext", raising=False)
+    module, error = native._load.__wrapped__()
+    assert module is None
+    assert error.endswith(f"built for mlx 9.8.7 and this is mlx {mx.__version__}; run: pip install mlx==9.8.7")
 
 
 def test_kernel_calls_tell_which_family_ran():

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import os
+import re
 import threading
 import warnings
 
@@ -21,6 +23,23 @@ from mlxq import __version__, bridge, format
 from mlxq.ops import tuning
 
 
+def _declared_mlx() -> str | None:
+    """The version of mlx that the installed mlxq asks for; None where it is not installed as a package."""
+    try:
+        declared = importlib.metadata.requires("mlxq") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    found = (re.match(r"mlx(?:\[\w+\])?==([\d.]+)", line) for line in declared)
+    return next((match[1] for match in found if match), None)
+
+
+def _built_for(version: str) -> str:
+    return (
+        f"mlxq's compiled kernels were built for mlx {version} and this is mlx {mx.__version__}; "
+        f"run: pip install mlx=={version}"
+    )
+
+
 @functools.cache
 def _load():
     """(module, None), or (None, why not) in one sentence."""
@@ -29,13 +48,12 @@ def _load():
 
         _ext.probe(mx.zeros((1,)))
     except ImportError as error:
+        wanted = _declared_mlx()
+        if wanted not in (None, mx.__version__):  # the loader names a missing symbol, which tells nobody anything
+            return None, _built_for(wanted)
         return None, f"mlxq's compiled kernels could not be loaded ({error}); reinstall mlxq"
     except TypeError:
-        built = getattr(_ext, "MLX_VERSION", "?")
-        return None, (
-            f"mlxq's compiled kernels were built for mlx {built} and this is mlx {mx.__version__}; "
-            f"run: pip install mlx=={built}"
-        )
+        return None, _built_for(getattr(_ext, "MLX_VERSION", "?"))
     count = os.environ.get("MLXQ_THREADS", "1")
     if not count.isdecimal() or int(count) == 0:
         raise ValueError(f"MLXQ_THREADS={count} is not a number of threads; wanted 1 or more")
