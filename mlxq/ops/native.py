@@ -49,7 +49,7 @@ def _load():
         _ext.probe(mx.zeros((1,)))
     except ImportError as error:
         wanted = _declared_mlx()
-        if wanted not in (None, mx.__version__):  # the loader names a missing symbol, which tells nobody anything
+        if wanted not in (None, mx.__version__):  # the loader names a missing symbol, which tells nobody
             return None, _built_for(wanted)
         return None, f"mlxq's compiled kernels could not be loaded ({error}); reinstall mlxq"
     except TypeError:
