@@ -1,4 +1,4 @@
-"""Arrays of one framework as arrays of another: numpy, mx.array, torch.Tensor."""
+"""Arrays of one framework as arrays of another: numpy, mx.array, torch.Tensor, cupy.ndarray."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from mlxq.format import dtype_name
 
 
 def kind(array) -> str:
-    """"numpy", "mlx" or "torch": which framework made the array. Raises TypeError for anything else."""
+    """"numpy", "mlx", "torch" or "cupy": who made the array. Raises TypeError for anything else."""
     if isinstance(array, np.ndarray):
         return "numpy"
     module = type(array).__module__.split(".")[0]
-    if module in ("mlx", "torch"):
+    if module in ("mlx", "torch", "cupy"):
         return module
-    raise TypeError(f"expected a numpy array, an mx.array or a torch.Tensor, got {type(array).__name__}")
+    raise TypeError(
+        f"expected a numpy array, an mx.array, a torch.Tensor or a cupy array, got {type(array).__name__}"
+    )
 
 
 def to_mx(array):
-    """The same values as an mx.array; mx.array is returned as it is, numpy and torch are copied.
+    """The same values as an mx.array; mx.array is returned as it is, the others are copied.
 
     Raises TypeError for float64 (MLX would round it silently: cast first) and for float8.
     """
@@ -49,6 +51,9 @@ def to_numpy(array) -> np.ndarray:
         torch = sys.modules["torch"]
         host = array.detach().cpu()
         return (host.float() if host.dtype == torch.bfloat16 else host).numpy()
+    if which == "cupy":
+        host = array.get()
+        return host.astype(np.float32) if dtype_name(array) == "bfloat16" else host
     import mlx.core as mx
 
     return np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array)
@@ -64,6 +69,9 @@ def like(array: np.ndarray, template, dtype: str | None = None):
 
         out = mx.array(array)
         return out if dtype is None else out.astype(getattr(mx, dtype))
+    if which == "cupy":
+        out = sys.modules["cupy"].asarray(array)
+        return out if dtype is None else out.astype(dtype)  # ml_dtypes, cupy's need, registers "bfloat16"
     torch = sys.modules["torch"]
     out = torch.from_numpy(np.ascontiguousarray(array)).to(template.device)
     return out if dtype is None else out.to(getattr(torch, dtype))

@@ -1,11 +1,30 @@
-"""Which implementation serves which array: mx.array -> native, numpy -> reference (quantizer: format)."""
+"""Which implementation serves which array.
+
+mx.array -> native; numpy -> reference (quantizer: format); torch and cupy on an NVIDIA GPU -> cuda.
+"""
 
 from __future__ import annotations
+
+import functools
 
 import numpy as np
 
 from mlxq import bridge, format
 from mlxq.ops import native, reference
+
+
+def _on_gpu(array) -> bool:
+    """Whether ops.cuda serves the array: torch on an NVIDIA GPU, or cupy."""
+    which = bridge.kind(array)
+    return which == "cupy" or (which == "torch" and array.is_cuda)
+
+
+@functools.cache
+def _cuda():
+    """ops.cuda, imported when an array of a GPU first comes."""
+    from mlxq.ops import cuda
+
+    return cuda
 
 
 def qmm(x, w: format.Packed, transpose: bool = True):
@@ -26,7 +45,12 @@ def qmm(x, w: format.Packed, transpose: bool = True):
     if which == "numpy":
         native.check("qmm", x, w, transpose)
         return reference.qmm(x, w, transpose).astype(x.dtype)
-    raise TypeError("qmm: torch tensors are not served; pass an mx.array (mlxq.bridge.to_mx) or numpy")
+    if which == "cupy" or (which == "torch" and x.is_cuda):
+        return _cuda().qmm(x, w, transpose)
+    raise TypeError(
+        "qmm: torch tensors on the CPU are not served; move them to an NVIDIA GPU, or pass an mx.array "
+        "(mlxq.bridge.to_mx) or numpy"
+    )
 
 
 def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpose=True, sorted_indices=False):
@@ -46,7 +70,12 @@ def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpos
     if which == "numpy":
         native.check("gather_qmm", x, w, transpose, lhs_indices, rhs_indices)
         return reference.gather_qmm(x, w, lhs_indices, rhs_indices, transpose).astype(x.dtype)
-    raise TypeError("gather_qmm: torch tensors are not served; pass an mx.array (mlxq.bridge.to_mx) or numpy")
+    if _on_gpu(x):
+        return _cuda().gather_qmm(x, w, lhs_indices, rhs_indices, transpose)
+    raise TypeError(
+        "gather_qmm: torch tensors on the CPU are not served; move them to an NVIDIA GPU, or pass an "
+        "mx.array (mlxq.bridge.to_mx) or numpy"
+    )
 
 
 def quantize(w, fmt: format.Format, rule: str = "affine", scale_dtype: str | None = None) -> format.Packed:
@@ -64,7 +93,10 @@ def quantize(w, fmt: format.Format, rule: str = "affine", scale_dtype: str | Non
     scale_dtype = scale_dtype or name
     if scale_dtype not in format.STORAGE:
         raise TypeError(f"quantize: scales in {scale_dtype} do not exist; built: {', '.join(format.STORAGE)}")
-    packed = native.quantize(w, fmt, rule, scale_dtype)
+    if rule == "affine" and _on_gpu(w):
+        packed = _cuda().quantize(w, fmt, scale_dtype)
+    else:
+        packed = native.quantize(w, fmt, rule, scale_dtype)
     if packed is not None:
         return packed
     packed = format.quantize(bridge.to_numpy(w), fmt, rule, scale_dtype)
@@ -84,9 +116,11 @@ def dequantize(packed: format.Packed, dtype: str | None = None):
     dtype = dtype or format.dtype_name(packed.scales)
     if bridge.kind(packed.words) == "mlx":
         return native.dequantize(packed, dtype)
+    if _on_gpu(packed.words) and packed.format.bits in format.KERNEL_BITS:
+        return _cuda().dequantize(packed, dtype)
     parts = (bridge.to_numpy(a) for a in (packed.words, packed.scales, packed.biases))
     host = format.Packed(*parts, packed.format)
     out = format.dequantize(host).astype(np.float32)
-    if bridge.kind(packed.words) == "torch":
+    if bridge.kind(packed.words) in ("torch", "cupy"):
         return bridge.like(out, packed.words, dtype)
     return out if dtype == "bfloat16" else out.astype(dtype)

@@ -1,0 +1,713 @@
+"""Quantized products on NVIDIA GPUs for torch tensors and cupy arrays: kernels compiled when first needed.
+
+The arrays are used where they lie, on their own device and on the caller's current stream; results come from
+the caller's own allocator. Nothing synchronizes except quantize, which has to know whether the weights were
+finite. What a call needs (the compiled kernel, the grid, the packed arguments) is worked out once for each
+weight and shape and remembered, so that a call costs a lookup, an allocation and a launch.
+
+Up to ROWS_OF_QMV rows qmv.cu reads the packed bytes. More rows, and transpose=False, go through a dequantized
+copy in x's type and the framework's own product (cuBLAS): the weights are then rounded to x's type, which
+qmv.cu never does. cupy brings NVRTC, the compiler, and the code is cached on disk; kernels are started
+through the driver. Times, floors and what was tried: docs/kernels-cuda.md.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib
+import math
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from mlxq import bridge, format
+
+HERE = Path(__file__).resolve().parent
+TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # X_TYPE, S_TYPE and W_TYPE of the kernels
+SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+PLANS_KEPT = 4096
+# CUdevice_attribute and CUfunction_attribute
+_MULTIPROCESSORS, _MAJOR, _MINOR, _SHARED_OPTIN = 16, 75, 76, 97
+_FUNCTION_SHARED = 8
+_INVALID_CONTEXT = 201
+_PROGRAMMATIC_SERIALIZATION = 6  # CUlaunchAttributeID
+
+
+class Kernel:
+    """A compiled function, ready to be started on one device."""
+
+    def __init__(self, driver, function, shared_bytes):
+        self.driver, self.function, self.shared_bytes = driver, function, shared_bytes
+
+
+@functools.cache
+def _driver():
+    """libcuda. Raises RuntimeError where there is no NVIDIA driver or no GPU."""
+    try:
+        driver = ctypes.PyDLL("libcuda.so.1")  # a launch never waits: the GIL stays held
+    except OSError:
+        raise RuntimeError("no GPU: the NVIDIA driver (libcuda.so.1) is not on this machine") from None
+    code = driver.cuInit(0)
+    if code:
+        raise RuntimeError(f"no GPU: the NVIDIA driver answers {_error_text(driver, code)}")
+    return driver
+
+
+def _error_text(driver, code: int) -> str:
+    text = ctypes.c_char_p()
+    driver.cuGetErrorString(code, ctypes.byref(text))
+    return f"error {code}: {text.value.decode() if text.value else 'unknown'}"
+
+
+def _check(code: int, what: str) -> None:
+    if code:
+        raise RuntimeError(f"{what}: {_error_text(_driver(), code)}")
+
+
+@functools.cache
+def _device(index: int) -> dict[str, int]:
+    """Of a GPU: arch ("sm_90a"), multiprocessors, shared (bytes that a block may have)."""
+    driver, device, value = _driver(), ctypes.c_int(), ctypes.c_int()
+    _check(driver.cuDeviceGet(ctypes.byref(device), index), f"GPU {index}")
+
+    def attribute(number: int) -> int:
+        _check(driver.cuDeviceGetAttribute(ctypes.byref(value), number, device), f"GPU {index}")
+        return value.value
+
+    major, minor = attribute(_MAJOR), attribute(_MINOR)
+    if major < 8:
+        raise RuntimeError(
+            f"GPU {index} has compute capability {major}.{minor}; the kernels need 8.0 (Ampere) or later"
+        )
+    return {
+        "arch": f"sm_{major}{minor}" + ("a" if major == 9 else ""),
+        "multiprocessors": attribute(_MULTIPROCESSORS),
+        "early": major >= 9,  # programmatic dependent launch
+        "shared": attribute(_SHARED_OPTIN),
+    }
+
+
+def _cache_folder() -> Path:
+    root = os.environ.get("MLXQ_CACHE")
+    base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlxq"
+    return base / "cuda"
+
+
+@functools.cache
+def _source(name: str) -> str:
+    """A kernel file as text, with the constants of format.h before it."""
+    text = (HERE / name).read_text(encoding="utf-8")
+    constants = (HERE.parent / "format.h").read_text(encoding="utf-8").replace("#pragma once", "")
+    return f'{constants}\n#line 1 "{name}"\n{text}'
+
+
+def options(arch: str, defines: dict, exact: bool = False) -> tuple[str, ...]:
+    """NVRTC's options for one instance of a kernel file; exact: no contraction to fused multiply-add."""
+    head = (f"--gpu-architecture={arch}", "--std=c++17", *(("--fmad=false",) if exact else ()))
+    return (*head, *(f"-D{name}={value}" for name, value in defines.items()))
+
+
+def _nvrtc():
+    try:
+        from cupy.cuda import nvrtc
+    except ImportError as error:
+        raise RuntimeError(
+            f"the CUDA kernels need cupy, which compiles them (pip install 'mlxq[cuda]'): {error}"
+        ) from None
+    return nvrtc
+
+
+def cubin(name: str, flags: tuple[str, ...]) -> bytes:
+    """Machine code of a kernel file, from the cache on disk or compiled now.
+
+    Cached under the hash of source, options (the architecture among them) and compiler version. Raises
+    RuntimeError with the compiler's first error.
+    """
+    source, nvrtc = _source(name), _nvrtc()
+    version = ".".join(map(str, nvrtc.getVersion()))
+    key = hashlib.sha256("\0".join((source, version, *flags)).encode()).hexdigest()
+    path = _cache_folder() / f"{name.removesuffix('.cu')}-{key[:32]}.cubin"
+    try:
+        return path.read_bytes()
+    except OSError:
+        pass
+    program = nvrtc.createProgram(source, name, (), ())
+    try:
+        nvrtc.compileProgram(program, flags)
+        code = nvrtc.getCUBIN(program)
+    except nvrtc.NVRTCError as error:
+        log = nvrtc.getProgramLog(program)
+        errors = [line for line in log.splitlines() if "error" in line.lower()]
+        first = errors[0] if errors else log.strip() or str(error)
+        raise RuntimeError(f"NVRTC {version} cannot compile {name} for {flags[0]}: {first}") from None
+    finally:
+        nvrtc.destroyProgram(program)
+    try:  # a folder that cannot be written costs the next process the compilation, nothing else
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as part:
+            part.write(code)
+        os.replace(part.name, path)
+    except OSError:
+        pass
+    return code
+
+
+@functools.cache
+def _kernel(device: int, file: str, function: str, flags: tuple[str, ...], shared_bytes: int) -> Kernel:
+    """A function of a kernel file, loaded on the current device, which is `device`."""
+    driver, code = _driver(), cubin(file, flags)
+    module, found = ctypes.c_void_p(), ctypes.c_void_p()
+    _check(driver.cuModuleLoadData(ctypes.byref(module), code), f"loading {file}")
+    _check(driver.cuModuleGetFunction(ctypes.byref(found), module, function.encode()), f"{file}: {function}")
+    if shared_bytes > 48 << 10:
+        _check(driver.cuFuncSetAttribute(found, _FUNCTION_SHARED, shared_bytes), f"{file}: shared memory")
+    return Kernel(driver, found, shared_bytes)
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute; its value is a union of 64 bytes."""
+
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int * 16)]
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z")),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    ]
+
+
+class _Launch:
+    """A kernel with its grid and arguments; call it with the stream and the arguments that change.
+
+    early=True: the kernel may begin while the one before it in the stream still runs (Hopper and later; the
+    kernel itself waits for it before it touches anything but the weights).
+    """
+
+    def __init__(self, kernel: Kernel, grid, threads: int, arguments, changing):
+        """arguments: ctypes values in the kernel's order; changing: positions that __call__ sets."""
+        self.slots = [arguments[i] for i in changing]
+        self.keep = arguments
+        self.pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
+        attribute = _Attribute(_PROGRAMMATIC_SERIALIZATION)
+        attribute.value[0] = 1
+        self.config = _Config(*grid, threads, 1, 1, kernel.shared_bytes, None, ctypes.pointer(attribute), 0)
+        self.function = kernel.function
+        self.config_at = ctypes.byref(self.config)
+        self.start = kernel.driver.cuLaunchKernelEx
+
+    def __call__(self, stream: int, *values, early: bool = False) -> None:
+        for slot, value in zip(self.slots, values):  # noqa: B905 (a keyword costs time here)
+            slot.value = value
+        config = self.config
+        config.stream, config.count = stream, early
+        code = self.start(self.config_at, self.function, self.pointers, None)
+        if code:
+            if code == _INVALID_CONTEXT:  # a thread that has not used the GPU yet
+                from cupy.cuda import runtime
+
+                runtime.setDevice(runtime.getDevice())
+                runtime.free(0)
+                code = self.start(self.config_at, self.function, self.pointers, None)
+            _check(code, "starting a kernel")
+
+
+class _Torch:
+    """What the operations need of torch tensors."""
+
+    @staticmethod
+    def describe(a):
+        """(pointer, shape, dtype, device, contiguous); device -1 is the CPU."""
+        return a.data_ptr(), a.shape, a.dtype, a.get_device(), a.is_contiguous()
+
+    @staticmethod
+    def empty(shape, dtype: str, device: int):
+        torch = sys.modules["torch"]
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=torch.device("cuda", device))
+
+    @staticmethod
+    def usable(x, device: int) -> bool:
+        return x.is_contiguous() and x.get_device() == device and not x.data_ptr() % 16
+
+    @staticmethod
+    def like(shape, x):
+        return x.new_empty(shape)
+
+    @staticmethod
+    def zeros(shape, x):
+        return x.new_zeros(shape)
+
+    @staticmethod
+    def pointer(a) -> int:
+        return a.data_ptr()
+
+    @staticmethod
+    def stream(device: int) -> int:
+        return sys.modules["torch"]._C._cuda_getCurrentRawStream(device)
+
+    @staticmethod
+    def current_device() -> int:
+        return sys.modules["torch"]._C._cuda_getDevice()
+
+    @staticmethod
+    def on(device: int):
+        return sys.modules["torch"].cuda.device(device)
+
+    @staticmethod
+    def product(x, w):
+        return sys.modules["torch"].matmul(x, w)
+
+    @staticmethod
+    def indices(given, batch, device: int):
+        torch = sys.modules["torch"]
+        if given is None:
+            where = torch.device("cuda", device)
+            return torch.arange(math.prod(batch), dtype=torch.int32, device=where).reshape(batch)
+        if given.get_device() != device:
+            raise ValueError(f"gather_qmm: x is on GPU {device} but indices are on {given.device}")
+        return given.to(torch.int32)
+
+    @staticmethod
+    def broadcast(a, b):
+        a, b = sys.modules["torch"].broadcast_tensors(a, b)
+        return a.contiguous(), b.contiguous()
+
+
+class _Cupy:
+    """What the operations need of cupy arrays."""
+
+    @staticmethod
+    def describe(a):
+        return a.data.ptr, a.shape, a.dtype, a.device.id, a.flags.c_contiguous
+
+    @staticmethod
+    def empty(shape, dtype: str, device: int):
+        return sys.modules["cupy"].empty(shape, _cupy_dtype(dtype))
+
+    @staticmethod
+    def usable(x, device: int) -> bool:
+        return x.flags.c_contiguous and x.device.id == device and not x.data.ptr % 16
+
+    @staticmethod
+    def like(shape, x):
+        return sys.modules["cupy"].empty(shape, x.dtype)
+
+    @staticmethod
+    def zeros(shape, x):
+        return sys.modules["cupy"].zeros(shape, x.dtype)
+
+    @staticmethod
+    def pointer(a) -> int:
+        return a.data.ptr
+
+    @staticmethod
+    def stream(device: int) -> int:
+        return sys.modules["cupy"].cuda.get_current_stream().ptr
+
+    @staticmethod
+    def current_device() -> int:
+        return sys.modules["cupy"].cuda.runtime.getDevice()
+
+    @staticmethod
+    def on(device: int):
+        return sys.modules["cupy"].cuda.Device(device)
+
+    @staticmethod
+    def product(x, w):
+        cupy = sys.modules["cupy"]
+        if str(x.dtype) == "bfloat16":  # cupy has no bfloat16 product
+            return (x.astype(cupy.float32) @ w.astype(cupy.float32)).astype(x.dtype)
+        return x @ w
+
+    @staticmethod
+    def indices(given, batch, device: int):
+        cupy = sys.modules["cupy"]
+        if given is None:
+            return cupy.arange(math.prod(batch), dtype=cupy.int32).reshape(batch)
+        if given.device.id != device:
+            raise ValueError(f"gather_qmm: x is on GPU {device} but indices are on GPU {given.device.id}")
+        return given.astype(cupy.int32)
+
+    @staticmethod
+    def broadcast(a, b):
+        cupy = sys.modules["cupy"]
+        return tuple(cupy.ascontiguousarray(part) for part in cupy.broadcast_arrays(a, b))
+
+
+@functools.cache
+def _cupy_dtype(name: str):
+    if name != "bfloat16":
+        return name
+    return importlib.import_module("ml_dtypes").bfloat16  # comes with cupy's own bfloat16
+
+
+_SIDES = {"torch": _Torch, "cupy": _Cupy}
+_plans: dict[tuple, object] = {}
+
+
+def _side(op: str, *arrays):
+    kinds = {bridge.kind(a) for a in arrays}
+    if len(kinds) > 1:
+        raise TypeError(f"{op}: arrays of {' and '.join(sorted(kinds))}; all must come from one of them")
+    return _SIDES[kinds.pop()]
+
+
+def _remember(key, plan):
+    if len(_plans) >= PLANS_KEPT:
+        _plans.clear()
+    _plans[key] = plan
+    return plan
+
+
+def _check_arrays(op: str, named, device: int) -> None:
+    """named: {name: description}. Raises ValueError for another device, gaps and odd addresses."""
+    for name, (pointer, shape, _, where, contiguous) in named.items():
+        if where != device:
+            place = "the CPU" if where < 0 else f"GPU {where}"
+            raise ValueError(f"{op}: x is on GPU {device} but {name} on {place}; move them together first")
+        if not contiguous:
+            raise ValueError(f"{op}: {name} {tuple(shape)} is not contiguous; pass a contiguous copy")
+        if pointer % 16:
+            raise ValueError(
+                f"{op}: {name} begins at an address that is not a multiple of 16 bytes; pass a copy"
+            )
+
+
+def _check_product(op: str, x_shape, x_type: str, w: format.Packed, transpose: bool) -> None:
+    if w.format.bits not in format.KERNEL_BITS:
+        built = ", ".join(str(f) for f in format.FORMATS)
+        raise ValueError(f"{op}: {w.format} has no CUDA kernel; built: {built}")
+    if x_type not in TYPES:
+        raise TypeError(f"{op}: x is {x_type}; wanted float32, float16 or bfloat16")
+    w.validate()
+    inner, name = (w.K, "K") if transpose else (w.N, "N")
+    if not x_shape or x_shape[-1] != inner:
+        got = x_shape[-1] if x_shape else "no axis"
+        raise ValueError(f"{op}: x has {name}={got} but w holds {name}={inner}")
+
+
+def qmv_tuning(bits: int, columns: int, tiles: int, multiprocessors: int) -> tuple[int, int, int, int]:
+    """(warps, blocks that fit a multiprocessor, chunk bytes, log2 of warps a tile) that were best on an H100.
+
+    Two blocks that fit let the next product's block begin, and load its weights, beside the last one's.
+    """
+    if columns >= 4:
+        return (8, 1, 256, 2) if bits == 2 else (16, 1, 128, 2)
+    if tiles <= 2 * multiprocessors:
+        return (16, 1, 256, 2) if bits == 8 else (8, 2, 128, 2)
+    if bits == 4:
+        return 16, 1, 256, 2
+    if tiles <= 8 * multiprocessors:
+        return (8, 2, 256, 3) if bits == 2 else (8, 1, 256, 2)
+    return (16, 1, 256, 3) if bits == 2 else (16, 1, 256, 2)
+
+
+def qmv_shape(M: int, N: int, K: int, fmt: format.Format, x_type: str, s_type: str, gpu: dict) -> dict | None:
+    """How qmv.cu is compiled and started for a product; None if its x does not fit in shared memory.
+
+    defines, grid_x, rows (of x a block), wk_bits, threads, shared (bytes).
+    """
+    parts = 3 if x_type == "float32" else 1
+    row_bytes, s_bytes = K * fmt.bits // 8, SIZES[s_type]
+    columns = next(c for c in (1, 2, 4, 8) if c >= min(M * parts, 8))
+    tiles = -(-N // 16)
+    while columns >= parts:
+        tuning = qmv_tuning(fmt.bits, columns, tiles, gpu["multiprocessors"])
+        warps, blocks, chunk_bytes, most_wk_bits = tuning
+        if fmt.bits == 8 and fmt.group_size == 128 and s_bytes == 2:  # cp.async moves no less than four bytes
+            chunk_bytes = 256
+        smaller = ((8, 1, chunk) for chunk in (chunk_bytes, 128, 64) if chunk <= chunk_bytes)
+        for tried in ((warps, blocks, chunk_bytes), (warps, 1, chunk_bytes), *smaller):
+            found = _qmv_depth(K, fmt, s_bytes, columns, *tried, gpu["shared"])
+            if found:
+                break
+        else:
+            columns //= 2
+            continue
+        break
+    else:
+        return None
+    (warps, blocks, chunk_bytes), (depth, shared) = tried, found
+    chunks = -(-row_bytes // chunk_bytes)
+    wk_bits = min(warps.bit_length() - 1, (chunks - 1).bit_length())
+    if tiles > gpu["multiprocessors"]:  # else more warps a tile, so that all have work
+        wk_bits = min(wk_bits, most_wk_bits)
+    defines = {
+        "BITS": fmt.bits,
+        "GROUP": fmt.group_size,
+        "X_TYPE": TYPES[x_type],
+        "S_TYPE": TYPES[s_type],
+        "MP": columns,
+        "CB": chunk_bytes,
+        "WARPS": warps,
+        "DEPTH": depth,
+        "BLOCKS": blocks,
+        "COPY": 16 if row_bytes % 16 == 0 else 8,
+        "S_VECTOR": math.gcd(K // fmt.group_size * s_bytes, 16),
+    }
+    return {
+        "defines": defines,
+        "grid_x": min(gpu["multiprocessors"], tiles),
+        "rows": columns // parts,
+        "wk_bits": wk_bits,
+        "threads": 32 * warps,
+        "shared": shared,
+    }
+
+
+def _qmv_depth(K, fmt, s_bytes, columns, warps, blocks, chunk_bytes, limit) -> tuple[int, int] | None:
+    """(stages of a warp's ring, bytes of shared memory) if `blocks` blocks fit on a multiprocessor."""
+    limit = limit if blocks == 1 else limit // blocks - 1024  # the system takes 1 KiB a block
+    for depth in (6, 5, 4, 3, 2):
+        shared = qmv_shared(K, fmt, s_bytes, columns, chunk_bytes, warps, depth)
+        if shared <= limit:
+            return depth, shared
+    return None
+
+
+def qmv_shared(K: int, fmt: format.Format, s_bytes: int, columns, chunk_bytes, warps, depth) -> int:
+    """Bytes of shared memory of a block of qmv.cu: x, its sums, the warps' sums, the rings."""
+    chunk = chunk_bytes * 8 // fmt.bits
+    chunks = -(-K // chunk)
+    units = chunk // min(chunk, fmt.group_size)
+    floats = -(-chunks * units * columns // 32) * 32 + 8 * warps * 20
+    stage = 16 * (chunk_bytes + 16) + 2 * 16 * max(4, units * s_bytes)
+    return chunks * chunk * columns * 2 + floats * 4 + warps * depth * stage
+
+
+def _qmv(device: int, pointers, batches: int, M: int, N: int, K: int, fmt, x_type, s_type, indices):
+    """A launch of qmv.cu that takes (x, y[, lhs, rhs]) or None where it does not fit."""
+    gpu = _device(device)
+    shape = qmv_shape(M, N, K, fmt, x_type, s_type, gpu)
+    if shape is None:
+        return None
+    flags = options(gpu["arch"], shape["defines"])
+    kernel = _kernel(device, "qmv.cu", "qmv", flags, shape["shared"])
+    row_blocks = -(-M // shape["rows"])
+    pointers = [ctypes.c_void_p(p) for p in (0, *pointers, 0, 0, 0)]
+    numbers = [ctypes.c_int(v) for v in (M, N, K, row_blocks, shape["wk_bits"])]
+    grid = (shape["grid_x"], batches * row_blocks, 1)
+    changing = (0, 4, 5, 6) if indices else (0, 4)
+    return _Launch(kernel, grid, shape["threads"], pointers + numbers, changing)
+
+
+def qmm(x, w: format.Packed, transpose: bool = True):
+    """x times packed weights; see mlxq.ops.qmm. All arrays of one framework, on one GPU."""
+    plans = w.__dict__.get("_cuda_plans")
+    if plans is None:
+        plans = w.__dict__["_cuda_plans"] = {}  # the weight carries what was worked out for it
+    key = x.shape, x.dtype, transpose
+    plan = plans.get(key)
+    if plan is not None:
+        y = plan(x, w)
+        if y is not None:
+            return y
+    plan = plans[key] = _Product(x, w, transpose)
+    return plan.run(x, w)
+
+
+class _Product:
+    """qmm for one weight, one shape of x and one type. The first call checks everything."""
+
+    def __init__(self, x, w: format.Packed, transpose: bool):
+        self.side = side = _side("qmm", x, w.words, w.scales, w.biases)
+        named = {"x": side.describe(x)}
+        for name in ("words", "scales", "biases"):
+            named[name] = side.describe(getattr(w, name))
+        self.device = device = named["x"][3]
+        self.pointers = tuple(named[name][0] for name in ("words", "scales", "biases"))
+        self.transpose, self.x_type = transpose, format.dtype_name(x)
+        x_shape = tuple(x.shape)
+        _check_product("qmm", x_shape, self.x_type, w, transpose)
+        _check_arrays("qmm", named, device)
+        if len(w.words.shape) != 2:
+            raise ValueError(f"qmm: words have shape {tuple(w.words.shape)}; wanted (N, K * bits / 32)")
+        self.shape = (*x_shape[:-1], w.N if transpose else w.K)
+        M, N, K = math.prod(x_shape[:-1]), w.N, w.K
+        self.empty = M * N * K == 0
+        self.launch = None
+        if transpose and M <= ROWS_OF_QMV and not self.empty:
+            with side.on(device):
+                s_type = format.dtype_name(w.scales)
+                self.launch = _qmv(device, self.pointers, 1, M, N, K, w.format, self.x_type, s_type, False)
+        quick = self.launch is not None and side is _Torch
+        self.quick = self._quick(w.words, w.scales, w.biases) if quick else None
+
+    def fits(self, x, w) -> bool:
+        """Whether what the first call checked still holds, in as few looks as possible."""
+        side = self.side
+        return side.usable(x, self.device) and self.pointers == (
+            side.pointer(w.words), side.pointer(w.scales), side.pointer(w.biases)
+        )  # fmt: skip
+
+    def __call__(self, x, w):
+        """The product, or None if what the first call checked no longer holds."""
+        if self.quick is not None:
+            return self.quick(x, w)
+        return self.run(x, w) if self.fits(x, w) else None
+
+    def _quick(self, words, scales, biases):
+        """__call__ for torch with a kernel, all looked up beforehand: this is host time of each call."""
+        torch = sys.modules["torch"]
+        device, shape, launch, pointers = self.device, self.shape, self.launch, self.pointers
+        current_stream, current_device = torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDevice
+        early_at_all = _device(device)["early"]
+        empty, dtype, where = torch.empty, getattr(torch, self.x_type), torch.device("cuda", device)
+        versions = None
+
+        def quick(x, w):
+            nonlocal versions
+            at = x.data_ptr()
+            if (
+                at & 15
+                or not x.is_contiguous()
+                or x.get_device() != device
+                or (words.data_ptr(), scales.data_ptr(), biases.data_ptr()) != pointers
+            ):
+                return None
+            if current_device() != device:
+                return self.run(x, w)
+            now = (words._version, scales._version, biases._version)
+            y = empty(shape, dtype=dtype, device=where)
+            # Early, before the kernel before it has ended, only if that one cannot have written the weights:
+            # if they are what they were at the last call, whose kernel waited for all that came before it.
+            launch(current_stream(device), at, y.data_ptr(), early=early_at_all and now == versions)
+            versions = now
+            return y
+
+        return quick
+
+    def run(self, x, w):
+        side, device = self.side, self.device
+        if side.current_device() != device:
+            with side.on(device):
+                return self.run(x, w)
+        if self.empty:
+            return side.zeros(self.shape, x)
+        if self.launch is None:
+            weights = dequantize(w, self.x_type)
+            return side.product(x, weights.T if self.transpose else weights)
+        y = side.like(self.shape, x)
+        self.launch(side.stream(device), side.pointer(x), side.pointer(y))
+        return y
+
+
+def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpose: bool = True):
+    """Blocks of x times chosen experts; see mlxq.ops.gather_qmm. Indices: x's framework and GPU."""
+    side = _side("gather_qmm", x, w.words, w.scales, w.biases)
+    x_at = side.describe(x)
+    parts = side.describe(w.words), side.describe(w.scales), side.describe(w.biases)
+    _, x_shape, _, device, _ = x_at
+    if len(x_shape) < 2:
+        raise ValueError(f"gather_qmm: x has shape {tuple(x_shape)}; wanted (..., M, K)")
+    x_type, s_type = format.dtype_name(x), format.dtype_name(w.scales)
+    names = ("x", "words", "scales", "biases")
+    _check_arrays("gather_qmm", dict(zip(names, (x_at, *parts), strict=True)), device)
+    _check_product("gather_qmm", x_shape, x_type, w, transpose)
+    with side.on(device):
+        lhs = side.indices(lhs_indices, x_shape[:-2], device)
+        rhs = side.indices(rhs_indices, w.shape[:-2], device)
+        lhs, rhs = side.broadcast(lhs, rhs)
+        M, N, K, batches = x_shape[-2], w.N, w.K, math.prod(lhs.shape)
+        y = side.empty((*lhs.shape, M, N if transpose else K), x_type, device)
+        if not math.prod(y.shape):
+            return y
+        if M * N * K == 0:
+            y[...] = 0
+            return y
+        launch = None
+        if transpose:
+            key = ("gather", batches, M, x_type, parts, w.format)
+            launch = _plans.get(key)
+            if launch is None:
+                pointers = [p[0] for p in parts]
+                launch = _qmv(device, pointers, batches, M, N, K, w.format, x_type, s_type, True)
+                if launch is not None:
+                    _remember(key, launch)
+        if launch is not None:
+            pointers = (x_at[0], side.pointer(y), side.pointer(lhs), side.pointer(rhs))
+            launch(side.stream(device), *pointers)
+            return y
+        weights = dequantize(w, x_type).reshape(-1, N, K)
+        blocks = x.reshape(-1, *x_shape[-2:])[lhs.reshape(-1)]
+        chosen = weights[rhs.reshape(-1)]
+        product = side.product(blocks, chosen.swapaxes(-1, -2) if transpose else chosen)
+        y[...] = product.reshape(y.shape)
+    return y
+
+
+# Up to here qmv reads the weights once for every eight rows; beyond, a dequantized copy is faster.
+ROWS_OF_QMV = 32
+
+
+def dequantize(packed: format.Packed, dtype: str | None = None):
+    """scale * code + bias as (..., N, K) in float32, rounded to dtype; see mlxq.ops.dequantize."""
+    side = _side("dequantize", packed.words, packed.scales, packed.biases)
+    s_type = format.dtype_name(packed.scales)
+    dtype = dtype or s_type
+    parts = [side.describe(a) for a in (packed.words, packed.scales, packed.biases)]
+    device = parts[0][3]
+    key = ("dequantize", *parts, packed.format, dtype)
+    plan = _plans.get(key)
+    if plan is None:
+        _check_arrays("dequantize", dict(zip(("words", "scales", "biases"), parts, strict=True)), device)
+        packed.validate()
+        if dtype not in TYPES:
+            raise TypeError(f"dequantize: {dtype} is not a storage; wanted one of {', '.join(TYPES)}")
+        if packed.format.bits not in format.KERNEL_BITS:
+            raise ValueError(f"dequantize: {packed.format} has no CUDA kernel")
+        groups = math.prod(packed.scales.shape)
+        plan = None, packed.shape
+        if groups:
+            with side.on(device):
+                kernel = _exact_kernel(device, "dequantize", packed.format, dtype, s_type)
+            words = groups * packed.format.group_size * packed.format.bits // 32
+            arguments = [*(ctypes.c_void_p(p[0]) for p in parts), ctypes.c_void_p()]
+            arguments.append(ctypes.c_longlong(groups))
+            plan = _Launch(kernel, (-(-words // 256), 1, 1), 256, arguments, (3,)), packed.shape
+        _remember(key, plan)
+    launch, shape = plan
+    with side.on(device):
+        w = side.empty(shape, dtype, device)
+        if launch:
+            launch(side.stream(device), side.pointer(w))
+    return w
+
+
+def _exact_kernel(device: int, function: str, fmt: format.Format, w_type: str, s_type: str) -> Kernel:
+    defines = {"BITS": fmt.bits, "GROUP": fmt.group_size, "W_TYPE": TYPES[w_type], "S_TYPE": TYPES[s_type]}
+    flags = options(_device(device)["arch"], defines, exact=True)
+    return _kernel(device, "quantize.cu", function, flags, 0)
+
+
+def quantize(w, fmt: format.Format, scale_dtype: str) -> format.Packed | None:
+    """Packed weights by rule "affine", the bits of format.quantize; None when refused (it says why)."""
+    side = _side("quantize", w)
+    at = side.describe(w)
+    _, shape, dtype, device, _ = at
+    w_type = str(dtype).rpartition(".")[2]
+    served = w_type in TYPES and fmt.bits in format.KERNEL_BITS and len(shape) >= 2
+    if not served or shape[-1] % fmt.group_size or not math.prod(shape):
+        return None
+    _check_arrays("quantize", {"w": at}, device)
+    groups = math.prod(shape) // fmt.group_size
+    with side.on(device):
+        words = side.empty((*shape[:-1], fmt.words_per_row(shape[-1])), "uint32", device)
+        scales = side.empty((*shape[:-1], fmt.groups(shape[-1])), scale_dtype, device)
+        biases = side.empty(scales.shape, scale_dtype, device)
+        report = side.empty((2,), "int32", device)
+        report[...] = 0
+        arrays = [ctypes.c_void_p(side.pointer(a)) for a in (w, words, scales, biases, report)]
+        kernel = _exact_kernel(device, "quantize", fmt, w_type, scale_dtype)
+        grid = (-(-groups // 8), 1, 1)
+        _Launch(kernel, grid, 256, [*arrays, ctypes.c_longlong(groups)], ())(side.stream(device))
+        refused = bool(report.any())
+    return None if refused else format.Packed(words, scales, biases, fmt)

@@ -1,0 +1,360 @@
+"""NVIDIA GPUs: every kernel equals float64, and what needs no GPU is checked without one."""
+
+import functools
+import itertools
+import re
+import shutil
+import subprocess
+import sys
+import time
+import types
+
+import numpy as np
+import pytest
+
+from mlxq import bridge, format, ops
+from mlxq.format import FORMATS, STORAGE, Format
+from mlxq.ops import cuda, reference
+
+# Largest ‖y - float64‖ / ‖float64‖: half an ulp of y's type; float32: x in three bfloat16 parts (2^-24 of it)
+# and sums of up to 2^13 products in float32 on tensor cores, which truncate.
+ROUNDING = {"float32": 2.0**-18, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+
+
+@functools.cache
+def torch_gpu():
+    """torch with an NVIDIA GPU, or a skip that names what is missing."""
+    torch = pytest.importorskip("torch", reason="needs the package torch")
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    pytest.importorskip("cupy", reason="needs the package cupy, which compiles the kernels")
+    return torch
+
+
+def problem(fmt, M, N, K, x_type, s_type, experts=(), seed=0):
+    """x (M, K) and a packed weight on the GPU, random."""
+    torch = torch_gpu()
+    maker = torch.Generator("cuda").manual_seed(seed + 1000 * M + N)
+    shape = (*experts, N, K * fmt.bits // 32)
+    words = torch.randint(-(2**31), 2**31, shape, generator=maker, device="cuda", dtype=torch.int64)
+    words = words.to(torch.int32).view(torch.uint32)
+
+    def uniform(*shape):
+        return torch.rand(shape, generator=maker, device="cuda") * 2 - 1
+
+    scales = (uniform(*experts, N, K // fmt.group_size) / fmt.levels).to(getattr(torch, s_type))
+    biases = uniform(*experts, N, K // fmt.group_size).to(getattr(torch, s_type))
+    x = torch.randn((M, K), generator=maker, device="cuda").to(getattr(torch, x_type))
+    return x, format.Packed(words, scales, biases, fmt)
+
+
+def error(y, expected) -> float:
+    y = bridge.to_numpy(y).astype(np.float64)
+    assert y.shape == expected.shape
+    return float(np.linalg.norm(y - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("x_type, s_type", list(itertools.product(STORAGE, STORAGE)))
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_products_equal_float64_for_every_format_and_type(fmt, x_type, s_type):
+    g = fmt.group_size
+    shapes = [(1, 17, g), (2, 3, 5 * g), (3, 130, 11 * g), (5, 48, 16 * g), (8, 70, 37 * g), (8, 5, 64 * g)]
+    shapes += [(11, 33, 4 * g), (70, 40, 3 * g)]
+    for M, N, K in shapes:
+        x, w = problem(fmt, M, N, K, x_type, s_type)
+        y = ops.qmm(x, w)
+        assert y.dtype == x.dtype
+        found = error(y, reference.qmm(x, w))
+        assert found < ROUNDING[x_type], (M, N, K, found)
+        assert bool((y == ops.qmm(x, w)).all()), "not the same bits when repeated"
+
+
+@pytest.mark.parametrize("x_type", STORAGE)
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_transposed_products_equal_float64(fmt, x_type):
+    for M, N, K in [(1, 17, 128), (5, 64, 256), (40, 33, 384)]:
+        _, w = problem(fmt, M, N, K, x_type, x_type)
+        x = problem(fmt, M, 3, 128, x_type, x_type)[0].repeat(1, 2)[:, :N].contiguous()
+        # weights rounded to x's type once more
+        assert error(ops.qmm(x, w, transpose=False), reference.qmm(x, w, False)) < 2 * ROUNDING[x_type]
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("transpose", (True, False))
+def test_gathered_products_equal_float64(fmt, transpose):
+    torch = torch_gpu()
+    for M, blocks, experts in [(1, 6, 4), (3, 2, 5), (9, 3, 2)]:
+        K, N = 256, 40
+        _, w = problem(fmt, 1, N, K, "bfloat16", "bfloat16", experts=(experts,))
+        x = torch.randn((blocks, M, K if transpose else N), device="cuda").bfloat16()
+        lhs = torch.randint(0, blocks, (3, 4), device="cuda")
+        rhs = torch.randint(0, experts, (3, 4), device="cuda", dtype=torch.int32)
+        y = ops.gather_qmm(x, w, lhs, rhs, transpose)
+        expected = reference.gather_qmm(x, w, lhs, rhs, transpose)
+        assert error(y, expected) < ROUNDING["bfloat16"] * (1 if transpose else 2)
+
+
+@pytest.mark.parametrize("w_type, s_type", list(itertools.product(STORAGE, STORAGE)))
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_quantize_and_dequantize_give_the_bits_of_format(fmt, w_type, s_type):
+    torch = torch_gpu()
+    w = (torch.randn((37, 5 * fmt.group_size), device="cuda") * 3).to(getattr(torch, w_type))
+    packed = ops.quantize(w, fmt, scale_dtype=s_type)
+    expected = format.quantize(bridge.to_numpy(w), fmt, "affine", s_type)
+    for name in ("words", "scales", "biases"):
+        found = bridge.to_numpy(getattr(packed, name))
+        assert np.array_equal(found, getattr(expected, name)), name
+    back = ops.dequantize(packed, "float32")
+    assert np.array_equal(bridge.to_numpy(back), format.dequantize(expected))
+    rounded = ops.dequantize(packed, w_type)
+    assert bool((rounded == back.to(rounded.dtype)).all())
+
+
+def test_quantize_gives_the_bits_of_numpy_for_every_kind_of_group():
+    torch = torch_gpu()
+    from tests import test_quantize as kinds
+
+    digest = kinds.hashlib.sha256()
+    for index in range(kinds.CHUNKS):
+        w = torch.from_numpy(kinds.chunk(index)).cuda()
+        packed = ops.quantize(w, kinds.FMT, scale_dtype=kinds.storage_of(index))
+        for part in (packed.words, packed.scales, packed.biases):
+            digest.update(bridge.host_bits(part).tobytes())
+    assert digest.hexdigest() == kinds.ALL
+
+
+def test_weights_that_are_not_finite_are_refused():
+    torch = torch_gpu()
+    w = torch.ones((4, 64), device="cuda")
+    w[1, 3] = float("nan")
+    with pytest.raises(ValueError, match="1 of 256 weights are NaN"):
+        ops.quantize(w, Format(4, 64))
+
+
+def test_bad_calls_are_refused_and_leave_no_error_behind():
+    torch = torch_gpu()
+    x, w = problem(Format(4, 64), 2, 32, 128, "float16", "float16")
+    with pytest.raises(ValueError, match="x has K=64 but w holds K=128"):
+        ops.qmm(x[:, :64].contiguous(), w)
+    with pytest.raises(ValueError, match="not contiguous"):
+        ops.qmm(x.repeat(1, 2)[:, ::2], w)
+    with pytest.raises(ValueError, match="multiple of 16 bytes"):
+        ops.qmm(torch.empty(2 * 128 + 1, dtype=x.dtype, device="cuda")[1:].reshape(2, 128), w)
+    with pytest.raises(TypeError, match="x is float64"):
+        ops.qmm(x.double(), w)
+    with pytest.raises(ValueError, match="x is on GPU 0 but scales on the CPU"):
+        ops.qmm(x, format.Packed(w.words, w.scales.cpu(), w.biases, w.format))
+    with pytest.raises(ValueError, match="3-bit/64 has no CUDA kernel"):
+        ops.qmm(x, format.Packed(w.words, w.scales, w.biases, Format(3, 64)))
+    assert ops.qmm(x[:0], w).shape == (0, 32)
+    torch.cuda.synchronize()
+
+
+def test_nan_and_infinity_spoil_their_row_and_no_other():
+    torch = torch_gpu()
+    for x_type in STORAGE:
+        x, w = problem(Format(4, 64), 4, 48, 512, x_type, "float16")
+        clean = ops.qmm(x, w)
+        x[1, 7], x[2, 300] = float("nan"), float("inf")
+        y = ops.qmm(x, w)
+        assert not bool(torch.isfinite(y[1:3]).any())
+        assert bool((y[0] == clean[0]).all() and (y[3] == clean[3]).all())
+
+
+def test_calls_are_captured_by_a_cuda_graph_and_run_on_the_callers_stream():
+    torch = torch_gpu()
+    x, w = problem(Format(4, 64), 1, 256, 512, "bfloat16", "bfloat16")
+    expected = ops.qmm(x, w).clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ops.qmm(x, w)
+    y.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert bool((y == expected).all())
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)  # the product must wait for it
+        late = x + 0
+        y = ops.qmm(late, w)
+    stream.synchronize()
+    assert bool((y == expected).all())
+
+
+def test_cupy_arrays_give_the_bits_of_torch_tensors():
+    torch = torch_gpu()
+    import cupy
+
+    for x_type in STORAGE:
+        x, w = problem(Format(4, 64), 3, 40, 256, x_type, x_type)
+        parts = [cupy.from_dlpack(a.view(torch.int32)).view(cupy.uint32) if a.dtype == torch.uint32
+                 else cupy.from_dlpack(a) for a in (w.words, w.scales, w.biases)]  # fmt: skip
+        torch.cuda.synchronize()
+        packed = format.Packed(*parts, w.format)
+        for rows in (3, 1):
+            y = ops.qmm(cupy.from_dlpack(x[:rows]), packed)
+            assert isinstance(y, cupy.ndarray) and str(y.dtype) == x_type
+            assert np.array_equal(bridge.to_numpy(y), bridge.to_numpy(ops.qmm(x[:rows], w)))
+        back = ops.dequantize(packed, x_type)
+        assert np.array_equal(bridge.to_numpy(back), bridge.to_numpy(ops.dequantize(w, x_type)))
+
+
+def test_a_call_costs_little_host_time():
+    torch = torch_gpu()
+    x, w = problem(Format(4, 64), 1, 256, 512, "bfloat16", "bfloat16")
+    for _ in range(100):
+        ops.qmm(x, w)
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        for _ in range(100):
+            ops.qmm(x, w)
+        times.append((time.perf_counter() - start) / 100)
+        torch.cuda.synchronize()
+    print(f"host time of a call: {1e6 * min(times):.1f} us")
+    assert min(times) < 12e-6
+
+
+# What needs no GPU
+
+GPUS = {  # what _device says of an A100, an H100 and an RTX 5090
+    "sm_80": {"arch": "sm_80", "multiprocessors": 108, "shared": 166912, "early": False},
+    "sm_90a": {"arch": "sm_90a", "multiprocessors": 132, "shared": 232448, "early": True},
+    "sm_120": {"arch": "sm_120", "multiprocessors": 170, "shared": 101376, "early": True},
+}
+
+
+def instances(gpu):
+    """(kernel file, NVRTC's options): every format with each type of x and of scales once."""
+    pairs = itertools.cycle(itertools.product(STORAGE, STORAGE))
+    for fmt, M in itertools.product(FORMATS, (1, 8)):
+        x_type, s_type = next(pairs)
+        shape = cuda.qmv_shape(M, 512, 1024, fmt, x_type, s_type, gpu)
+        yield "qmv.cu", cuda.options(gpu["arch"], shape["defines"])
+        types_ = {"W_TYPE": cuda.TYPES[x_type], "S_TYPE": cuda.TYPES[s_type]}
+        defines = {"BITS": fmt.bits, "GROUP": fmt.group_size, **types_}
+        yield "quantize.cu", cuda.options(gpu["arch"], defines, exact=True)
+
+
+@pytest.mark.parametrize("arch", GPUS)
+def test_the_kernels_compile_without_a_warning(arch, tmp_path):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("needs NVIDIA's compiler nvcc")
+    few = list(instances(GPUS[arch]))
+    few = few[:4] + few[13:17] + few[26:30] if arch == "sm_90a" else few[12:14]  # seconds each
+    for name, flags in few:
+        source = tmp_path / name
+        source.write_text(cuda._source(name))
+        command = [nvcc, "-cubin", "-o", tmp_path / "out", source, *flags, "-Werror", "all-warnings"]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("arch", GPUS)
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_blocks_fit_in_shared_memory_and_in_the_register_file(arch, fmt):
+    gpu = GPUS[arch]
+    for M, K, x_type in itertools.product((1, 2, 3, 5, 8, 32), (fmt.group_size, 4096, 14336), STORAGE):
+        for N in (1, 40, 4096, 14336, 128256):
+            shape = cuda.qmv_shape(M, N, K, fmt, x_type, "bfloat16", gpu)
+            if shape is None:
+                assert K == 14336 and x_type == "float32" and arch == "sm_120"
+                continue
+            defines = shape["defines"]
+            assert shape["shared"] * defines["BLOCKS"] <= gpu["shared"]
+            assert shape["threads"] * defines["BLOCKS"] <= 1024
+            assert 1 <= shape["grid_x"] <= gpu["multiprocessors"]
+            assert (1 << shape["wk_bits"]) <= defines["WARPS"] and defines["MP"] <= defines["WARPS"]
+            parts = 3 if x_type == "float32" else 1
+            assert shape["rows"] * parts <= defines["MP"]
+
+
+def fake_nvrtc(log="", fails=False):
+    class NVRTCError(RuntimeError):
+        pass
+
+    def compile_program(program, flags):
+        calls.append(flags)
+        if fails:
+            raise NVRTCError("NVRTC_ERROR_COMPILATION (6)")
+
+    calls = []
+    return types.SimpleNamespace(
+        NVRTCError=NVRTCError,
+        calls=calls,
+        getVersion=lambda: (13, 0),
+        createProgram=lambda *a: a,
+        compileProgram=compile_program,
+        getCUBIN=lambda program: b"machine code",
+        getProgramLog=lambda program: log,
+        destroyProgram=lambda program: None,
+    )
+
+
+def test_machine_code_is_compiled_once_for_each_source_architecture_and_option(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLXQ_CACHE", str(tmp_path))
+    nvrtc = fake_nvrtc()
+    monkeypatch.setattr(cuda, "_nvrtc", lambda: nvrtc)
+    flags = cuda.options("sm_90a", {"BITS": 4})
+    for _ in range(2):
+        assert cuda.cubin("qmv.cu", flags) == b"machine code"
+    assert len(nvrtc.calls) == 1
+    for other in (cuda.options("sm_80", {"BITS": 4}), cuda.options("sm_90a", {"BITS": 2})):
+        cuda.cubin("qmv.cu", other)
+    cuda.cubin("quantize.cu", flags)
+    monkeypatch.setattr(cuda, "_source", lambda name: "changed")
+    cuda.cubin("qmv.cu", flags)
+    assert len(nvrtc.calls) == 5 and len(list((tmp_path / "cuda").iterdir())) == 5
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MLXQ_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(cuda, "_nvrtc", fake_nvrtc)
+    assert cuda.cubin("qmv.cu", ()) == b"machine code"
+
+
+def test_a_failed_compilation_shows_the_first_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLXQ_CACHE", str(tmp_path))
+    log = "qmv.cu(3): warning: x\nqmv.cu(7): error: y is undefined\nqmv.cu(9): error: z"
+    monkeypatch.setattr(cuda, "_nvrtc", lambda: fake_nvrtc(log, fails=True))
+    said = re.escape("NVRTC 13.0 cannot compile qmv.cu for --gpu-architecture=sm_80: qmv.cu(7): error: y is")
+    with pytest.raises(RuntimeError, match=said):
+        cuda.cubin("qmv.cu", cuda.options("sm_80", {}))
+
+
+def test_a_machine_without_cupy_or_a_driver_says_which(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setitem(sys.modules, "cupy.cuda", None)
+    with pytest.raises(RuntimeError, match="need cupy, which compiles them"):
+        cuda._nvrtc()
+    cuda._driver.cache_clear()
+
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(cuda.ctypes, "PyDLL", missing)
+    with pytest.raises(RuntimeError, match="no GPU: the NVIDIA driver"):
+        cuda._driver()
+
+
+def test_a_gpu_before_ampere_is_refused(monkeypatch):
+    def attribute(value, number, device):
+        value._obj.value = {cuda._MAJOR: 7, cuda._MINOR: 5}.get(number, 0)
+        return 0
+
+    driver = types.SimpleNamespace(cuDeviceGet=lambda *a: 0, cuDeviceGetAttribute=attribute)
+    monkeypatch.setattr(cuda, "_driver", lambda: driver)
+    with pytest.raises(RuntimeError, match="compute capability 7.5; the kernels need 8.0"):
+        cuda._device.__wrapped__(0)
+
+
+def test_torch_on_the_cpu_is_refused_with_the_way_out():
+    torch = pytest.importorskip("torch", reason="needs the package torch")
+    w = ops.quantize(torch.ones((4, 64)), Format(4, 64))
+    with pytest.raises(TypeError, match="move them to an NVIDIA GPU"):
+        ops.qmm(torch.ones((1, 64)), w)
+    with pytest.raises(TypeError, match="arrays of numpy and torch"):
+        cuda._side("qmm", torch.ones(1), np.ones(1))
