@@ -7,8 +7,8 @@ Each answer is checked against float64 first. A time is the median over replays 
 after the other, each with another copy of the weight, together more than four times the L2 cache, divided by
 their number. Peers run in the same way in the same run: cuBLAS in float16 (torch), torch's tinygemm (4-bit).
 humming, which must be set up by hand, is named as missing. Limit: the best of three grids of a kernel that
-only reads as many bytes, timed likewise; for many rows the operations at the rate of a bfloat16 product of
-8192^3.
+only reads as many bytes, timed likewise; for many rows the operations at the rate of a bfloat16 product
+of 8192^3.
 
 Rows of the JSON: bits, group_size, M, N, K, dtype, us, us_alone (each product begun only when the one before
 has ended; null for the dequantizing path), kernel (qmv, or dequantize+cuBLAS), limit_us, rel_err, peers.
