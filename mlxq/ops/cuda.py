@@ -23,7 +23,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mlxq import bridge, format
+from mlxq import bridge, cache, format
 
 HERE = Path(__file__).resolve().parent
 TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # X_TYPE, S_TYPE and W_TYPE of the kernels
@@ -90,12 +90,6 @@ def _device(index: int) -> dict[str, int]:
     }
 
 
-def _cache_folder() -> Path:
-    root = os.environ.get("MLXQ_CACHE")
-    base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlxq"
-    return base / "cuda"
-
-
 @functools.cache
 def _source(name: str) -> str:
     """A kernel file as text, with the constants of format.h before it."""
@@ -129,7 +123,7 @@ def cubin(name: str, flags: tuple[str, ...]) -> bytes:
     source, nvrtc = _source(name), _nvrtc()
     version = ".".join(map(str, nvrtc.getVersion()))
     key = hashlib.sha256("\0".join((source, version, *flags)).encode()).hexdigest()
-    path = _cache_folder() / f"{name.removesuffix('.cu')}-{key[:32]}.cubin"
+    path = cache.cache_folder() / "cuda" / f"{name.removesuffix('.cu')}-{key[:32]}.cubin"
     try:
         return path.read_bytes()
     except OSError:
