@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -358,3 +359,36 @@ def test_torch_on_the_cpu_is_refused_with_the_way_out():
         ops.qmm(torch.ones((1, 64)), w)
     with pytest.raises(TypeError, match="arrays of numpy and torch"):
         cuda._side("qmm", torch.ones(1), np.ones(1))
+
+
+def test_a_weight_made_in_inference_mode_is_never_read_early():
+    torch = pytest.importorskip("torch", reason="needs the package torch")
+    with torch.inference_mode():
+        made = torch.ones(1)
+    assert cuda.counts_versions(torch.ones(1)) and not cuda.counts_versions(torch.ones(1), made)
+    with pytest.raises(RuntimeError):
+        _ = made._version  # what qmm would have met
+
+
+def test_threads_that_share_a_launch_start_it_with_their_own_arguments():
+    started = []
+
+    class Driver:
+        @staticmethod
+        def cuLaunchKernelEx(config, function, pointers, extra):  # noqa: N802 (the driver's name)
+            values = [cuda.ctypes.c_void_p.from_address(at).value for at in pointers]
+            time.sleep(1e-4)  # lets another thread in
+            assert values == [cuda.ctypes.c_void_p.from_address(at).value for at in pointers]
+            started.append(tuple(values))
+            return 0
+
+    arguments = [cuda.ctypes.c_void_p(), cuda.ctypes.c_void_p()]
+    launch = cuda._Launch(cuda.Kernel(Driver, 1, 0), (1, 1, 1), 32, arguments, (0, 1))
+    threads = [
+        threading.Thread(target=lambda n=n: [launch(0, n, n + 100) for _ in range(20)]) for n in range(1, 5)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(started) == sorted((n, n + 100) for n in range(1, 5) for _ in range(20))

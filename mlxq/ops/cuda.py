@@ -21,6 +21,7 @@ import math
 import os
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 from mlxq import bridge, cache, format
@@ -197,21 +198,23 @@ class _Launch:
         self.function = kernel.function
         self.config_at = ctypes.byref(self.config)
         self.start = kernel.driver.cuLaunchKernelEx
+        self.lock = threading.Lock()
 
     def __call__(self, stream: int, *values, early: bool = False) -> None:
-        for slot, value in zip(self.slots, values):  # noqa: B905 (a keyword costs time here)
-            slot.value = value
-        config = self.config
-        config.stream, config.count = stream, early
-        code = self.start(self.config_at, self.function, self.pointers, None)
-        if code:
-            if code == _INVALID_CONTEXT:  # a thread that has not used the GPU yet
-                from cupy.cuda import runtime
+        with self.lock:  # threads share the arguments, and may change hands between setting and starting
+            for slot, value in zip(self.slots, values):  # noqa: B905 (a keyword costs time here)
+                slot.value = value
+            config = self.config
+            config.stream, config.count = stream, early
+            code = self.start(self.config_at, self.function, self.pointers, None)
+            if code:
+                if code == _INVALID_CONTEXT:  # a thread that has not used the GPU yet
+                    from cupy.cuda import runtime
 
-                runtime.setDevice(runtime.getDevice())
-                runtime.free(0)
-                code = self.start(self.config_at, self.function, self.pointers, None)
-            _check(code, "starting a kernel")
+                    runtime.setDevice(runtime.getDevice())
+                    runtime.free(0)
+                    code = self.start(self.config_at, self.function, self.pointers, None)
+                _check(code, "starting a kernel")
 
 
 class _Torch:
@@ -508,6 +511,11 @@ def qmm(x, w: format.Packed, transpose: bool = True):
     return plan.run(x, w)
 
 
+def counts_versions(*tensors) -> bool:
+    """Whether torch counts the changes of all of them; it does not for tensors made in inference mode."""
+    return not any(t.is_inference() for t in tensors)
+
+
 class _Product:
     """qmm for one weight, one shape of x and one type. The first call checks everything."""
 
@@ -553,7 +561,7 @@ class _Product:
         torch = sys.modules["torch"]
         device, shape, launch, pointers = self.device, self.shape, self.launch, self.pointers
         current_stream, current_device = torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDevice
-        early_at_all = _device(device)["early"]
+        early_at_all = _device(device)["early"] and counts_versions(words, scales, biases)
         empty, dtype, where = torch.empty, getattr(torch, self.x_type), torch.device("cuda", device)
         versions = None
 
@@ -569,7 +577,7 @@ class _Product:
                 return None
             if current_device() != device:
                 return self.run(x, w)
-            now = (words._version, scales._version, biases._version)
+            now = (words._version, scales._version, biases._version) if early_at_all else None
             y = empty(shape, dtype=dtype, device=where)
             # Early, before the kernel before it has ended, only if that one cannot have written the weights:
             # if they are what they were at the last call, whose kernel waited for all that came before it.
