@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "mlx": ("bridge", "ops.native", *FROM_NN_UP),
     "mlx_lm": FROM_NN_UP,
     "torch": ("bridge", "ops.cuda", "checkpoint.huggingface"),  # the last reads PyTorch's own .bin files
-    "cupy": ("ops.cuda",),
+    "cupy": ("bridge", "ops.cuda"),
     "transformers": ("checkpoint",),
     "tokenizers": ("checkpoint",),
     "jinja2": ("chat",),

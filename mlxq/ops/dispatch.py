@@ -1,6 +1,7 @@
 """Which implementation serves which array.
 
-mx.array -> native; numpy -> reference (quantizer: format); torch and cupy on an NVIDIA GPU -> cuda.
+mx.array -> native; numpy -> reference (quantizer: format); torch and cupy on an NVIDIA GPU -> cuda;
+torch elsewhere -> native, through the bridge.
 """
 
 from __future__ import annotations
@@ -27,6 +28,13 @@ def _cuda():
     return cuda
 
 
+def _on_mx(op: str, x):
+    """A torch tensor as an mx.array. Raises TypeError, as native.check does, for dtypes that op lacks."""
+    if (name := format.dtype_name(x)) not in format.STORAGE:
+        raise TypeError(f"{op}: x is {name}; wanted float32, float16 or bfloat16")
+    return bridge.to_mx(x)
+
+
 def qmm(x, w: format.Packed, transpose: bool = True):
     """x times packed weights, in x's dtype with float32 accumulation.
 
@@ -36,7 +44,8 @@ def qmm(x, w: format.Packed, transpose: bool = True):
     result       x's dtype                  (..., N), or (..., K) when transpose is False
 
     transpose=False computes x @ W on the same packed bytes: it is the gradient of transpose=True.
-    mx.array: differentiable with respect to x, w.scales and w.biases. numpy: float64 inside.
+    mx.array: differentiable with respect to x, w.scales and w.biases. numpy: float64 inside. torch: the
+    result has no autograd history (the layers of mlxq.nn.torch have).
     Raises ValueError for shapes and formats that disagree, TypeError for dtypes.
     """
     which = bridge.kind(x)
@@ -47,10 +56,7 @@ def qmm(x, w: format.Packed, transpose: bool = True):
         return reference.qmm(x, w, transpose).astype(x.dtype)
     if which == "cupy" or (which == "torch" and x.is_cuda):
         return _cuda().qmm(x, w, transpose)
-    raise TypeError(
-        "qmm: torch tensors on the CPU are not served; move them to an NVIDIA GPU, or pass an mx.array "
-        "(mlxq.bridge.to_mx) or numpy"
-    )
+    return bridge.to_torch(native.qmm(_on_mx("qmm", x), w, transpose), x.device)
 
 
 def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpose=True, sorted_indices=False):
@@ -72,10 +78,8 @@ def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpos
         return reference.gather_qmm(x, w, lhs_indices, rhs_indices, transpose).astype(x.dtype)
     if _on_gpu(x):
         return _cuda().gather_qmm(x, w, lhs_indices, rhs_indices, transpose)
-    raise TypeError(
-        "gather_qmm: torch tensors on the CPU are not served; move them to an NVIDIA GPU, or pass an "
-        "mx.array (mlxq.bridge.to_mx) or numpy"
-    )
+    y = native.gather_qmm(_on_mx("gather_qmm", x), w, lhs_indices, rhs_indices, transpose, sorted_indices)
+    return bridge.to_torch(y, x.device)
 
 
 def quantize(w, fmt: format.Format, rule: str = "affine", scale_dtype: str | None = None) -> format.Packed:
@@ -114,13 +118,16 @@ def dequantize(packed: format.Packed, dtype: str | None = None):
     dtype is a name of format.STORAGE; None: the scales' dtype.
     """
     dtype = dtype or format.dtype_name(packed.scales)
-    if bridge.kind(packed.words) == "mlx":
+    which = bridge.kind(packed.words)
+    if which == "mlx":
         return native.dequantize(packed, dtype)
+    if which == "torch" and not packed.words.is_cuda:
+        return bridge.to_torch(native.dequantize(packed.validate(), dtype), packed.words.device)
     if _on_gpu(packed.words) and packed.format.bits in format.KERNEL_BITS:
         return _cuda().dequantize(packed, dtype)
     parts = (bridge.to_numpy(a) for a in (packed.words, packed.scales, packed.biases))
     host = format.Packed(*parts, packed.format)
     out = format.dequantize(host).astype(np.float32)
-    if bridge.kind(packed.words) in ("torch", "cupy"):
+    if which in ("torch", "cupy"):
         return bridge.like(out, packed.words, dtype)
     return out if dtype == "bfloat16" else out.astype(dtype)

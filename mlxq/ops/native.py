@@ -233,7 +233,7 @@ def tuning_status() -> dict:
 def _parts(w: format.Packed) -> tuple[mx.array, mx.array, mx.array]:
     if type(w.words) is mx.array and type(w.scales) is mx.array and type(w.biases) is mx.array:
         return w.words, w.scales, w.biases  # every call of every layer comes this way
-    return bridge.to_mx(w.words), bridge.to_mx(w.scales), bridge.to_mx(w.biases)
+    return bridge.packed_on_mx(w)
 
 
 def qmm(x: mx.array, w: format.Packed, transpose: bool = True) -> mx.array:
