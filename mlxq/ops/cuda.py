@@ -5,9 +5,9 @@ the caller's own allocator. Nothing synchronizes except quantize, which has to k
 finite. What a call needs (the compiled kernel, the grid, the packed arguments) is worked out once for each
 weight and shape and remembered, so that a call costs a lookup, an allocation and a launch.
 
-Up to ROWS_OF_QMV rows qmv.cu reads the packed bytes. More rows, and transpose=False, go through a dequantized
-copy in x's type and the framework's own product (cuBLAS): the weights are then rounded to x's type, which
-qmv.cu never does. cupy brings NVRTC, the compiler, and the code is cached on disk; kernels are started
+Few rows go to qmv.cu. On Hopper, more rows of 16-bit x, transpose=False and experts with many rows go to qmm.cu,
+which rounds each weight to x's type, as a dequantized copy would be; qmv.cu never does. What neither serves goes
+through such a copy and the framework's own product (cuBLAS). cupy brings NVRTC, the compiler, and the code is cached on disk; kernels are started
 through the driver. Times, floors and what was tried: docs/kernels-cuda.md.
 """
 
@@ -34,7 +34,7 @@ PLANS_KEPT = 4096
 _MULTIPROCESSORS, _MAJOR, _MINOR, _SHARED_OPTIN = 16, 75, 76, 97
 _FUNCTION_SHARED = 8
 _INVALID_CONTEXT = 201
-_PROGRAMMATIC_SERIALIZATION = 6  # CUlaunchAttributeID
+_CLUSTER, _PROGRAMMATIC_SERIALIZATION = 4, 6  # CUlaunchAttributeID
 
 
 class Kernel:
@@ -93,9 +93,11 @@ def _device(index: int) -> dict[str, int]:
 
 @functools.cache
 def _source(name: str) -> str:
-    """A kernel file as text, with the constants of format.h before it."""
+    """A kernel file as text, with the constants of format.h (qmm.cu: and hopper.cuh) before it."""
     text = (HERE / name).read_text(encoding="utf-8")
     constants = (HERE.parent / "format.h").read_text(encoding="utf-8").replace("#pragma once", "")
+    if name == "qmm.cu":
+        constants += (HERE / "hopper.cuh").read_text(encoding="utf-8")
     return f'{constants}\n#line 1 "{name}"\n{text}'
 
 
@@ -187,14 +189,22 @@ class _Launch:
     kernel itself waits for it before it touches anything but the weights).
     """
 
-    def __init__(self, kernel: Kernel, grid, threads: int, arguments, changing):
-        """arguments: ctypes values in the kernel's order; changing: positions that __call__ sets."""
+    def __init__(self, kernel: Kernel, grid, threads: int, arguments, changing, cluster: int = 1):
+        """arguments: ctypes values in the kernel's order; changing: positions that __call__ sets.
+
+        cluster: how many blocks along the grid's x share a cluster
+        """
         self.slots = [arguments[i] for i in changing]
         self.keep = arguments
         self.pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
-        attribute = _Attribute(_PROGRAMMATIC_SERIALIZATION)
-        attribute.value[0] = 1
-        self.config = _Config(*grid, threads, 1, 1, kernel.shared_bytes, None, ctypes.pointer(attribute), 0)
+        self.always = int(cluster > 1)  # attributes of every start
+        attributes = (_Attribute * 2)()
+        attributes[0].id, attributes[0].value[:3] = _CLUSTER, (cluster, 1, 1)
+        attributes[self.always].id = _PROGRAMMATIC_SERIALIZATION
+        attributes[self.always].value[0] = 1
+        first = ctypes.cast(attributes, ctypes.POINTER(_Attribute))
+        self.attributes = attributes
+        self.config = _Config(*grid, threads, 1, 1, kernel.shared_bytes, None, first, self.always)
         self.function = kernel.function
         self.config_at = ctypes.byref(self.config)
         self.start = kernel.driver.cuLaunchKernelEx
@@ -205,7 +215,7 @@ class _Launch:
             for slot, value in zip(self.slots, values):  # noqa: B905 (a keyword costs time here)
                 slot.value = value
             config = self.config
-            config.stream, config.count = stream, early
+            config.stream, config.count = stream, self.always + early
             code = self.start(self.config_at, self.function, self.pointers, None)
             if code:
                 if code == _INVALID_CONTEXT:  # a thread that has not used the GPU yet
@@ -277,6 +287,14 @@ class _Torch:
         a, b = sys.modules["torch"].broadcast_tensors(a, b)
         return a.contiguous(), b.contiguous()
 
+    @staticmethod
+    def by_expert(rhs, experts: int):
+        """(positions in rhs in the order of their experts, where each expert begins and the last one ends)."""
+        torch = sys.modules["torch"]
+        values, order = rhs.reshape(-1).sort(stable=True)
+        starts = torch.arange(experts + 1, dtype=torch.int32, device=rhs.device)
+        return order.to(torch.int32), torch.searchsorted(values, starts, out_int32=True)
+
 
 class _Cupy:
     """What the operations need of cupy arrays."""
@@ -337,6 +355,14 @@ class _Cupy:
     def broadcast(a, b):
         cupy = sys.modules["cupy"]
         return tuple(cupy.ascontiguousarray(part) for part in cupy.broadcast_arrays(a, b))
+
+    @staticmethod
+    def by_expert(rhs, experts: int):
+        cupy = sys.modules["cupy"]
+        rhs = rhs.reshape(-1)
+        order = cupy.argsort(rhs)
+        starts = cupy.arange(experts + 1, dtype=cupy.int32)
+        return order.astype(cupy.int32), cupy.searchsorted(rhs[order], starts).astype(cupy.int32)
 
 
 @functools.cache
@@ -496,6 +522,74 @@ def _qmv(device: int, pointers, batches: int, M: int, N: int, K: int, fmt, x_typ
     return _Launch(kernel, grid, shape["threads"], pointers + numbers, changing)
 
 
+MAX_EXPERTS = 1024  # of qmm.cu's tile search
+
+
+def qmm_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict, transpose=True, experts=0) -> dict | None:
+    """How qmm.cu is compiled and started for a product; None where it does not serve.
+
+    M is the rows of x; with experts, the expected rows of one. defines, out_tiles, rows (of x a block), ranks
+    (blocks that share the reduced columns), shared (bytes).
+    """
+    if gpu["arch"] != "sm_90a" or x_type == "float32" or experts > MAX_EXPERTS:
+        return None
+    out, reduced = (N, K) if transpose else (K, N)
+    rows = next((n for n in (8, 16, 32, 64, 128) if n >= M), 256)
+    panels, blocks = (2, 2) if rows <= 64 else (1, 1)
+    depth, s_bytes = 64 * panels, SIZES[s_type]
+    groups = max(1, (depth if transpose else 128) // fmt.group_size)  # of a row in a stage
+    aligned = groups * s_bytes % 4 == 0 and K // fmt.group_size * s_bytes % 4 == 0
+    s_words = groups if s_bytes == 4 else groups // 2 + (not aligned)
+    stage = panels * (rows * 128 + 1024 * fmt.bits) + (128 if transpose else depth) * 2 * s_words * 4
+    fixed, sums = 4 * 8192 + 8 * rows, rows * (132 * 4 + 4)
+    budget = gpu["shared"] if blocks == 1 else gpu["shared"] // 2 - 1024
+    stages = min(8, (budget - fixed) // stage)
+    if stages < 4:
+        blocks, stages = 1, min(8, (gpu["shared"] - fixed) // stage)
+    if stages < 4:
+        return None
+    out_tiles, stages_in_all = -(-out // 128), -(-reduced // depth)
+    tiles, ranks = out_tiles * max(1, experts) * -(-M // rows), 1
+    while ranks < 8 and 2 * ranks * tiles <= blocks * gpu["multiprocessors"] and stages_in_all >= 8 * ranks:
+        ranks *= 2
+    defines = {
+        "BITS": fmt.bits,
+        "GROUP": fmt.group_size,
+        "X_TYPE": TYPES[x_type],
+        "S_TYPE": TYPES[s_type],
+        "FORWARD": int(transpose),
+        "BN": rows,
+        "PANELS": panels,
+        "STAGES": stages,
+        "MIN_BLOCKS": blocks,
+        "COPY": 16 if K * fmt.bits // 8 % 16 == 0 else 8,
+        "X_COPY": math.gcd(reduced * 2, 16),
+        "S_ALIGNED": int(aligned),
+        "GROUPED": int(experts > 0),
+        "MAX_EXPERTS": MAX_EXPERTS,
+    }
+    shared = max(fixed + stages * stage, sums)
+    return {"defines": defines, "out_tiles": out_tiles, "rows": rows, "ranks": ranks, "shared": shared}
+
+
+def _many(device: int, pointers, M: int, N: int, K: int, fmt, x_type, s_type, transpose, experts=0, batches=1):
+    """A launch of qmm.cu that takes (x, y[, order, lhs, offsets]) or None where it does not serve."""
+    gpu = _device(device)
+    each = -(-M * batches // experts) if experts else M
+    shape = qmm_shape(each, N, K, fmt, x_type, s_type, gpu, transpose, experts)
+    if shape is None:
+        return None
+    kernel = _kernel(device, "qmm.cu", "qmm", options(gpu["arch"], shape["defines"]), shape["shared"])
+    tiles = -(-M // shape["rows"])
+    if experts:  # every expert may leave one tile half empty
+        tiles = M * batches // shape["rows"] + min(experts, batches)
+    pointers = [ctypes.c_void_p(p) for p in (0, *pointers, 0, 0, 0, 0)]
+    numbers = [ctypes.c_int(v) for v in (M, N, K, experts)]
+    grid = (shape["ranks"], shape["out_tiles"], tiles)
+    changing = (0, 4, 5, 6, 7) if experts else (0, 4)
+    return _Launch(kernel, grid, 256, pointers + numbers, changing, shape["ranks"])
+
+
 def qmm(x, w: format.Packed, transpose: bool = True):
     """x times packed weights; see mlxq.ops.qmm. All arrays of one framework, on one GPU."""
     plans = w.__dict__.get("_cuda_plans")
@@ -536,10 +630,13 @@ class _Product:
         M, N, K = math.prod(x_shape[:-1]), w.N, w.K
         self.empty = M * N * K == 0
         self.launch = None
-        if transpose and M <= ROWS_OF_QMV and not self.empty:
+        if not self.empty:
+            about = N, K, w.format, self.x_type, format.dtype_name(w.scales)
             with side.on(device):
-                s_type = format.dtype_name(w.scales)
-                self.launch = _qmv(device, self.pointers, 1, M, N, K, w.format, self.x_type, s_type, False)
+                if not transpose or M > ROWS_BEST_IN_QMV:
+                    self.launch = _many(device, self.pointers, M, *about, transpose)
+                if self.launch is None and transpose and M <= ROWS_OF_QMV:
+                    self.launch = _qmv(device, self.pointers, 1, M, *about, False)
         quick = self.launch is not None and side is _Torch
         self.quick = self._quick(w.words, w.scales, w.biases) if quick else None
 
@@ -625,15 +722,26 @@ def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpos
         if M * N * K == 0:
             y[...] = 0
             return y
-        launch = None
-        if transpose:
-            key = ("gather", batches, M, x_type, parts, w.format)
-            launch = _plans.get(key)
-            if launch is None:
-                pointers = [p[0] for p in parts]
+        key = ("gather", batches, M, x_type, parts, w.format, transpose)
+        found = _plans.get(key)
+        if found is None:
+            pointers, experts = [p[0] for p in parts], math.prod(w.shape[:-2])
+            launch = None
+            if not transpose or batches * M > ROWS_BEST_IN_QMV_OF_EXPERTS:
+                about = N, K, w.format, x_type, s_type, transpose, experts, batches
+                launch = _many(device, pointers, M, *about)
+            grouped = launch is not None
+            if launch is None and transpose:
                 launch = _qmv(device, pointers, batches, M, N, K, w.format, x_type, s_type, True)
-                if launch is not None:
-                    _remember(key, launch)
+            found = launch, grouped
+            if launch is not None:
+                _remember(key, found)
+        launch, grouped = found
+        if grouped:
+            order, offsets = side.by_expert(rhs, math.prod(w.shape[:-2]))
+            arrays = (side.pointer(a) for a in (y, order, lhs, offsets))
+            launch(side.stream(device), x_at[0], *arrays)
+            return y
         if launch is not None:
             pointers = (x_at[0], side.pointer(y), side.pointer(lhs), side.pointer(rhs))
             launch(side.stream(device), *pointers)
@@ -646,7 +754,9 @@ def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpos
     return y
 
 
-# Up to here qmv reads the weights once for every eight rows; beyond, a dequantized copy is faster.
+ROWS_BEST_IN_QMV = 8
+ROWS_BEST_IN_QMV_OF_EXPERTS = 32
+# Where qmm.cu does not serve: qmv reads the weights once for every eight rows; beyond, a dequantized copy is faster.
 ROWS_OF_QMV = 32
 
 

@@ -1,0 +1,141 @@
+// Hopper's instructions as functions; X_TYPE, BN and FORWARD are those of qmm.cu. tests/emulated.h has the same names for a CPU.
+
+#if X_TYPE == 1
+#define F16_TYPE "f16"
+#else
+#define F16_TYPE "bf16"
+#endif
+
+#define SHARED_MEMORY(name) extern __shared__ __align__(1024) char name[]
+
+__device__ __forceinline__ unsigned int and_or(unsigned int a, unsigned int mask, unsigned int c) {
+  unsigned int d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(mask), "r"(c));  // a & mask | c
+  return d;
+}
+
+__device__ __forceinline__ unsigned int sub2(unsigned int a, unsigned int b) {
+  unsigned int d;
+  asm("sub.rn." F16_TYPE "x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
+__device__ __forceinline__ unsigned int fma2(unsigned int a, unsigned int b, unsigned int c) {
+  unsigned int d;
+  asm("fma.rn." F16_TYPE "x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+__device__ __forceinline__ unsigned int round2(float low, float high) {
+  unsigned int d;
+  asm("cvt.rn." F16_TYPE "x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+
+__device__ __forceinline__ float half_value(unsigned int pattern) {
+  float value;
+  asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(value) : "r"(pattern));
+  return value;
+}
+
+__device__ __forceinline__ unsigned int shared_address(const void* p) {
+  return static_cast<unsigned int>(__cvta_generic_to_shared(p));
+}
+
+__device__ __forceinline__ void store_u16(unsigned int to, unsigned short value) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(to), "h"(value) : "memory");
+}
+
+// BYTES to shared memory, of which `bytes` are read and the rest are zeros.
+template <int BYTES>
+__device__ __forceinline__ void copy_async(unsigned int to, const void* from, int bytes) {
+  if (BYTES == 16)
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(BYTES), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int N>
+__device__ __forceinline__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// What this thread wrote to shared memory may be read by the matrix units after the next barrier.
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// A barrier of one warpgroup. The number stands in the instruction: from a register all sixteen would be taken.
+__device__ __forceinline__ void group_sync(int group) {
+  if (group == 0)
+    asm volatile("bar.sync 1, 128;" ::: "memory");
+  else
+    asm volatile("bar.sync 2, 128;" ::: "memory");
+}
+
+__device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int N>
+__device__ __forceinline__ void wgmma_wait(float*) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+// d += A B^T for 64 rows of A, BN rows of B and 16 columns; A and B are descriptors of tiles in shared memory.
+#define TEN(t) "%" t "0,%" t "1,%" t "2,%" t "3,%" t "4,%" t "5,%" t "6,%" t "7,%" t "8,%" t "9"
+#define R4 "%0,%1,%2,%3"
+#define R8 R4 ",%4,%5,%6,%7"
+#define R16 TEN("") ",%10,%11,%12,%13,%14,%15"
+#define R32 TEN("") "," TEN("1") "," TEN("2") ",%30,%31"
+#define R64 TEN("") "," TEN("1") "," TEN("2") "," TEN("3") "," TEN("4") "," TEN("5") ",%60,%61,%62,%63"
+#define R128                                                                                                     \
+  TEN("") "," TEN("1") "," TEN("2") "," TEN("3") "," TEN("4") "," TEN("5") "," TEN("6") "," TEN("7") "," TEN("8") \
+  "," TEN("9") "," TEN("10") "," TEN("11") ",%120,%121,%122,%123,%124,%125,%126,%127"
+#define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define D8(i) D4(i), D4(i + 4)
+#define D16(i) D8(i), D8(i + 8)
+#define D32(i) D16(i), D16(i + 16)
+#define D64(i) D32(i), D32(i + 32)
+#define D128(i) D64(i), D64(i + 64)
+#define WGMMA(n, registers, sums, a, b, transposed)                                                                     \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." F16_TYPE "." F16_TYPE " {" registers "}, %" a ", %" b \
+               ", 1, 1, 1, %" transposed ", 0;"                                                                         \
+               : sums                                                                                                   \
+               : "l"(left), "l"(right), "n"(FORWARD ? 0 : 1))
+
+__device__ __forceinline__ void wgmma(float* d, unsigned long long left, unsigned long long right) {
+#if BN == 8
+  WGMMA("8", R4, D4(0), "4", "5", "6");
+#elif BN == 16
+  WGMMA("16", R8, D8(0), "8", "9", "10");
+#elif BN == 32
+  WGMMA("32", R16, D16(0), "16", "17", "18");
+#elif BN == 64
+  WGMMA("64", R32, D32(0), "32", "33", "34");
+#elif BN == 128
+  WGMMA("128", R64, D64(0), "64", "65", "66");
+#elif BN == 256
+  WGMMA("256", R128, D128(0), "128", "129", "130");
+#endif
+}
+
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Four floats at the same place in the shared memory of another block of the cluster.
+__device__ __forceinline__ float4 remote(unsigned int at, int rank) {
+  unsigned int there;
+  float4 v;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(there)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void wait_for_predecessor() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}

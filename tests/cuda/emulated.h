@@ -1,0 +1,121 @@
+// The names of hopper.cuh for a CPU: threads of a cluster as fibers in an order that a seed decides; copies and matrix
+// products done either at once or as late as their waits allow, so that a missing wait or barrier shows as a wrong answer.
+// Shared memory begins as NaN. X_TYPE, BN and FORWARD are those of qmm.cu. x86-64 only (half precision conversions).
+#include <algorithm>
+#include <immintrin.h>
+#include <ucontext.h>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <vector>
+#define __device__
+#define __forceinline__ inline
+#define __global__
+#define __restrict__
+#define __launch_bounds__(...)
+using std::max; using std::min;
+struct uint2 { uint32_t x, y; }; struct alignas(16) uint4 { uint32_t x, y, z, w; }; struct alignas(16) float4 { float x, y, z, w; };
+struct int4_ { int x, y, z, w; };
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+namespace emu {
+struct Dim { unsigned x, y, z; };
+struct Op { bool matrix; std::function<void()> run; };
+struct Barrier { int count = 0; long generation = 0; };
+struct Block { std::vector<char> memory; Barrier all, group[8]; };
+struct Fiber {
+  ucontext_t context; std::vector<char> stack; bool done = false; Dim thread, block; int rank;
+  std::vector<std::vector<std::function<void()>>> copies, products; // groups; the last is open
+};
+inline Dim grid; inline std::vector<Fiber> fibers; inline std::vector<Block> blocks; inline Fiber* now; inline ucontext_t home;
+inline Barrier cluster; inline bool late; inline std::mt19937 random_; inline long waits;
+inline void yield() { swapcontext(&now->context, &home); }
+inline void sync(Barrier& b, int n) {
+  long g = b.generation;
+  if (++b.count == n) { b.count = 0; b.generation++; waits = 0; return; }
+  while (b.generation == g) { if (++waits > 100000000) { fprintf(stderr, "deadlock\n"); abort(); } yield(); }
+}
+inline Block& block() { return blocks[now->rank]; }
+inline char* memory(int rank) { char* p = blocks[rank].memory.data(); return p + (1024 - uintptr_t(p) % 1024) % 1024; }
+inline float half_to_float(uint16_t h) { return _cvtsh_ss(h); }
+inline uint16_t float_to_half(float f) { return _cvtss_sh(f, 0); }
+inline float bf_to_float(uint16_t h) { uint32_t u = uint32_t(h) << 16; float f; memcpy(&f, &u, 4); return f; }
+inline uint16_t float_to_bf(float f) { uint32_t u; memcpy(&u, &f, 4); if (f != f) return 0x7fff; return (u + 0x7fff + ((u >> 16) & 1)) >> 16; }
+}
+#define threadIdx (emu::now->thread)
+#define blockIdx (emu::now->block)
+#define gridDim (emu::grid)
+#define SHARED_MEMORY(name) char* name = emu::memory(emu::now->rank)
+inline void __syncthreads() { emu::sync(emu::block().all, 256); }
+inline void group_sync(int g) { emu::sync(emu::block().group[g], 128); }
+inline void cluster_sync() { emu::sync(emu::cluster, 256 * int(emu::grid.x)); }
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t s) {
+  uint64_t v = a | uint64_t(b) << 32; uint32_t out = 0;
+  for (int i = 0; i < 4; i++) out |= uint32_t((v >> (8 * ((s >> 4 * i) & 7))) & 255) << 8 * i;
+  return out;
+}
+inline float __uint_as_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
+inline uint32_t __float_as_uint(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
+inline uint32_t and_or(uint32_t a, uint32_t m, uint32_t c) { return (a & m) | c; }
+inline float half_value(uint32_t h) { return emu::half_to_float(h); }
+inline float v16(uint32_t h) { return X_TYPE == 1 ? emu::half_to_float(h) : emu::bf_to_float(h); }
+inline uint32_t r16(float f) { return X_TYPE == 1 ? emu::float_to_half(f) : emu::float_to_bf(f); }
+inline uint32_t sub2(uint32_t a, uint32_t b) { return r16(v16(a & 65535) - v16(b & 65535)) | r16(v16(a >> 16) - v16(b >> 16)) << 16; }
+inline uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
+  return r16(float(double(v16(a & 65535)) * v16(b & 65535) + v16(c & 65535))) | r16(float(double(v16(a >> 16)) * v16(b >> 16) + v16(c >> 16))) << 16;
+}
+inline uint32_t round2(float low, float high) { return r16(low) | r16(high) << 16; }
+constexpr uint32_t BASE = 4096;  // where shared memory begins in its address space
+inline uint32_t shared_address(const void* p) { return uint32_t((const char*)p - emu::memory(emu::now->rank)) + BASE; }
+inline char* at(uint32_t a) {
+  if (a < BASE || a >= BASE + emu::block().memory.size() - 1024) { fprintf(stderr, "shared address %u\n", a); abort(); }
+  return emu::memory(emu::now->rank) + a - BASE;
+}
+inline void store_u16(uint32_t to, uint16_t v) { memcpy(at(to), &v, 2); }
+inline void defer(std::vector<std::vector<std::function<void()>>>& q, std::function<void()> f) {
+  if (!emu::late) { f(); return; }
+  if (q.empty()) q.emplace_back();
+  q.back().push_back(f);
+}
+inline void commit(std::vector<std::vector<std::function<void()>>>& q) { if (q.empty()) q.emplace_back(); q.emplace_back(); }
+inline void wait_all_but(std::vector<std::vector<std::function<void()>>>& q, int n) {
+  while (int(q.size()) - 1 > n) { for (auto& f : q.front()) f(); q.erase(q.begin()); }
+}
+template <int BYTES> inline void copy_async(uint32_t to, const void* from, int bytes) {
+  if (to % BYTES || uintptr_t(from) % BYTES || bytes < 0 || bytes > BYTES) { fprintf(stderr, "copy %d: to %u from %p bytes %d\n", BYTES, to, from, bytes); abort(); }
+  char* p = at(to); at(to + BYTES - 1);
+  defer(emu::now->copies, [=] { char v[BYTES] = {}; memcpy(v, from, bytes); memcpy(p, v, BYTES); });
+}
+inline void copy_commit() { commit(emu::now->copies); }
+template <int N> inline void copy_wait() { wait_all_but(emu::now->copies, N); }
+inline void fence_async() {}
+inline void wait_for_predecessor() {}
+inline void wgmma_begin() {}
+inline void wgmma_commit() { commit(emu::now->products); }
+template <int N> inline void wgmma_wait(float*) { wait_all_but(emu::now->products, N); }
+inline float element(uint64_t d, int row, int k, bool transposed) {  // row of the 64 or BN, k of the 16
+  if (d >> 62 != 1) { fprintf(stderr, "layout\n"); abort(); }
+  const uint32_t start = uint32_t(d & 0x3fff) << 4, lbo = uint32_t(d >> 16 & 0x3fff) << 4, sbo = uint32_t(d >> 32 & 0x3fff) << 4;
+  uint32_t a = transposed ? start + row / 64 * lbo + k / 8 * sbo + k % 8 * 128 + row % 64 * 2 : start + row / 8 * sbo + row % 8 * 128 + k * 2;
+  a ^= (a >> 7 & 7) << 4;
+  uint16_t h; memcpy(&h, at(a), 2);
+  return v16(h);
+}
+inline void wgmma(float* d, uint64_t a, uint64_t b) {
+  const int t = threadIdx.x % 128, warp = t / 32, lane = t % 32;
+  defer(emu::now->products, [=] {
+    for (int i = 0; i < 2; i++) {
+      float left[16];
+      for (int k = 0; k < 16; k++) left[k] = element(a, 16 * warp + lane / 4 + 8 * i, k, !FORWARD);
+      for (int j = 0; j < BN / 8; j++)
+        for (int c = 0; c < 2; c++)
+          for (int k = 0; k < 16; k++) d[4 * j + 2 * i + c] += left[k] * element(b, 8 * j + 2 * (lane % 4) + c, k, false);
+    }
+  });
+}
+inline float4 remote(uint32_t a, int rank) { float4 v; memcpy(&v, emu::memory(rank) + a - BASE, 16); return v; }

@@ -1,0 +1,30 @@
+// The entry that Python calls: every cluster of the grid, one after the other.
+static const void* arg[8]; static int number[4];
+static void entry() {
+  qmm((const char*)arg[0], (const char*)arg[1], (const char*)arg[2], (const char*)arg[3], (char*)arg[4], (const int*)arg[5], (const int*)arg[6],
+      (const int*)arg[7], number[0], number[1], number[2], number[3]);
+  emu::now->done = true;
+  swapcontext(&emu::now->context, &emu::home);
+}
+extern "C" void run(int gx, int gy, int gz, int shared_bytes, int late, int seed, const void** pointers, const int* numbers) {
+  emu::grid = {unsigned(gx), unsigned(gy), unsigned(gz)}; emu::late = late; emu::random_.seed(seed);
+  for (int i = 0; i < 8; i++) arg[i] = pointers[i];
+  for (int i = 0; i < 4; i++) number[i] = numbers[i];
+  for (int z = 0; z < gz; z++) for (int y = 0; y < gy; y++) {
+    emu::blocks.clear(); emu::blocks.resize(gx); emu::cluster = {};
+    for (auto& b : emu::blocks) { b.memory.assign(shared_bytes + 1024, char(0xff)); }
+    emu::fibers.clear(); emu::fibers.resize(256 * gx);
+    for (int i = 0; i < 256 * gx; i++) {
+      auto& f = emu::fibers[i];
+      f.stack.resize(1 << 16); f.thread = {unsigned(i % 256), 0, 0}; f.rank = i / 256; f.block = {unsigned(i / 256), unsigned(y), unsigned(z)};
+      getcontext(&f.context); f.context.uc_stack.ss_sp = f.stack.data(); f.context.uc_stack.ss_size = f.stack.size(); f.context.uc_link = nullptr;
+      makecontext(&f.context, entry, 0);
+    }
+    std::vector<int> ready(256 * gx); for (int i = 0; i < 256 * gx; i++) ready[i] = i;
+    while (!ready.empty()) {
+      std::shuffle(ready.begin(), ready.end(), emu::random_);
+      for (int i : ready) { emu::now = &emu::fibers[i]; swapcontext(&emu::home, &emu::now->context); }
+      std::erase_if(ready, [](int i) { return emu::fibers[i].done; });
+    }
+  }
+}

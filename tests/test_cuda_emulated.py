@@ -1,0 +1,200 @@
+"""qmm.cu's own text on a CPU: right answers for every way that it can be compiled and started, and no race.
+
+The instructions of Hopper (hopper.cuh) are replaced by tests/cuda/emulated.h; the grid, the shared memory and the
+macros are those that cuda.qmm_shape gives on an H100.
+"""
+
+import ctypes
+import functools
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlxq.format import Format, pack
+from mlxq.ops import cuda
+
+HERE = Path(__file__).resolve().parent
+H100 = {"arch": "sm_90a", "multiprocessors": 132, "early": True, "shared": 227 << 10}
+TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
+# Each weight is rounded to x's type once and so is y: 2^-9 or 2^-12 of each, relative to the largest sums.
+BOUND = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    compiler = shutil.which("g++")
+    if compiler is None or platform.machine() != "x86_64":
+        pytest.skip("needs g++ on an x86-64 machine")
+    folder = tmp_path_factory.mktemp("emulated")
+
+    @functools.cache
+    def library(defines: tuple, replaced: tuple = ()):
+        text = (cuda.HERE / "qmm.cu").read_text(encoding="utf-8")
+        for old, new in replaced:
+            assert old in text
+            text = text.replace(old, new)
+        path = folder / f"{len(list(folder.iterdir()))}.cpp"
+        path.write_text(f'#include "emulated.h"\n{text}\n#include "emulated_main.h"\n')
+        command = [
+            compiler,
+            "-std=c++20",
+            "-O1",
+            "-mf16c",
+            "-mfma",
+            "-w",
+            "-fPIC",
+            "-shared",
+            f"-I{HERE / 'cuda'}",
+        ]
+        command += [f"-D{name}={value}" for name, value in defines]
+        subprocess.run([*command, "-o", path.with_suffix(".so"), path], check=True)
+        return ctypes.CDLL(str(path.with_suffix(".so")))
+
+    return library
+
+
+def stored(values: np.ndarray, dtype: str):
+    """(bits as stored, aligned as GPU arrays are, and their values in float64)."""
+    if dtype == "float32":
+        bits = values.astype(np.float32)
+        exact = bits.astype(np.float64)
+    elif dtype == "float16":
+        bits = values.astype(np.float16)
+        exact = bits.astype(np.float64)
+    else:
+        wide = values.astype(np.float32).view(np.uint32)
+        bits = ((wide + 0x7FFF + (wide >> 16 & 1)) >> 16).astype(np.uint16)
+        exact = (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return aligned(bits), exact
+
+
+def aligned(a: np.ndarray) -> np.ndarray:
+    raw = np.zeros(a.nbytes + 16, np.uint8)
+    start = -raw.ctypes.data % 16
+    view = raw[start : start + a.nbytes].view(a.dtype).reshape(a.shape)
+    view[...] = a
+    return view
+
+
+def run(
+    build,
+    bits,
+    group_size,
+    x_type,
+    s_type,
+    M,
+    N,
+    K,
+    transpose,
+    experts=0,
+    late=False,
+    seed=0,
+    replaced=(),
+    **more,
+):
+    """(y, the float64 answer, the shape that was used)."""
+    batches, ranks = more.get("batches", 1), more.get("ranks")
+    rng, fmt = np.random.default_rng(seed), Format(bits, group_size)
+    codes = rng.integers(0, fmt.levels, (max(1, experts), N, K), dtype=np.uint8, endpoint=True)
+    words = aligned(pack(codes, bits))
+    groups = (*codes.shape[:-1], K // group_size)
+    scales, exact_scales = stored(rng.normal(0, 0.02, groups), s_type)
+    biases, exact_biases = stored(rng.normal(0, 0.1, groups), s_type)
+    w = np.repeat(exact_scales, group_size, -1) * codes + np.repeat(exact_biases, group_size, -1)
+    w = w.swapaxes(-1, -2) if transpose else w  # (experts, reduced, out)
+    x, exact_x = stored(rng.normal(0, 1, (batches, M, w.shape[-2])), x_type)
+    y = aligned(np.full((batches, M, w.shape[-1]), 0xFFFF, np.uint16))
+    each = -(-M * batches // experts) if experts else M
+    shape = cuda.qmm_shape(each, N, K, fmt, x_type, s_type, H100, transpose, experts)
+    if ranks is not None:
+        shape["ranks"] = ranks
+    order = lhs = offsets = np.zeros(1, np.int32)
+    tiles, want = -(-M // shape["rows"]), exact_x @ w[0]
+    if experts:
+        rhs = rng.integers(0, experts, batches)
+        lhs = rng.integers(0, batches, batches, dtype=np.int32)
+        order = np.argsort(rhs, kind="stable").astype(np.int32)
+        offsets = np.searchsorted(rhs[order], np.arange(experts + 1)).astype(np.int32)
+        tiles, want = M * batches // shape["rows"] + min(experts, batches), exact_x[lhs] @ w[rhs]
+    library = build(tuple(shape["defines"].items()), replaced)
+    arrays = (x, words, scales, biases, y, order, lhs, offsets)
+    pointers = (ctypes.c_void_p * 8)(*(a.ctypes.data for a in arrays))
+    numbers = (ctypes.c_int * 4)(M, N, K, experts)
+    library.run(
+        shape["ranks"], shape["out_tiles"], tiles, shape["shared"], int(late), seed, pointers, numbers
+    )
+    values = y.view(np.float16).astype(np.float64)
+    if x_type == "bfloat16":
+        values = (y.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return values, want, shape
+
+
+def error(values, want) -> float:
+    """Largest error over the largest answer; NaN anywhere (nothing was written there) makes it NaN."""
+    return float(np.abs(values - want).max() / np.abs(want).max())
+
+
+CASES = [
+    (4, 64, "bfloat16", "bfloat16", 13, 200, 576, True, {}),
+    (4, 64, "bfloat16", "bfloat16", 130, 132, 256, True, {}),
+    (4, 32, "float16", "float32", 3, 129, 160, False, {}),
+    (4, 128, "bfloat16", "float16", 20, 200, 384, False, {}),
+    (2, 32, "float16", "float16", 16, 130, 288, True, {}),
+    (2, 64, "float16", "float32", 70, 136, 320, True, {"ranks": 2}),
+    (2, 128, "bfloat16", "bfloat16", 5, 131, 128, False, {"ranks": 2}),
+    (8, 128, "bfloat16", "bfloat16", 9, 129, 384, True, {"ranks": 2}),
+    (8, 32, "float16", "bfloat16", 33, 129, 416, False, {"ranks": 2}),
+    (8, 64, "bfloat16", "float32", 1, 40, 1216, True, {"ranks": 4}),
+    (4, 32, "bfloat16", "bfloat16", 3, 130, 160, True, {"experts": 5, "batches": 17}),
+    (4, 64, "float16", "float16", 1, 100, 192, False, {"experts": 3, "batches": 40, "ranks": 2}),
+]
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c[:8])))
+def test_products_equal_float64(build, case, late):
+    bits, group_size, x_type, s_type, M, N, K, transpose, more = case
+    values, want, _ = run(build, bits, group_size, x_type, s_type, M, N, K, transpose, late=late, **more)
+    assert error(values, want) < BOUND[x_type]
+
+
+def test_the_same_bits_come_in_any_order_of_the_threads(build):
+    case = 4, 64, "bfloat16", "bfloat16", 13, 200, 576, True
+    first, other = (run(build, *case, late=True, order_seed=seed)[0] for seed in (1, 2))
+    assert np.array_equal(first, other)
+
+
+DEFECTS = {
+    "no barrier before a tile is overwritten": ("if (wait_for >= 0) group_sync(wait_for);", ""),
+    "no wait for the products": ("wgmma_wait<1>(sums);", ""),
+    "no wait for the copies": ("copy_wait<STAGES - 3>();", "copy_wait<STAGES - 2>();"),
+    "no barrier before the products": ("      group_sync(group);\n", ""),
+    "rows swizzled wrongly": ("(c ^ m % 8) * 16", "c * 16"),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_planted_defect_shows(build, defect):
+    errors = [
+        error(
+            *run(
+                build,
+                4,
+                64,
+                "bfloat16",
+                "bfloat16",
+                13,
+                200,
+                576,
+                True,
+                late=late,
+                replaced=(DEFECTS[defect],),
+            )[:2]
+        )
+        for late in (False, True)
+    ]
+    assert not all(e < BOUND["bfloat16"] for e in errors)
