@@ -1,4 +1,4 @@
-"""qmm.cu's own text on a CPU: right answers for every way that it can be compiled and started, and no race.
+"""The own text of qmm.cu and q8mm.cu on a CPU: right answers for every way that it can be compiled and started, and no race.
 
 The instructions of Hopper (hopper.cuh) are replaced by tests/cuda/emulated.h; the grid, the shared memory and the
 macros are those that cuda.qmm_shape gives on an H100.
@@ -32,13 +32,13 @@ def build(tmp_path_factory):
     folder = tmp_path_factory.mktemp("emulated")
 
     @functools.cache
-    def library(defines: tuple, replaced: tuple = ()):
-        text = (cuda.HERE / "qmm.cu").read_text(encoding="utf-8")
+    def library(file: str, defines: tuple, replaced: tuple = ()):
+        text = (cuda.HERE / file).read_text(encoding="utf-8").replace("hopper.cuh", "emulated.h")
         for old, new in replaced:
             assert old in text
             text = text.replace(old, new)
         path = folder / f"{len(list(folder.iterdir()))}.cpp"
-        path.write_text(f'#include "emulated.h"\n{text}\n#include "emulated_main.h"\n')
+        path.write_text(f'{text}\n#include "emulated_main.h"\n')
         command = [
             compiler,
             "-std=c++20",
@@ -120,7 +120,7 @@ def run(
         order = np.argsort(rhs, kind="stable").astype(np.int32)
         offsets = np.searchsorted(rhs[order], np.arange(experts + 1)).astype(np.int32)
         tiles, want = M * batches // shape["rows"] + min(experts, batches), exact_x[lhs] @ w[rhs]
-    library = build(tuple(shape["defines"].items()), replaced)
+    library = build("qmm.cu", tuple(shape["defines"].items()), replaced)
     arrays = (x, words, scales, biases, y, order, lhs, offsets)
     pointers = (ctypes.c_void_p * 8)(*(a.ctypes.data for a in arrays))
     numbers = (ctypes.c_int * 4)(M, N, K, experts)
@@ -198,3 +198,52 @@ def test_a_planted_defect_shows(build, defect):
         for late in (False, True)
     ]
     assert not all(e < BOUND["bfloat16"] for e in errors)
+
+
+def run_q8(build, bits, group_size, s_type, y_type, M, N, K, per_row, one_scale, late, ranks=None, seed=0):
+    """(y, the exact answer from integers and float64)."""
+    rng, fmt, zero = np.random.default_rng(seed), Format(bits, group_size), 2 ** (bits - 1)
+    codes = rng.integers(0, fmt.levels, (N, K), dtype=np.uint8, endpoint=True)
+    words, x = (
+        aligned(pack(codes, bits)),
+        aligned(rng.integers(-127, 127, (M, K), dtype=np.int8, endpoint=True)),
+    )
+    groups = N, K // group_size
+    scales, exact_scales = stored(
+        np.repeat(rng.normal(0, 1, (N, 1)), groups[1], 1) if per_row else rng.normal(0, 1, groups), s_type
+    )
+    biases, exact_biases = stored(-zero * exact_scales if per_row else rng.normal(0, 4, groups), s_type)
+    x_scales = aligned(rng.uniform(0.001, 0.01, 1 if one_scale else M).astype(np.float32))
+    w = np.repeat(exact_scales, group_size, 1) * codes + np.repeat(exact_biases, group_size, 1)
+    want = x_scales.astype(np.float64)[:, None] * (x.astype(np.float64) @ w.T)
+    shape = cuda.q8mm_shape(M, N, K, fmt, s_type, y_type, one_scale, per_row, H100)
+    y = aligned(np.full((M, N), -1, np.int32 if y_type == "float32" else np.int16))
+    library = build("q8mm.cu", tuple(shape["defines"].items()))
+    arrays = (x, x_scales, words, scales, biases, y, y, y)
+    pointers = (ctypes.c_void_p * 8)(*(a.ctypes.data for a in arrays))
+    grid = ranks or shape["ranks"], shape["out_tiles"], -(-M // shape["rows"])
+    library.run(*grid, shape["shared"], int(late), seed, pointers, (ctypes.c_int * 4)(M, N, K, 0))
+    if y_type == "bfloat16":
+        return (y.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64), want
+    return y.view(y_type).astype(np.float64), want
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        (8, 64, "float32", "float32", 13, 200, 576, True, False, 2),
+        (8, 64, "bfloat16", "bfloat16", 130, 100, 320, False, False, 1),
+        (8, 128, "float16", "float16", 5, 129, 384, False, True, 1),
+        (4, 32, "float16", "float32", 20, 130, 416, False, False, 2),
+        (4, 64, "bfloat16", "bfloat16", 300, 70, 192, True, True, 1),
+        (2, 32, "bfloat16", "float32", 9, 130, 160, False, False, 1),
+        (2, 128, "float32", "float16", 33, 129, 256, False, False, 1),
+    ],
+    ids=lambda c: "-".join(map(str, c)),
+)
+def test_products_of_int8_are_exact(build, case, late):
+    *about, ranks = case
+    values, want = run_q8(build, *about, late, ranks)
+    # Sums of integers are exact: what is left are the float32 sums over groups, the scales' product and y's rounding.
+    assert error(values, want) < {"float32": 1e-6, "float16": 2.0**-11, "bfloat16": 2.0**-8}[about[3]]

@@ -93,11 +93,11 @@ def _device(index: int) -> dict[str, int]:
 
 @functools.cache
 def _source(name: str) -> str:
-    """A kernel file as text, with the constants of format.h (qmm.cu: and hopper.cuh) before it."""
+    """A kernel file as text, with the constants of format.h before it and hopper.cuh where it includes that."""
     text = (HERE / name).read_text(encoding="utf-8")
     constants = (HERE.parent / "format.h").read_text(encoding="utf-8").replace("#pragma once", "")
-    if name == "qmm.cu":
-        constants += (HERE / "hopper.cuh").read_text(encoding="utf-8")
+    instructions = (HERE / "hopper.cuh").read_text(encoding="utf-8")
+    text = text.replace('#include "hopper.cuh"\n', instructions)
     return f'{constants}\n#line 1 "{name}"\n{text}'
 
 
@@ -569,6 +569,47 @@ def qmm_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict, transpose=True,
         "MAX_EXPERTS": MAX_EXPERTS,
     }
     shared = max(fixed + stages * stage, sums)
+    return {"defines": defines, "out_tiles": out_tiles, "rows": rows, "ranks": ranks, "shared": shared}
+
+
+def q8mm_shape(M, N, K, fmt, s_type: str, y_type: str, one_scale: bool, per_row: bool, gpu: dict) -> dict | None:
+    """How q8mm.cu is compiled and started; None where it does not serve. As qmm_shape."""
+    if gpu["arch"] != "sm_90a":
+        return None
+    most = 256 if per_row and fmt.bits < 8 else 128  # registers for two sums an element; shared memory
+    rows = next((n for n in (8, 16, 32, 64, 128) if n >= M), most)
+    panels, s_bytes = 2 if rows <= 64 and fmt.bits < 8 else 1, SIZES[s_type]
+    groups = max(1, 128 * panels // fmt.group_size)  # of a row in a stage
+    aligned = groups * s_bytes % 4 == 0 and K // fmt.group_size * s_bytes % 4 == 0
+    s_words = groups if s_bytes == 4 else groups // 2 + (not aligned)
+    stage = panels * (rows * 128 + 2048 * fmt.bits) + 128 * 2 * s_words * 4
+    fixed = 4 * 8192 + 4 * rows * panels * 128 // min(128, fmt.group_size)
+    blocks = 2 if rows <= 32 else 1
+    budget = gpu["shared"] // blocks - 1024
+    stages = min(8, (budget - fixed) // stage)
+    if stages < 4:
+        blocks, stages = 1, min(8, (gpu["shared"] - fixed) // stage)
+    if stages < 4:
+        return None
+    out_tiles, stages_in_all, ranks = -(-N // 128), -(-K // (128 * panels)), 1
+    tiles = out_tiles * -(-M // rows)
+    while ranks < 8 and 2 * ranks * tiles <= blocks * gpu["multiprocessors"] and stages_in_all >= 8 * ranks:
+        ranks *= 2
+    defines = {
+        "BITS": fmt.bits,
+        "GROUP": fmt.group_size,
+        "S_TYPE": TYPES[s_type],
+        "Y_TYPE": TYPES[y_type],
+        "X_SCALES": int(not one_scale),
+        "PER_ROW": int(per_row),
+        "BN": rows,
+        "PANELS": panels,
+        "STAGES": stages,
+        "MIN_BLOCKS": blocks,
+        "COPY": 16 if K * fmt.bits // 8 % 16 == 0 else 8,
+        "S_ALIGNED": int(aligned),
+    }
+    shared = max(fixed + stages * stage, rows * 132 * 4)
     return {"defines": defines, "out_tiles": out_tiles, "rows": rows, "ranks": ranks, "shared": shared}
 
 

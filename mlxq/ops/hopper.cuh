@@ -1,6 +1,7 @@
-// Hopper's instructions as functions; X_TYPE, BN and FORWARD are those of qmm.cu. tests/emulated.h has the same names for a CPU.
+// Hopper's instructions as functions. BN is the width of a block's tile, F16 the 16-bit type (1 float16, else bfloat16),
+// LEFT_TRANSPOSED whether the left tile has its rows along the reduced columns. tests/cuda/emulated.h has the same names for a CPU.
 
-#if X_TYPE == 1
+#if F16 == 1
 #define F16_TYPE "f16"
 #else
 #define F16_TYPE "bf16"
@@ -73,11 +74,24 @@ __device__ __forceinline__ void group_sync(int group) {
     asm volatile("bar.sync 2, 128;" ::: "memory");
 }
 
+// A constant that the compiler does not know: integer sums that it can make anew where it likes serialize wgmma (C7515).
+__device__ __forceinline__ int opaque(int value) {
+  int d;
+  asm volatile("mov.b32 %0, %1;" : "=r"(d) : "r"(value));
+  return d;
+}
+
+__device__ __forceinline__ int dot4(unsigned int a, unsigned int b, int c) {
+  int d;
+  asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
 __device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 template <int N>
-__device__ __forceinline__ void wgmma_wait(float*) {
+__device__ __forceinline__ void wgmma_wait(void*) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
@@ -91,7 +105,7 @@ __device__ __forceinline__ void wgmma_wait(float*) {
 #define R128                                                                                                     \
   TEN("") "," TEN("1") "," TEN("2") "," TEN("3") "," TEN("4") "," TEN("5") "," TEN("6") "," TEN("7") "," TEN("8") \
   "," TEN("9") "," TEN("10") "," TEN("11") ",%120,%121,%122,%123,%124,%125,%126,%127"
-#define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define D4(i) HELD(d[i]), HELD(d[i + 1]), HELD(d[i + 2]), HELD(d[i + 3])
 #define D8(i) D4(i), D4(i + 4)
 #define D16(i) D8(i), D8(i + 8)
 #define D32(i) D16(i), D16(i + 16)
@@ -101,8 +115,9 @@ __device__ __forceinline__ void wgmma_wait(float*) {
   asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." F16_TYPE "." F16_TYPE " {" registers "}, %" a ", %" b \
                ", 1, 1, 1, %" transposed ", 0;"                                                                         \
                : sums                                                                                                   \
-               : "l"(left), "l"(right), "n"(FORWARD ? 0 : 1))
+               : "l"(left), "l"(right), "n"(LEFT_TRANSPOSED))
 
+#define HELD "+f"
 __device__ __forceinline__ void wgmma(float* d, unsigned long long left, unsigned long long right) {
 #if BN == 8
   WGMMA("8", R4, D4(0), "4", "5", "6");
@@ -118,6 +133,30 @@ __device__ __forceinline__ void wgmma(float* d, unsigned long long left, unsigne
   WGMMA("256", R128, D128(0), "128", "129", "130");
 #endif
 }
+
+#undef HELD
+
+// The same for 32 columns of signed bytes and int32 sums.
+#define WGMMA_S8(n, registers, sums, a, b)                                                                     \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k32.s32.s8.s8 {" registers "}, %" a ", %" b ", 1;" : sums \
+               : "l"(left), "l"(right))
+#define HELD "+r"
+__device__ __forceinline__ void wgmma_s8(int* d, unsigned long long left, unsigned long long right) {
+#if BN == 8
+  WGMMA_S8("8", R4, D4(0), "4", "5");
+#elif BN == 16
+  WGMMA_S8("16", R8, D8(0), "8", "9");
+#elif BN == 32
+  WGMMA_S8("32", R16, D16(0), "16", "17");
+#elif BN == 64
+  WGMMA_S8("64", R32, D32(0), "32", "33");
+#elif BN == 128
+  WGMMA_S8("128", R64, D64(0), "64", "65");
+#elif BN == 256
+  WGMMA_S8("256", R128, D128(0), "128", "129");
+#endif
+}
+#undef HELD
 
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");

@@ -23,6 +23,10 @@
 // Ragged M, N: zeros are read, nothing is written. K a multiple of GROUP. Limit: bytes of W for few rows (an SM unpacks
 // up to its issue rate), the matrix units for many.
 
+#define F16 X_TYPE
+#define LEFT_TRANSPOSED (FORWARD ? 0 : 1)
+#include "hopper.cuh"
+
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned long long u64;

@@ -1,6 +1,6 @@
 // The names of hopper.cuh for a CPU: threads of a cluster as fibers in an order that a seed decides; copies and matrix
 // products done either at once or as late as their waits allow, so that a missing wait or barrier shows as a wrong answer.
-// Shared memory begins as NaN. X_TYPE, BN and FORWARD are those of qmm.cu. x86-64 only (half precision conversions).
+// Shared memory begins as NaN. x86-64 only (half precision conversions).
 #include <algorithm>
 #include <immintrin.h>
 #include <ucontext.h>
@@ -63,8 +63,8 @@ inline float __uint_as_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f;
 inline uint32_t __float_as_uint(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
 inline uint32_t and_or(uint32_t a, uint32_t m, uint32_t c) { return (a & m) | c; }
 inline float half_value(uint32_t h) { return emu::half_to_float(h); }
-inline float v16(uint32_t h) { return X_TYPE == 1 ? emu::half_to_float(h) : emu::bf_to_float(h); }
-inline uint32_t r16(float f) { return X_TYPE == 1 ? emu::float_to_half(f) : emu::float_to_bf(f); }
+inline float v16(uint32_t h) { return F16 == 1 ? emu::half_to_float(h) : emu::bf_to_float(h); }
+inline uint32_t r16(float f) { return F16 == 1 ? emu::float_to_half(f) : emu::float_to_bf(f); }
 inline uint32_t sub2(uint32_t a, uint32_t b) { return r16(v16(a & 65535) - v16(b & 65535)) | r16(v16(a >> 16) - v16(b >> 16)) << 16; }
 inline uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
   return r16(float(double(v16(a & 65535)) * v16(b & 65535) + v16(c & 65535))) | r16(float(double(v16(a >> 16)) * v16(b >> 16) + v16(c >> 16))) << 16;
@@ -97,7 +97,7 @@ inline void fence_async() {}
 inline void wait_for_predecessor() {}
 inline void wgmma_begin() {}
 inline void wgmma_commit() { commit(emu::now->products); }
-template <int N> inline void wgmma_wait(float*) { wait_all_but(emu::now->products, N); }
+template <int N> inline void wgmma_wait(void*) { wait_all_but(emu::now->products, N); }
 inline float element(uint64_t d, int row, int k, bool transposed) {  // row of the 64 or BN, k of the 16
   if (d >> 62 != 1) { fprintf(stderr, "layout\n"); abort(); }
   const uint32_t start = uint32_t(d & 0x3fff) << 4, lbo = uint32_t(d >> 16 & 0x3fff) << 4, sbo = uint32_t(d >> 32 & 0x3fff) << 4;
@@ -111,10 +111,33 @@ inline void wgmma(float* d, uint64_t a, uint64_t b) {
   defer(emu::now->products, [=] {
     for (int i = 0; i < 2; i++) {
       float left[16];
-      for (int k = 0; k < 16; k++) left[k] = element(a, 16 * warp + lane / 4 + 8 * i, k, !FORWARD);
+      for (int k = 0; k < 16; k++) left[k] = element(a, 16 * warp + lane / 4 + 8 * i, k, LEFT_TRANSPOSED);
       for (int j = 0; j < BN / 8; j++)
         for (int c = 0; c < 2; c++)
           for (int k = 0; k < 16; k++) d[4 * j + 2 * i + c] += left[k] * element(b, 8 * j + 2 * (lane % 4) + c, k, false);
+    }
+  });
+}
+inline int opaque(int value) { return value; }
+inline int dot4(uint32_t a, uint32_t b, int c) {
+  for (int i = 0; i < 4; i++) c += int(int8_t(a >> 8 * i)) * int8_t(b >> 8 * i);
+  return c;
+}
+inline int byte_element(uint64_t d, int row, int k) {  // k of the 32
+  if (d >> 62 != 1) { fprintf(stderr, "layout\n"); abort(); }
+  uint32_t a = (uint32_t(d & 0x3fff) << 4) + row / 8 * (uint32_t(d >> 32 & 0x3fff) << 4) + row % 8 * 128 + k;
+  a ^= (a >> 7 & 7) << 4;
+  return int8_t(*at(a));
+}
+inline void wgmma_s8(int* d, uint64_t a, uint64_t b) {
+  const int t = threadIdx.x % 128, warp = t / 32, lane = t % 32;
+  defer(emu::now->products, [=] {
+    for (int i = 0; i < 2; i++) {
+      int left[32];
+      for (int k = 0; k < 32; k++) left[k] = byte_element(a, 16 * warp + lane / 4 + 8 * i, k);
+      for (int j = 0; j < BN / 8; j++)
+        for (int c = 0; c < 2; c++)
+          for (int k = 0; k < 32; k++) d[4 * j + 2 * i + c] += left[k] * byte_element(b, 8 * j + 2 * (lane % 4) + c, k);
     }
   });
 }

@@ -1,8 +1,13 @@
 // The entry that Python calls: every cluster of the grid, one after the other.
 static const void* arg[8]; static int number[4];
 static void entry() {
+#ifdef PER_ROW
+  q8mm((const char*)arg[0], (const float*)arg[1], (const char*)arg[2], (const char*)arg[3], (const char*)arg[4], (char*)arg[5], number[0],
+       number[1], number[2]);
+#else
   qmm((const char*)arg[0], (const char*)arg[1], (const char*)arg[2], (const char*)arg[3], (char*)arg[4], (const int*)arg[5], (const int*)arg[6],
       (const int*)arg[7], number[0], number[1], number[2], number[3]);
+#endif
   emu::now->done = true;
   swapcontext(&emu::now->context, &emu::home);
 }
