@@ -1,6 +1,7 @@
 """W8A8 layers of torch and MLX: exact sums, the gradients of spec B.2 against float64 autograd, files."""
 
 import copy
+import json
 import math
 import pickle
 from types import SimpleNamespace
@@ -8,11 +9,15 @@ from types import SimpleNamespace
 import mlx.core as mx
 import mlx.nn as mlx_nn
 import mlx.optimizers
+import mlx_lm
 import numpy as np
 import pytest
+from tiny_models import make_hf_model
 
+import mlxq.load
 from mlxq import format as fm
 from mlxq import ops
+from mlxq.checkpoint.q8 import save
 from mlxq.format import Format, Packed
 from mlxq.nn import q8
 from mlxq.nn.q8 import mlx as q8_mlx
@@ -547,3 +552,92 @@ def test_zero_rows_and_empty_inputs_work(fw):
     assert (y[:, 3] == 0).all() and np.isfinite(y).all()
     assert fw.run(layer, np.zeros((0, 64), np.float32)).shape == (0, 8)
     assert (fw.run(layer, np.zeros((2, 64), np.float32)) == 0).all()
+
+
+# -------------------------------------------------------------------------------------------------- on disk
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_hf_model("qwen2", tmp_path_factory.mktemp("float") / "model", "float32", seed=4)
+
+
+TOKENS = mx.array([[5, 17, 99, 200, 31, 2, 77, 140]])
+
+
+def w8a8_model(tiny, **settings):
+    model, config = mlx_lm.utils.load_model(tiny)
+    changed = q8_mlx.replace_linears(model, **settings)
+    assert "model.layers.0.mlp.down_proj" in changed and "model.layers.1.self_attn.q_proj" in changed
+    if settings["activation"] != "token":
+        with q8_mlx.observing(model):
+            mx.eval(model(TOKENS))
+    return model, config
+
+
+@pytest.mark.parametrize("activation", q8.ACTIVATIONS)
+def test_a_model_survives_the_disk_and_mlx_lm_reads_the_same_weights(tiny, tmp_path, activation):
+    model, config = w8a8_model(tiny, activation=activation, bias_a=True)
+    layer = model.model.layers[0].self_attn.q_proj
+    weight, scales = np.array(layer.weight), np.array(layer.packed.scales)
+    layer.bias_a = mx.full(layer.bias_a.shape, 0.25)
+    want = model(TOKENS)
+    save(model, mlx_lm.utils.load_tokenizer(tiny), config, tmp_path / "m")
+    assert np.array_equal(model(TOKENS), want)  # saving packs the layers and takes nothing from them
+
+    ours, _, read = mlxq.load(tmp_path / "m", return_config=True)
+    again = ours.model.layers[0].self_attn.q_proj
+    assert type(again) is q8_mlx.Q8Linear and again.per_row and again.settings.activation == activation
+    assert np.array_equal(ours(TOKENS), want)
+    assert ours.training == again.training is False
+
+    stock, _ = mlx_lm.load(str(tmp_path / "m"))
+    stock_layer = stock.model.layers[0].self_attn.q_proj
+    assert type(stock_layer) is mlx_nn.QuantizedLinear and stock_layer.bits == 8
+    fmt = {"group_size": stock_layer.group_size, "bits": 8}
+    floats = mx.dequantize(stock_layer.weight, stock_layer.scales, stock_layer.biases, **fmt)
+    assert np.abs(np.array(floats) - weight).max() <= 0.501 * scales.max()
+    save(ours, mlx_lm.utils.load_tokenizer(tiny), read, tmp_path / "again")
+    assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "m" / "config.json").read_text()
+    first, second = (mx.load(str(tmp_path / name / "model.safetensors")) for name in ("m", "again"))
+    assert set(first) == set(second) and all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_a_quantized_model_takes_8_bit_activations_as_it_is(tiny, tmp_path):
+    mlx_lm.convert(str(tiny), str(tmp_path / "q4"), quantize=True, q_group_size=32)
+    model, tokenizer, config = mlxq.load(tmp_path / "q4", return_config=True)
+    exact = np.array(model(TOKENS))
+    q8_mlx.replace_linears(model, activation="token")
+    want = np.array(model(TOKENS))
+    assert 1e-4 < np.linalg.norm(want - exact) / np.linalg.norm(exact) < 0.05
+    save(model, tokenizer, config, tmp_path / "w4a8")
+    again, _ = mlxq.load(tmp_path / "w4a8")
+    assert np.array_equal(again(TOKENS), want)
+    stock, _ = mlx_lm.load(str(tmp_path / "w4a8"))
+    assert np.linalg.norm(np.array(stock(TOKENS)) - exact) < 1e-4 * np.linalg.norm(exact)
+
+
+def test_what_cannot_be_saved_or_restored_names_the_layer(tiny, tmp_path):
+    model, config = mlx_lm.utils.load_model(tiny)
+    tokenizer = mlx_lm.utils.load_tokenizer(tiny)
+    with pytest.raises(ValueError, match="save: the model has no Q8Linear layer"):
+        save(model, tokenizer, config, tmp_path / "m")
+    q8_mlx.replace_linears(model, activation="static")
+    with pytest.raises(ValueError, match="save: .*_proj has the activation scale nan; wanted a positive"):
+        save(model, tokenizer, config, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+    with q8_mlx.observing(model):
+        mx.eval(model(TOKENS))
+    save(model, tokenizer, config, tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    good = json.loads(path.read_text())
+    for entry, words in (
+        ({"lm_tail": {"activation": "token"}}, "lm_tail, which is no layer"),
+        ({"model.norm": {"activation": "token"}}, "model.norm, which is a RMSNorm"),
+        ({"lm_head": {"activation": "static"}}, "lm_head has .* wanted scale_a"),
+        ({"lm_head": {"activation": "row", "scale_a": 1.0}}, "lm_head: .*'row' does not exist"),
+        ({"lm_head": 4}, "lm_head is 4; wanted an object"),
+    ):
+        path.write_text(json.dumps(good | {"activation_quantization": entry}))
+        with pytest.raises(ValueError, match=f"load: activation_quantization .*{words}"):
+            mlxq.load(tmp_path / "m")
