@@ -630,13 +630,13 @@ def test_what_cannot_be_saved_or_restored_names_the_layer(tiny, tmp_path):
         mx.eval(model(TOKENS))
     save(model, tokenizer, config, tmp_path / "m")
     path = tmp_path / "m" / "config.json"
-    good = json.loads(path.read_text())
+    good, layer = json.loads(path.read_text()), "model.layers.0.mlp.up_proj"
     for entry, words in (
         ({"lm_tail": {"activation": "token"}}, "lm_tail, which is no layer"),
         ({"model.norm": {"activation": "token"}}, "model.norm, which is a RMSNorm"),
-        ({"lm_head": {"activation": "static"}}, "lm_head has .* wanted scale_a"),
-        ({"lm_head": {"activation": "row", "scale_a": 1.0}}, "lm_head: .*'row' does not exist"),
-        ({"lm_head": 4}, "lm_head is 4; wanted an object"),
+        ({layer: {"activation": "static"}}, f"{layer} has .* wanted scale_a"),
+        ({layer: {"activation": "row", "scale_a": 1.0}}, f"{layer}: .*'row' does not exist"),
+        ({layer: 4}, f"{layer} is 4; wanted an object"),
     ):
         path.write_text(json.dumps(good | {"activation_quantization": entry}))
         with pytest.raises(ValueError, match=f"load: activation_quantization .*{words}"):
