@@ -7,6 +7,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
@@ -18,7 +19,7 @@
 
 #include "cpu/kernel.h"
 #include "pool.h"
-#include "qmm.h"
+#include "q8.h"
 #include "quantize.h"
 
 namespace nb = nanobind;
@@ -160,6 +161,16 @@ nb::object quantize(const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::dev
   return nb::make_tuple(words, scales, biases);
 }
 
+mx::array q8mm_named(const mx::array& x, const mx::array& x_scales, const mx::array& words, const mx::array& scales,
+                     const mx::array& biases, int group_size, int bits, bool per_row, const std::string& dtype,
+                     mx::StreamOrDevice s) {
+  DType of = dtype_of(dtype);
+  return q8mm(x, x_scales, words, scales, biases, group_size, bits, per_row,
+              of == DType::f32 ? mx::float32 : of == DType::f16 ? mx::float16 : mx::bfloat16, s);
+}
+
+std::pair<mx::array, mx::array> q8_rows_of(const mx::array& x, mx::StreamOrDevice s) { return q8_rows(x, s); }
+
 // Says what the Metal host code left to be said.
 void warn_once() {
   std::string text = take_metal_warning();
@@ -234,6 +245,10 @@ NB_MODULE(_ext, m) {
         "stream"_a = nb::none());
   m.def("gather_qmm", warning(&gather_qmm), "x"_a, "words"_a, "scales"_a, "biases"_a, "lhs_indices"_a.none(),
         "rhs_indices"_a.none(), "transpose"_a, "group_size"_a, "bits"_a, "sorted_indices"_a, "stream"_a = nb::none());
+
+  m.def("q8mm", warning(&q8mm_named), "x"_a, "x_scales"_a, "words"_a, "scales"_a, "biases"_a, "group_size"_a, "bits"_a,
+        "per_row"_a, "dtype"_a, "stream"_a = nb::none());
+  m.def("q8_rows", warning(&q8_rows_of), "x"_a, "stream"_a = nb::none());
 
   m.def("quantize", &quantize, "w"_a, "w_dtype"_a, "bits"_a, "group_size"_a, "storage"_a);
 

@@ -13,7 +13,8 @@
 
 #include "cpu/kernel.h"
 #include "pool.h"
-#include "qmm.h"
+#include "q8.h"
+#include "quantize.h"
 
 namespace mlxq {
 
@@ -264,6 +265,57 @@ void GatherProduct::eval_cpu(const std::vector<array>& inputs, array& out) {
     }
     run_experts(q, rows, lhs, rhs, blocks, x_blocks, experts, words_stride, groups_stride);
   });
+}
+
+void Q8Product::eval_cpu(const std::vector<array>& inputs, array& out) {
+  if (on_metal(stream())) {  // the fake device of tests/metal, which runs on CPU streams
+    return eval_gpu(inputs, out);
+  }
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  if (out.size() == 0) {
+    return;
+  }
+  Qmm q{};
+  q.x_dtype = to_dtype(dtype_);
+  q.scale_dtype = to_dtype(inputs[2].dtype());
+  q.transpose = true;
+  q.bits = bits_;
+  q.group_size = group_size_;
+  q.M = int(out.size() / out.shape(-1));
+  q.N = inputs[1].shape(0);
+  q.K = inputs[0].shape(-1);
+  q.x = inputs[0].data<char>();
+  q.y = out.data<char>();
+  q.words = inputs[1].data<uint32_t>();
+  q.scales = inputs[2].data<char>();
+  q.biases = inputs[3].data<char>();
+  q.x_scales = inputs[4].data<float>();
+  q.per_row = per_row_;
+  mx::cpu::get_command_encoder(stream()).dispatch([q] { run_one(q); });
+}
+
+void Q8Rows::eval_cpu(const std::vector<array>& inputs, std::vector<array>& outputs) {
+  if (on_metal(stream())) {
+    return eval_gpu(inputs, outputs);
+  }
+  const array& x = inputs[0];
+  for (array& out : outputs) {
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+  }
+  if (x.size() == 0) {
+    return;
+  }
+  int64_t K = x.shape(-1), rows = x.size() / K;
+  mx::cpu::get_command_encoder(stream()).dispatch(
+      [=, from = x.data<char>(), dtype = to_dtype(x.dtype()), item = int64_t(x.itemsize()),
+       codes = outputs[0].data<int8_t>(), scales = outputs[1].data<float>()] {
+        constexpr int64_t values_per_task = 1 << 15;
+        int64_t step = std::max<int64_t>(1, values_per_task / K);
+        parallel(int((rows + step - 1) / step), rows * K < wake_from, [&](int task) {
+          int64_t row = task * step;
+          q8_rows(from + row * K * item, dtype, std::min(step, rows - row), K, codes + row * K, scales + row);
+        });
+      });
 }
 
 }  // namespace mlxq

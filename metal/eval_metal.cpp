@@ -27,7 +27,7 @@
 #include "mlx/backend/metal/metal.h"
 
 #include "metal_host.h"
-#include "qmm.h"
+#include "q8.h"
 
 namespace mlxq {
 
@@ -122,10 +122,13 @@ const Gpu& gpu() {
 enum class Fn {
   qmv, qvm, qvm_split, qmm, qmm_split, qmm_n, qmm_n_split,
   gather_qmv, gather_qvm, gather_qmm, gather_qmm_n, gather_qmm_sorted, gather_qmm_n_sorted,
-  sum_splits, schedule_tiles
+  sum_splits, schedule_tiles,
+  q8_mv, q8_mm, q8_rows
 };
 
-enum class Arguments { none, type, vector, tile };  // of the template: <>, <T>, <T, S, bits, group, M>, <..., tile>
+// Of the template: <>, <T>, <T, S, bits, group_size, M>, <T, S, bits, group_size, tile>, <T, group_size>,
+// <T, group_size, M>.
+enum class Arguments { none, type, vector, tile, grouped, grouped_vector };
 
 struct Shader {
   const char* name;
@@ -148,6 +151,9 @@ constexpr Shader shaders[] = {
     {"gather_qmm_n_sorted", "gather_qmm", Arguments::tile},
     {"sum_splits", "sum_splits", Arguments::type},
     {"schedule_tiles", "gather_qmm", Arguments::none},
+    {"q8_mv", "q8", Arguments::grouped_vector},
+    {"q8_mm", "q8", Arguments::grouped},
+    {"q8_rows", "q8", Arguments::type},
 };
 
 const Shader& shader(Fn fn) { return shaders[int(fn)]; }
@@ -173,7 +179,10 @@ struct Kernel {
     switch (fn) {
       case Fn::qmv:
       case Fn::gather_qmv:
+      case Fn::q8_mv:
         return {32, 2, 1};
+      case Fn::q8_mm:
+        return {32, 2, 2};
       case Fn::qvm:
       case Fn::qvm_split:
       case Fn::gather_qvm:
@@ -181,6 +190,8 @@ struct Kernel {
       case Fn::sum_splits:
       case Fn::schedule_tiles:
         return {256, 1, 1};
+      case Fn::q8_rows:
+        return {32, 8, 1};
       default:
         return {32, tiles[variant].simdgroups_across, tiles[variant].simdgroups_down};
     }
@@ -199,9 +210,11 @@ struct Kernel {
     if (kind == Arguments::vector || kind == Arguments::tile) {
       add(msl_type(scale));
       add(std::to_string(bits));
+    }
+    if (kind != Arguments::none && kind != Arguments::type) {
       add(std::to_string(group_size));
     }
-    if (kind == Arguments::vector) {
+    if (kind == Arguments::vector || kind == Arguments::grouped_vector) {
       add(std::to_string(variant));
     }
     if (kind == Arguments::tile) {
@@ -248,9 +261,9 @@ struct Plan {
 
 int ceil_div(int64_t n, int64_t by) { return int((n + by - 1) / by); }
 
-int vector_rows(const Gpu& g, const Product& p) {
+int vector_rows(const Gpu& g, int N, int K) {
   for (const VectorLimit& limit : vector_limits) {
-    if (g.generation >= limit.from_generation && std::max(p.N, p.K) <= limit.up_to_side) {
+    if (g.generation >= limit.from_generation && std::max(N, K) <= limit.up_to_side) {
       return limit.rows;
     }
   }
@@ -296,7 +309,7 @@ std::optional<Plan> choose(const Product& p, const Gpu& g) {
     return std::nullopt;
   }
   bool scheduled = p.gather && p.sorted && p.blocks > 1 && rows / p.experts >= rows_for_schedule;
-  if (p.M <= vector_rows(g, p) && !scheduled) {
+  if (p.M <= vector_rows(g, p.N, p.K) && !scheduled) {
     plan.kernel.variant = p.M;
     int across = ceil_div(outputs, p.transpose ? 8 : 128);
     plan.grid[0] = across;
@@ -331,6 +344,18 @@ std::optional<Plan> choose(const Product& p, const Gpu& g) {
   plan.kernel.fn = p.transpose ? Fn::qmm : Fn::qmm_n;
   split(plan, g, int64_t(plan.grid[0]) * plan.grid[1], p.transpose ? p.K : p.N, p.transpose ? p.group_size : 32,
         rows * outputs, p.transpose ? Fn::qmm_split : Fn::qmm_n_split, 2);
+  return plan;
+}
+
+// Of int8 codes: the vector kernel for as many rows as in choose(), else the one tile that there is. GPUs with matrix
+// units too: MLX has no product of int8.
+Plan choose(const Q8& p, const Gpu& g) {
+  Plan plan{{Fn::q8_mv, p.dtype, DType::f32, 0, p.group_size, p.M}, {ceil_div(p.N, 8), 1, 1}};
+  if (p.M > vector_rows(g, p.N, p.K)) {
+    plan.kernel.fn = Fn::q8_mm;
+    plan.kernel.variant = 0;
+    plan.grid = {ceil_div(p.N, 64), ceil_div(p.M, 64), 1};
+  }
   return plan;
 }
 
@@ -416,6 +441,14 @@ void finish(mx::metal::CommandEncoder& encoder, const Kernel& kernel, const std:
   encoder.dispatch_threadgroups(MTL::Size(grid[0], grid[1], grid[2]), MTL::Size(x, y, z));
 }
 
+void expect_no_strides(const std::vector<array>& inputs) {
+  for (const array& in : inputs) {
+    if (!in.flags().row_contiguous) {
+      throw std::logic_error("mlxq: an array reached a Metal kernel with strides");
+    }
+  }
+}
+
 void dispatch(const Product& p, const mx::Stream& stream, const std::vector<array>& inputs, array& out) {
   std::optional<Plan> chosen = choose(p, gpu());
   if (!chosen) {  // a graph compiled without shapes for decoding that now prefills on a GPU with matrix units
@@ -424,11 +457,7 @@ void dispatch(const Product& p, const mx::Stream& stream, const std::vector<arra
     chosen = choose(p, plain);
   }
   const Plan& plan = chosen.value();
-  for (const array& in : inputs) {
-    if (!in.flags().row_contiguous) {
-      throw std::logic_error("mlxq: an array reached a Metal kernel with strides");
-    }
-  }
+  expect_no_strides(inputs);
   auto& encoder = mx::metal::get_command_encoder(stream);
   std::optional<array> schedule, partials;
   if (plan.scheduled_tiles > 0) {
@@ -485,18 +514,17 @@ bool on_metal(const mx::Stream& stream) {
 #endif
 }
 
-bool metal_serves(const Product& p) {
+namespace {
+
+// Whether these are compiled, now if not before.
+bool served(const std::vector<Kernel>& kernels) {
   {
     std::lock_guard lock(state().mutex);
     if (!state().error.empty()) {
       return false;
     }
   }
-  std::optional<Plan> plan = choose(p, gpu());
-  if (!plan) {
-    return false;
-  }
-  for (const Kernel& kernel : kernels_of(*plan)) {
+  for (const Kernel& kernel : kernels) {
     try {
       compile(kernel);
     } catch (const std::exception& error) {
@@ -509,6 +537,17 @@ bool metal_serves(const Product& p) {
   }
   return true;
 }
+
+}  // namespace
+
+bool metal_serves(const Product& p) {
+  std::optional<Plan> plan = choose(p, gpu());
+  return plan && served(kernels_of(*plan));
+}
+
+bool metal_serves(const Q8& p) { return served({choose(p, gpu()).kernel}); }
+
+bool metal_serves_q8_rows(DType x) { return served({{Fn::q8_rows, x}}); }
 
 Choice metal_choice(const Product& p) {
   std::optional<Plan> plan = choose(p, gpu());
@@ -545,6 +584,57 @@ void Packed::eval_gpu(const std::vector<array>& inputs, array& out) {
   if (out.size() > 0) {
     dispatch(product(inputs), stream(), inputs, out);
   }
+}
+
+void Q8Product::eval_gpu(const std::vector<array>& inputs, array& out) {
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  if (out.size() == 0) {
+    return;
+  }
+  expect_no_strides(inputs);
+  const array &x = inputs[0], &words = inputs[1], &scales = inputs[2], &x_scales = inputs[3];
+  if (x.offset() % 4 != 0) {
+    throw std::runtime_error("q8mm: x_codes begin at byte " + std::to_string(x.offset()) +
+                             " of their buffer, and the kernel reads words; wanted a multiple of 4: mx.eval them first");
+  }
+  int K = x.shape(-1), N = words.shape(0), M = int(x.size() / K);
+  Plan plan = choose(Q8{to_dtype(dtype_), per_row_ ? 0 : group_size_, M, N, K}, gpu());
+  auto& encoder = mx::metal::get_command_encoder(stream());
+  start(encoder, plan.kernel);
+  encoder.set_input_array(x, 0);
+  encoder.set_input_array(x_scales, 1);
+  encoder.set_input_array(words, 2);
+  encoder.set_input_array(scales, 3);
+  encoder.set_output_array(out, 4);
+  int at = 5;
+  if (plan.kernel.fn == Fn::q8_mm) {
+    encoder.set_bytes(M, at++);
+  }
+  encoder.set_bytes(N, at++);
+  encoder.set_bytes(K, at++);
+  const uint32_t flip = 0x80808080;  // a code of the format is value + 128
+  encoder.set_bytes(flip, at);
+  finish(encoder, plan.kernel, plan.grid);
+}
+
+void Q8Rows::eval_gpu(const std::vector<array>& inputs, std::vector<array>& outputs) {
+  for (array& out : outputs) {
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+  }
+  const array& x = inputs[0];
+  if (x.size() == 0) {
+    return;
+  }
+  expect_no_strides(inputs);
+  int K = x.shape(-1);
+  Kernel kernel{Fn::q8_rows, to_dtype(x.dtype())};
+  auto& encoder = mx::metal::get_command_encoder(stream());
+  start(encoder, kernel);
+  encoder.set_input_array(x, 0);
+  encoder.set_output_array(outputs[0], 1);
+  encoder.set_output_array(outputs[1], 2);
+  encoder.set_bytes(K, 3);
+  finish(encoder, kernel, {int(x.size() / K), 1, 1});
 }
 
 }  // namespace mlxq

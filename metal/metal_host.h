@@ -30,6 +30,13 @@ struct Product {
   int experts = 1;
 };
 
+// A product of int8 codes as far as choosing a kernel goes.
+struct Q8 {
+  DType dtype;     // of y
+  int group_size;  // 0: one scale a row of the weight
+  int M, N, K;
+};
+
 // The text of one shader file, its includes in place; written by embed_shaders.py.
 struct ShaderText {
   const char* name;
@@ -63,6 +70,8 @@ bool on_metal(const mx::Stream& stream);
 // Whether our kernels serve this product; compiles them on first use, so that a compiler that refuses is met while the
 // graph is built and stock MLX can still take over. After one refusal the answer stays no.
 bool metal_serves(const Product& p);
+bool metal_serves(const Q8& p);
+bool metal_serves_q8_rows(DType x);
 
 Choice metal_choice(const Product& p);
 
@@ -73,6 +82,8 @@ std::string take_metal_warning();
 #else
 inline bool on_metal(const mx::Stream&) { return false; }
 inline bool metal_serves(const Product&) { return false; }
+inline bool metal_serves(const Q8&) { return false; }
+inline bool metal_serves_q8_rows(DType) { return false; }
 inline std::optional<MetalStatus> metal_status() { return std::nullopt; }
 inline std::string take_metal_warning() { return ""; }
 #endif

@@ -6,7 +6,6 @@
 // stored in.
 #include "qmm.h"
 
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -20,21 +19,6 @@ using mx::Shape;
 using std::vector;
 
 namespace {
-
-template <typename... Parts>
-std::string text(const Parts&... parts) {
-  std::ostringstream out;
-  (out << ... << parts);
-  return out.str();
-}
-
-std::string shape_text(const array& a) {
-  std::string out = "(";
-  for (int i = 0; i < a.ndim(); ++i) {
-    out += (i ? ", " : "") + std::to_string(a.shape(i));
-  }
-  return out + ")";
-}
 
 std::string built_formats() {
   std::string out;
@@ -54,48 +38,15 @@ bool built(int bits, int group_size) {
 
 bool is_float(mx::Dtype dtype) { return dtype == mx::float32 || dtype == mx::float16 || dtype == mx::bfloat16; }
 
-struct Sizes {
-  int N, K;
-};
-
-// The one place where arguments are checked. `experts`: leading axes of the weight are allowed.
+// x against the weight that check_packed has passed.
 Sizes check(const char* op, const array& x, const array& words, const array& scales, const array& biases,
             bool transpose, int group_size, int bits, bool experts) {
-  if (!built(bits, group_size)) {
-    throw std::invalid_argument(
-        text(op, ": ", bits, "-bit groups of ", group_size, " do not exist; built: ", built_formats()));
-  }
   if (!is_float(x.dtype())) {
     throw DtypeError(text(op, ": x is ", x.dtype(), "; wanted float32, float16 or bfloat16"));
   }
-  if (words.dtype() != mx::uint32) {
-    throw DtypeError(text(op, ": words are ", words.dtype(), "; wanted uint32"));
-  }
-  if (!is_float(scales.dtype()) || !is_float(biases.dtype())) {
-    throw DtypeError(text(op, ": scales are ", scales.dtype(), " and biases ", biases.dtype(),
-                                     "; wanted float32, float16 or bfloat16"));
-  }
-  if (experts ? words.ndim() < 2 : words.ndim() != 2) {
-    throw std::invalid_argument(text(op, ": words have shape ", shape_text(words), "; wanted ",
-                                     experts ? "(..., N, K * bits / 32)" : "(N, K * bits / 32)"));
-  }
-  int N = words.shape(-2);
-  int64_t K = int64_t(words.shape(-1)) * 32 / bits;
-  if (K == 0 || K % group_size != 0) {
-    throw std::invalid_argument(text(op, ": words of shape ", shape_text(words), " hold K=", K, " codes of ", bits,
-                                     " bits a row; K must be a positive multiple of the group of ", group_size));
-  }
-  Shape wanted = words.shape();
-  wanted.back() = int(K / group_size);
-  for (const array* a : {&scales, &biases}) {
-    if (a->shape() != wanted) {
-      throw std::invalid_argument(text(op, ": ", a == &scales ? "scales" : "biases", " have shape ", shape_text(*a),
-                                       "; wanted one for each of the ", K / group_size, " groups of ", group_size,
-                                       " in each row of words of shape ", shape_text(words)));
-    }
-  }
+  auto [N, K] = check_packed(op, words, scales, biases, group_size, bits, experts);
   const char* inner_name = transpose ? "K" : "N";
-  int inner = transpose ? int(K) : N;
+  int inner = transpose ? K : N;
   if (x.ndim() < (experts ? 2 : 1)) {
     throw std::invalid_argument(text(op, ": x has shape ", shape_text(x), "; wanted (..., ", experts ? "M, " : "",
                                      inner_name, "=", inner, ")"));
@@ -104,12 +55,7 @@ Sizes check(const char* op, const array& x, const array& words, const array& sca
     throw std::invalid_argument(text(op, ": x has ", inner_name, "=", x.shape(-1), " but w holds ", inner_name, "=",
                                      inner, transpose ? text(" (", K / group_size, " groups of ", group_size, ")") : ""));
   }
-  return {N, int(K)};
-}
-
-// Words, scales and biases as the kernels read them.
-array row_contiguous(const array& a, mx::StreamOrDevice s) {
-  return a.is_available() && a.flags().row_contiguous ? a : mx::contiguous(a, false, s);
+  return {N, K};
 }
 
 mx::Dtype common(const array& scales, const array& biases) { return mx::promote_types(scales.dtype(), biases.dtype()); }
@@ -144,7 +90,54 @@ bool empty_sum(const array& x, const array& g) { return x.size() == 0 || g.size(
 
 }  // namespace
 
-DType to_dtype(mx::Dtype dtype) {
+std::string shape_text(const array& a) {
+  std::string out = "(";
+  for (int i = 0; i < a.ndim(); ++i) {
+    out += (i ? ", " : "") + std::to_string(a.shape(i));
+  }
+  return out + ")";
+}
+
+Sizes check_packed(const char* op, const array& words, const array& scales, const array& biases, int group_size,
+                   int bits, bool experts) {
+  if (!built(bits, group_size)) {
+    throw std::invalid_argument(
+        text(op, ": ", bits, "-bit groups of ", group_size, " do not exist; built: ", built_formats()));
+  }
+  if (words.dtype() != mx::uint32) {
+    throw DtypeError(text(op, ": words are ", words.dtype(), "; wanted uint32"));
+  }
+  if (!is_float(scales.dtype()) || !is_float(biases.dtype())) {
+    throw DtypeError(text(op, ": scales are ", scales.dtype(), " and biases ", biases.dtype(),
+                                     "; wanted float32, float16 or bfloat16"));
+  }
+  if (experts ? words.ndim() < 2 : words.ndim() != 2) {
+    throw std::invalid_argument(text(op, ": words have shape ", shape_text(words), "; wanted ",
+                                     experts ? "(..., N, K * bits / 32)" : "(N, K * bits / 32)"));
+  }
+  int N = words.shape(-2);
+  int64_t K = int64_t(words.shape(-1)) * 32 / bits;
+  if (K == 0 || K % group_size != 0) {
+    throw std::invalid_argument(text(op, ": words of shape ", shape_text(words), " hold K=", K, " codes of ", bits,
+                                     " bits a row; K must be a positive multiple of the group of ", group_size));
+  }
+  Shape wanted = words.shape();
+  wanted.back() = int(K / group_size);
+  for (const array* a : {&scales, &biases}) {
+    if (a->shape() != wanted) {
+      throw std::invalid_argument(text(op, ": ", a == &scales ? "scales" : "biases", " have shape ", shape_text(*a),
+                                       "; wanted one for each of the ", K / group_size, " groups of ", group_size,
+                                       " in each row of words of shape ", shape_text(words)));
+    }
+  }
+  return {N, int(K)};
+}
+
+array row_contiguous(const array& a, mx::StreamOrDevice s) {
+  return a.is_available() && a.flags().row_contiguous ? a : mx::contiguous(a, false, s);
+}
+
+DType to_dtype(mx::Dtype dtype, const char* what) {
   if (dtype == mx::float32) {
     return DType::f32;
   }
@@ -154,7 +147,7 @@ DType to_dtype(mx::Dtype dtype) {
   if (dtype == mx::bfloat16) {
     return DType::bf16;
   }
-  throw DtypeError(text("dtype is ", dtype, "; wanted float32, float16 or bfloat16"));
+  throw DtypeError(text(what, " is ", dtype, "; wanted float32, float16 or bfloat16"));
 }
 
 array qmm(const array& x, const array& words, const array& scales, const array& biases, bool transpose, int group_size,

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <optional>
+#include <sstream>
 #include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -32,8 +34,28 @@ struct DtypeError : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
-// DType of an MLX array's dtype; throws for those that have none.
-DType to_dtype(mx::Dtype dtype);
+// DType of an MLX array's dtype; throws for those that have none. what: of what, for the error.
+DType to_dtype(mx::Dtype dtype, const char* what = "dtype");
+
+struct Sizes {
+  int N, K;
+};
+
+// The one place where packed weights are checked. experts: leading axes are allowed.
+Sizes check_packed(const char* op, const mx::array& words, const mx::array& scales, const mx::array& biases,
+                   int group_size, int bits, bool experts);
+
+// Arrays as the kernels read them.
+mx::array row_contiguous(const mx::array& a, mx::StreamOrDevice s);
+
+// For messages: the parts after each other, and a shape.
+template <typename... Parts>
+std::string text(const Parts&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  return out.str();
+}
+std::string shape_text(const mx::array& a);
 
 // What both primitives share: the format, the orientation, and the rules of differentiation.
 class Packed : public mx::UnaryPrimitive {

@@ -88,9 +88,10 @@ def convert(
 ) -> Report:
     """Write the model src in MLX format, quantized, as the new folder dst, and report what was done.
 
-    src               a Hugging Face folder, a hub id, or a GGUF file
-    bits, group_size  default 4 and 64. A GGUF keeps its own widths and groups of 32 when both are None;
-                      when one is given, the other defaults to 4 or 32
+    src               a Hugging Face folder (floats, GPTQ, AWQ, compressed-tensors, bitsandbytes, FP8, MLX), a
+                      hub id, or a GGUF file
+    bits, group_size  default 4 and 64. A quantized source keeps its own widths and groups when both are None;
+                      when one is given, the other defaults to the source's (for a GGUF, to 4 or 32)
     dtype             of what stays in float and of scales and biases; default: the one that most of the
                       source's weights have, float16 for a GGUF
     rules             "PATTERN=bits:8,group_size:32" or Rule; they win over embedding_bits, that over the
@@ -100,10 +101,10 @@ def convert(
     allow_nonfinite   keep layers that hold NaN or Inf in float and list them, instead of refusing
     overwrite         replace dst if it is a model folder; it stays until the new one is complete
 
-    A layer whose K its group size does not divide stays in float and is listed, as in mlx-lm. GGUF tensors of
-    type Q4_0, Q4_1, Q8_0 and Q4_K are repacked, not quantized again, where the wanted format has their width
-    and groups of 32. Peak memory is one tensor and a few MB, whatever the model's size; for stacked experts
-    twice the stack.
+    A layer whose K its group size does not divide stays in float and is listed, as in mlx-lm. Integer codes
+    of the source are repacked, not quantized again, where the wanted format holds them: as many bits or more,
+    and groups that divide the source's. Peak memory is a few MB, whatever the model's size; a tensor that
+    mlx-lm computes from others is held whole.
 
     Raises FileExistsError, FileNotFoundError, ValueError, ImportError or OSError with one sentence;
     nothing is left under dst then.
@@ -161,12 +162,7 @@ def _with_defaults(bits: int | None, group_size: int | None, default: Format) ->
 
 def _open(src: Path) -> GgufCheckpoint | HuggingFaceCheckpoint:
     if src.is_dir():
-        checkpoint = HuggingFaceCheckpoint(src)
-        for key in ("quantization", "quantization_config"):
-            if found := checkpoint.config.get(key):
-                method = found.get("quant_method", "MLX") if isinstance(found, dict) else found
-                raise ValueError(f"{src} is quantized already ({method}): convert starts from float weights")
-        return checkpoint
+        return HuggingFaceCheckpoint(src)
     if src.suffix in (".safetensors", ".bin", ".json"):
         raise ValueError(f"{src} is one file of a model: give its folder, {src.parent}")
     return GgufCheckpoint(src)
@@ -179,8 +175,10 @@ class _Planner:
         self.checkpoint, self.dtype, self.rules = checkpoint, dtype, rules
         self.embedding_bits, self.trust_remote_code = embedding_bits, trust_remote_code
         self.is_gguf = isinstance(checkpoint, GgufCheckpoint)
-        self.keeps_own_widths = self.is_gguf and bits is None and group_size is None
+        self.keeps_own_widths = checkpoint.is_quantized and bits is None and group_size is None
+        self.bits, self.group_size = bits, group_size
         self.default = _with_defaults(bits, group_size, GGUF_DEFAULT if self.is_gguf else DEFAULT)
+        self.requantized: dict[str, list[str]] = {}
         self.kept_float: dict[str, str] = {}
 
     def _load(self):
@@ -206,6 +204,7 @@ class _Planner:
         """One step for each parameter of the model, in the model's order."""
         skeleton, weights = self._load()
         self.modules = skeleton.quantizable()
+        self._take_the_sources_format(weights)
         self.keeps_vision = any("vision_tower" in name for name in weights)
         slashed = {path: path.replace(".", "/") for path in self.modules}
         chosen = assign(self.rules, slashed.values())
@@ -232,7 +231,22 @@ class _Planner:
             elif name in broken:
                 report.kept_float[name.replace(".", "/")] = broken[name]
             steps.append(step)
+        for reason, paths in self.requantized.items():
+            report.notices.append(
+                f"quantized again, {len(paths)} layers ({paths[0]}, ...): {reason}; more bits lose less"
+            )
         return steps
+
+    def _take_the_sources_format(self, weights) -> None:
+        """Where the command names no bits or no group size, the default is what most of the codes have."""
+        if self.is_gguf or not self.checkpoint.is_quantized:
+            return
+        sizes: dict[Format, int] = {}
+        for tensor in weights.values():
+            if fmt := tensor.repacks_to:
+                sizes[fmt] = sizes.get(fmt, 0) + int(np.prod(tensor.shape, dtype=np.int64))
+        if sizes:
+            self.default = _with_defaults(self.bits, self.group_size, max(sizes, key=sizes.get))
 
     def _wanted(self, path: str, tensor, rule: Rule | None, opinion: bool | dict) -> Format | str:
         """The format of one layer, or the reason why it stays in float."""
@@ -247,34 +261,37 @@ class _Planner:
         if not opinion:
             return "mlx-lm keeps it in float"
         if self.keeps_own_widths:
-            return _own_format(tensor)
+            return self._own_format(tensor)
         if isinstance(opinion, dict):
             return Format(opinion.get("bits", self.default.bits), opinion.get("group_size", group_size))
         return self.default
 
+    def _own_format(self, tensor) -> Format | str:
+        """The format nearest to how a quantized source stores the tensor."""
+        if tensor.repacks_to:
+            return tensor.repacks_to
+        if not tensor.is_quantized:
+            return f"float in the {'GGUF' if self.is_gguf else 'source'}"
+        fitting = [bits for bits in format.KERNEL_BITS if bits >= (tensor.source_bits or 0)]
+        group_size = GGUF_DEFAULT.group_size if self.is_gguf else self.default.group_size
+        return Format(fitting[0] if fitting else format.KERNEL_BITS[-1], group_size)
+
     def _quantizing(self, step: Step, wanted: Format, report: Summary) -> Step:
-        step = Step(step.name, step.tensor, self.dtype, wanted, step.tensor.repacks_to == wanted)
+        step = Step(step.name, step.tensor, self.dtype, wanted, step.tensor.packs_into(wanted))
         if not step.repack:
+            if step.tensor.is_quantized:
+                reason = step.tensor.requantized or f"{step.tensor.repacks_to} codes do not fit {wanted}"
+                self.requantized.setdefault(reason, []).append(step.path)
             return step
         largest = step.tensor.largest_scale()
         if not np.isfinite(largest):
-            raise ValueError(f"{step.path}: NaN or Inf in the scales of the GGUF")
+            raise ValueError(f"{step.path}: NaN or Inf in the scales of the source")
         if not _fits(largest, self.dtype):
             step.dtype = "float32"
             report.notices.append(
                 f"{step.path}: scales and biases are float32; {largest:.6g} is too much for {self.dtype}"
             )
         return step
-
-
-def _own_format(tensor) -> Format | str:
-    """The format nearest to how a GGUF stores the tensor."""
-    if tensor.repacks_to:
-        return tensor.repacks_to
-    if not tensor.is_quantized:
-        return "float in the GGUF"
-    fitting = [bits for bits in format.KERNEL_BITS if bits >= tensor.source_bits]
-    return Format(fitting[0] if fitting else format.KERNEL_BITS[-1], GGUF_DEFAULT.group_size)
 
 
 def _is_float(dtype: str) -> bool:
@@ -355,7 +372,7 @@ def _write(step: Step, writer: Writer, rule: str, broken: Container[str], bar) -
 
 def _pack(step: Step, values: np.ndarray, start: int, stop: int, rule: str) -> Packed:
     if step.repack:
-        packed = step.tensor.read_packed(start, stop)
+        packed = step.tensor.read_packed(start, stop, step.format)
         scales, biases = (format.store(array, step.dtype) for array in (packed.scales, packed.biases))
         return Packed(packed.words, scales, biases, packed.format)
     try:
@@ -376,7 +393,9 @@ def _write_config(config: dict, planner: _Planner, steps: list[Step], dtype: str
     """config.json with the same block twice, as mlx-lm writes it: the common format, then what differs."""
     from mlx_lm.utils import save_config
 
-    config = dict(config)
+    config = {
+        key: value for key, value in config.items() if key not in ("quantization", "quantization_config")
+    }
     quantized = [step for step in steps if step.format]
     if quantized:
         sizes: dict[Format, int] = {}

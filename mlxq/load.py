@@ -15,6 +15,7 @@ from mlx_lm import utils
 from safetensors import SafetensorError, safe_open
 
 from mlxq import ops
+from mlxq.checkpoint import q8
 from mlxq.checkpoint.huggingface import is_hub_id, read_weight_map
 from mlxq.checkpoint.skeleton import CONFIG_LIES
 from mlxq.nn.mlx import adopt
@@ -33,7 +34,8 @@ def load(
     """(model, tokenizer), or (model, tokenizer, config) if return_config, of a quantized MLX model.
 
     path is a folder that mlxq convert or mlx_lm.convert wrote, or a hub id when there is a network; the other
-    arguments are those of mlx_lm.load. Affine layers run on mlxq.ops, layers of other modes stay mlx-lm's.
+    arguments are those of mlx_lm.load. Affine layers run on mlxq.ops, those with 8-bit activations
+    (mlxq.checkpoint.q8) as Q8Linear, and layers of other modes stay mlx-lm's.
 
     Raises FileNotFoundError when the model or a file that it needs is not there, and ValueError for anything
     else that keeps it from loading: float weights (convert them first), an architecture that mlx-lm lacks,
@@ -55,6 +57,7 @@ def load(
             f"load: mlx-lm {mlx_lm.__version__} cannot build {folder}: {_short(error)}"
         ) from error
     adopt(model)
+    q8.restore(model, config, folder)
     if adapter_path is not None:
         model = utils.load_adapters(model, str(adapter_path))
         model.eval()

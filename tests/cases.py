@@ -41,4 +41,6 @@ def harness_lines() -> list[str]:
                 lines.append(f"{case} gather")
             if M in (4, 6):
                 lines.append(f"{case} nonfinite")
+            if transpose:
+                lines += [f"{case} q8", f"{case} q8_row"]
     return lines

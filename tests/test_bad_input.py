@@ -165,11 +165,12 @@ def test_a_configuration_that_makes_no_model_says_so(changes, source, tmp_path):
     refuse(source, tmp_path, ValueError, "config.json makes no llama")
 
 
-def test_a_quantized_source_is_refused(source, tmp_path):
-    convert(source, tmp_path / "once", progress=False)
-    refuse(tmp_path / "once", tmp_path, ValueError, "is quantized already (MLX)")
-    edit_config(source, quantization_config={"quant_method": "gptq"})
-    refuse(source, tmp_path, ValueError, "is quantized already (gptq)")
+@pytest.mark.parametrize(
+    "block", [{"quant_method": "hqq"}, {"bits": 4}, "gptq", [4], {"quant_method": ["awq"]}]
+)
+def test_a_source_quantized_in_an_unknown_way_is_refused(block, source, tmp_path):
+    edit_config(source, quantization_config=block)
+    refuse(source, tmp_path, ValueError, "config.json")
 
 
 # ---- tensors

@@ -28,31 +28,45 @@ def relative_error(found, wanted) -> float:
 def random_blocks(kind: str, rows: int, K: int, seed: int = 0, exponents=(-18, 8)) -> np.ndarray:
     """Rows of random blocks: every code, and scales whose 128-fold float16 still holds."""
     rng = np.random.default_rng(seed)
-    if kind == "Q4_K":
-        blocks = rng.integers(0, 256, (rows * K // 256, 144), dtype=np.uint8)
-        halves = np.ldexp(rng.uniform(-1, 1, (len(blocks), 2)), rng.integers(*exponents, (len(blocks), 2)))
-        blocks[:, :4] = halves.astype(np.float16).view(np.uint8)
-        return blocks.reshape(rows, -1)
-    count = rows * K // 32
-    head = 2 if kind == "Q4_1" else 1
-    scales = np.ldexp(rng.uniform(-1, 1, (count, head)), rng.integers(*exponents, (count, head))).astype(
-        np.float16
+    weights, size = gguf.GGML_QUANT_SIZES[Type[kind]]
+    blocks = rng.integers(0, 256, (rows * K // weights, size), dtype=np.uint8)
+    two = kind in ("Q4_1", "Q5_1", "Q4_K", "Q5_K", "Q2_K")
+    where = (
+        slice(-4 if two else -2, None)
+        if kind in ("Q2_K", "Q6_K", "TQ1_0", "TQ2_0")
+        else slice(4 if two else 2)
     )
-    body = rng.integers(0, 256, (count, 32 if kind == "Q8_0" else 16), dtype=np.uint8)
-    return np.concatenate([scales.view(np.uint8), body], axis=1).reshape(rows, -1)
+    halves = np.ldexp(
+        rng.uniform(-1, 1, (len(blocks), 1 + two)), rng.integers(*exponents, (len(blocks), 1 + two))
+    )
+    blocks[:, where] = halves.astype(np.float16).view(np.uint8)
+    if kind == "TQ1_0":  # the bytes that a quantizer writes: ceil(n * 256 / 243) for n in base 3
+        digits = np.ceil(rng.integers(0, 243, (len(blocks), 52)) * 256 / 243)
+        digits[:, 48:] = np.ceil(rng.integers(0, 81, (len(blocks), 4)) * 3 * 256 / 243)
+        blocks[:, :52] = digits.astype(np.uint8)
+    return blocks.reshape(rows, -1)
+
+
+def dequantized(kind: str, rows: np.ndarray) -> np.ndarray:
+    """The gguf package's values; it lacks Q1_0, of which each bit tells d from -d, lowest first."""
+    if kind != "Q1_0":
+        return gguf.dequantize(rows, Type[kind])
+    blocks = rows.reshape(-1, 18)
+    signs = 2.0 * np.unpackbits(blocks[:, 2:], axis=1, bitorder="little") - 1
+    return (blocks[:, :2].copy().view(np.float16) * signs).astype(np.float32).reshape(len(rows), -1)
 
 
 @pytest.mark.parametrize("kind", REPACKED)
 def test_repacked_blocks_hold_exactly_what_gguf_dequantizes(kind):
     tensor = GgufTensor(Block("t", kind, (24, 512), random_blocks(kind, 24, 512)))
     packed = tensor.read_packed(0, 24).validate()
-    codes = format.unpack(packed.words, packed.format.bits, 512).reshape(24, 16, 32)
+    codes = format.unpack(packed.words, packed.format.bits, 512).reshape(24, -1, packed.format.group_size)
     # float16 holds d, m, -8 d and -128 d exactly; Q4_K's products of d and 6 bits need float32
-    storage = np.float32 if kind == "Q4_K" else np.float16
+    storage = np.float32 if kind.endswith("_K") else np.float16
     scales, biases = (a.astype(storage).astype(np.float64)[..., None] for a in (packed.scales, packed.biases))
     exact = (scales * codes + biases).reshape(24, 512)  # float64 has room for every product and sum
-    assert np.array_equal(exact.astype(np.float32), gguf.dequantize(tensor.block.rows, Type[kind]))
-    assert len(np.unique(codes)) == 2**packed.format.bits
+    assert np.array_equal(exact.astype(np.float32), dequantized(kind, tensor.block.rows))
+    assert len(np.unique(codes)) == (3 if kind == "TQ1_0" else 2**packed.format.bits)
 
 
 @pytest.mark.parametrize("kind", REPACKED)
@@ -248,10 +262,14 @@ def write_gguf(folder, path, arch: str, kind: Type, metadata: dict | None = None
         if name == "gemma3" and key.endswith("norm.weight"):
             values = values + 1
         chosen = kind if values.ndim > 1 and "gate_inp" not in names.get_name(base) else Type.F32
-        if chosen == Type.Q4_K and values.shape[-1] % 256:
+        if values.shape[-1] % gguf.GGML_QUANT_SIZES[chosen][0]:
             chosen = Type.Q8_0
-        if chosen == Type.Q4_K:  # the gguf package cannot quantize to it
-            data = random_blocks("Q4_K", *values.shape, exponents=(-13, -12))
+        if chosen.name.endswith("_K") or chosen == Type.Q1_0:  # the gguf package cannot quantize to them
+            rows = values.reshape(-1, values.shape[-1])
+            data = random_blocks(
+                chosen.name, *rows.shape, exponents=(-4, -3) if chosen == Type.Q1_0 else (-13, -12)
+            )
+            data = data.reshape(*values.shape[:-1], -1)
         else:
             data = gguf.quantize(np.ascontiguousarray(values), chosen)
         writer.add_tensor(f"{names.get_name(base)}.{suffix}", data, raw_dtype=chosen)
@@ -322,10 +340,29 @@ def test_widths_that_are_asked_for_replace_the_ggufs_own(tmp_path):
 
 def test_a_type_without_a_format_goes_to_the_next_kernel_width(tmp_path):
     source = tiny_models.make_hf_model("llama", tmp_path / "src")
-    path = write_gguf(source, tmp_path / "m.gguf", "llama", Type.Q5_0)
+    path = write_gguf(source, tmp_path / "m.gguf", "llama", Type.Q6_K)
     report = convert(path, tmp_path / "q", progress=False)
     assert {layer.stored for layer in report.layers} == {"8-bit/32", "float16"}
     assert report.relative_error < 6e-3  # 8-bit rounding: range / 255 / sqrt(12) against the group's spread
+    assert [n for n in report.notices if "quantized again" in n and "no MLX format holds Q6_K" in n]
+
+
+def test_codes_go_into_wider_formats_unchanged(tmp_path):
+    source = tiny_models.make_hf_model("llama", tmp_path / "src")
+    path = write_gguf(source, tmp_path / "m.gguf", "llama", Type.Q5_0)
+    five = convert(path, tmp_path / "five", progress=False)
+    eight = convert(path, tmp_path / "eight", bits=8, progress=False)
+    assert {layer.stored for layer in five.layers} == {"5-bit/32", "float16"}
+    assert {layer.stored for layer in eight.layers} == {"8-bit/32", "float16"}
+    narrow, wide = (mx.load(str(tmp_path / name / "model.safetensors")) for name in ("five", "eight"))
+    assert narrow.keys() == wide.keys()
+    for name in (n.removesuffix(".scales") for n in narrow if n.endswith(".scales")):
+        codes = [
+            format.unpack(np.array(w[f"{name}.weight"]), bits, 32 * w[f"{name}.scales"].shape[-1])
+            for w, bits in ((narrow, 5), (wide, 8))
+        ]
+        assert np.array_equal(*codes) and codes[0].max() == 31
+        assert all(mx.array_equal(narrow[f"{name}.{p}"], wide[f"{name}.{p}"]) for p in ("scales", "biases"))
 
 
 def test_bfloat16_keeps_the_codes_and_rounds_the_scales(tmp_path):

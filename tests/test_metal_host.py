@@ -252,6 +252,104 @@ def test_bad_input_gives_the_errors_of_the_cpu(device, words, message):
             module.qmm(given["x"], w, s, b, True, given["group_size"], given["bits"])
 
 
+# ---- products of int8 codes -------------------------------------------------------------------------------
+
+
+def codes_and_scales(seed, M, K):
+    rng = np.random.default_rng(seed)
+    return rng.integers(-128, 128, (M, K), dtype=np.int8), rng.uniform(1e-3, 2e-2, M).astype(np.float32)
+
+
+def symmetric(seed, N, K, bits, group_size, per_row):
+    """(words, scales, biases) of signed codes, and the signed codes."""
+    rng = np.random.default_rng(seed)
+    zero = 2 ** (bits - 1)
+    signed = rng.integers(-zero, zero, (N, K))
+    scales = rng.uniform(1e-3, 2e-2, (N, K // group_size)).astype(np.float32)
+    scales = np.repeat(scales[:, :1], scales.shape[1], 1) if per_row else scales
+    words = fm.pack((signed + zero).astype(np.uint8), bits)
+    return [mx.array(words), mx.array(scales), mx.array(-zero * scales)], signed
+
+
+@pytest.mark.parametrize(
+    "bits, M, dtype, kernel",
+    [
+        (8, 1, "float32", "q8_mv"),
+        (8, 70, "float16", "q8_mm"),
+        (4, 8, "bfloat16", "q8_mv"),
+        (2, 9, "float32", "q8_mm"),
+    ],
+)
+def test_int8_rows_times_rows_of_one_scale_are_the_bits_of_the_cpu(device, bits, M, dtype, kernel):
+    N, K = 67, 192
+    parts, signed = symmetric(30, N, K, bits, 64, True)
+    x, x_scales = codes_and_scales(31, M, K)
+    exact = x.astype(np.int64) @ signed.T
+    want = exact.astype(np.float32) * (x_scales[:, None] * np.array(parts[1])[:, 0])
+    with device.on():
+        y = device.module.q8mm(mx.array(x), mx.array(x_scales), *parts, 64, bits, True, dtype)
+        mx.eval(y)
+    assert device.ran() == [kernel]
+    assert mx.array_equal(y, mx.array(want).astype(getattr(mx, dtype)))
+    there = native._load()[0].q8mm(mx.array(x), mx.array(x_scales), *parts, 64, bits, True, dtype)
+    assert mx.array_equal(y, there)
+
+
+@pytest.mark.parametrize(
+    "bits, group_size, M, kernel",
+    [(8, 32, 2, "q8_mv"), (8, 128, 12, "q8_mm"), (4, 64, 2, "qmv"), (2, 32, 12, "qmm")],
+)
+def test_int8_rows_times_groups_equal_float64(device, bits, group_size, M, kernel):
+    """8 bits by the kernels of q8.metal, with biases that are no multiple of scales; narrower ones by qmm."""
+    N, K = 40, 384
+    (words, scales, biases), signed = symmetric(32, N, K, bits, group_size, False)
+    biases = biases + 0.01 * mx.random.normal(biases.shape)
+    x, x_scales = codes_and_scales(33, M, K)
+    zero = 2 ** (bits - 1)
+    s, b = (np.repeat(np.array(a).astype(np.float64), group_size, 1) for a in (scales, biases))
+    value, size = s * (signed + zero) + b, s * (np.abs(signed) + zero) + np.abs(b)
+    wide = x.astype(np.float64) * x_scales[:, None]
+    with device.on():
+        y = device.module.q8mm(
+            mx.array(x), mx.array(x_scales), words, scales, biases, group_size, bits, False, "float32"
+        )
+        mx.eval(y)
+    assert device.ran() == [kernel]
+    close(y, wide @ value.T, np.abs(wide) @ size.T)
+
+
+def test_rows_become_int8_codes_with_the_bits_of_the_cpu(device):
+    cpu = native._load()[0]
+    for dtype in ("float32", "float16", "bfloat16"):
+        x = rows(34, (5, 132), dtype)[0]
+        x[2] = 0
+        with device.on():
+            codes, scales = device.module.q8_rows(x)
+            odd, odd_scales = device.module.q8_rows(x[:, :131])
+            mx.eval(codes, scales, odd, odd_scales)
+        assert device.ran() == ["q8_rows"]  # 131 is no multiple of 4: MLX's own operations
+        for got, view in (((codes, scales), x), ((odd, odd_scales), x[:, :131])):
+            for ours, theirs in zip(got, cpu.q8_rows(view), strict=True):
+                np.testing.assert_array_equal(np.array(ours), np.array(theirs))
+
+
+def test_int8_codes_that_begin_inside_a_word_are_moved_or_refused(device):
+    parts, _ = symmetric(35, 9, 64, 8, 64, True)
+    x, x_scales = codes_and_scales(36, 4, 64)
+    flat = mx.array(np.concatenate([np.zeros(1, np.int8), x.reshape(-1)]))
+    mx.eval(flat)
+    call = (mx.array(x_scales), *parts, 64, 8, True, "float32")
+    want = native._load()[0].q8mm(mx.array(x), *call)
+    view = flat[1:].reshape(4, 64)
+    mx.eval(view, want)
+    with device.on():
+        y = device.module.q8mm(view, *call)
+        mx.eval(y)
+    assert mx.array_equal(y, want)
+    with pytest.raises(RuntimeError, match="x_codes begin at byte 1 of their buffer"), device.on():
+        mx.eval(device.module.q8mm(flat[1:].reshape(4, 64), *call))
+
+
 # ---- the table ---------------------------------------------------------------------------------------------
 
 SHAPES = [(1, 4096, 4096), (5, 14336, 4096), (6, 4096, 14336), (8, 100, 64), (12, 512, 4096), (33, 96, 8192),

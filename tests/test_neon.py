@@ -24,13 +24,13 @@ def harness():
 def test_neon_and_dotprod_give_the_double_answer_inside_their_arrays(harness):
     families, found = native.run([EMULATOR, harness])
     assert families == ["scalar", "neon", "neon_dotprod"]
-    assert set(found) == WANTED | {"neon_dotprod:planes", "scalar:loops"}
+    assert set(found) == WANTED | {"neon_dotprod:planes", "neon_dotprod:q8", "scalar:loops", "scalar:q8"}
     assert not native.too_far(found)
 
 
 def test_a_processor_without_dotprod_gets_neon(harness):
-    lines = ["4 64 3 9 192 1 0 0", "8 32 2 7 96 0 1 2"]
+    lines = ["4 64 3 9 192 1 0 0", "8 32 2 7 96 0 1 2", "4 64 3 9 192 1 0 0 q8"]
     families, found = native.run([EMULATOR, "-cpu", "cortex-a72", harness], lines)
     assert families == ["scalar", "neon"]
-    assert set(found) == WANTED | {"scalar:loops"}
+    assert set(found) == WANTED | {"scalar:loops", "scalar:q8"}
     assert not native.too_far(found)

@@ -2,6 +2,10 @@
 //
 // A 4-bit chunk is 64 codes. Tiles fill 16 registers: dot 1x4, 2x2 and 4x1, strip 3x4 sums with three registers of x
 // and one of w, straight 3x4 sums with the compiler's choice of the rest.
+//
+// q8mm has a kernel of its own, q8: one row of words at a time for up to four rows of x, lanes along K, 32 codes in a step.
+// 2- and 4-bit codes are bytes: vpmaddubsw adds pairs of products, at most 2 * 15 * 128, into 16 bits. 8-bit codes and
+// their x are 16-bit integers: vpmaddwd. Sums of a group are int32 and start at -z * (sum of x's codes).
 #include <immintrin.h>
 
 #include "float_kernels.h"
@@ -102,6 +106,190 @@ struct Avx2 {
   }
 };
 
+// ---- q8 ----
+
+constexpr int block = 32;       // codes unpacked at a time
+constexpr int q8_rows = 4;      // rows of x that they serve
+constexpr int q8_segment = 64;  // groups whose scales are widened at a time
+
+// A prepared row: codes in the order of a block's bytes, per group where the int32 sum starts, per group the sum of codes
+// as float, then x_scale and where the sum of all starts.
+struct Codes {
+  char* codes;
+  int32_t* starts;
+  float* sums;
+  float* x_scale;
+  int32_t* start;
+};
+
+size_t code_bytes(const Qmm& q) { return size_t(q.K) * (q.bits == 8 ? 2 : 1); }
+
+size_t q8_row_bytes(const Qmm& q) { return (code_bytes(q) + size_t(q.K / q.group_size) * 8 + 8 + 63) / 64 * 64; }
+
+Codes codes_of(const Qmm& q, const char* row) {
+  char* at = const_cast<char*>(row);
+  int groups = q.K / q.group_size;
+  auto* starts = reinterpret_cast<int32_t*>(at + code_bytes(q));
+  auto* sums = reinterpret_cast<float*>(starts + groups);
+  return {at, starts, sums, sums + groups, reinterpret_cast<int32_t*>(sums + groups + 1)};
+}
+
+void q8_prepare(const Qmm& q, char* prepared, int row_begin, int row_end) {
+  const int fields = 8 / q.bits, each = block / fields;
+  for (int m = row_begin; m < row_end; ++m) {
+    int64_t from = q.x_rows ? q.x_rows[m] : m;
+    const int8_t* x = static_cast<const int8_t*>(q.x) + from * q.K;
+    Codes row = codes_of(q, prepared + m * q8_row_bytes(q));
+    uint32_t whole = 0;
+    for (int g = 0; g < q.K / q.group_size; ++g) {
+      int sum = 0;
+      for (int k = g * q.group_size; k < (g + 1) * q.group_size; ++k) {
+        sum += x[k];
+        if (q.bits == 8) {
+          reinterpret_cast<int16_t*>(row.codes)[k] = x[k];
+        } else {
+          row.codes[k / block * block + k % fields * each + k % block / fields] = x[k];
+        }
+      }
+      row.starts[g] = -sum * (1 << (q.bits - 1));
+      row.sums[g] = float(sum);
+      whole += uint32_t(row.starts[g]);
+    }
+    *row.x_scale = q.x_scales[from];
+    *row.start = int32_t(whole);
+  }
+}
+
+// Adds 32 products to each row's sums.
+template <int B, int Rows>
+MLXQ_INLINE void add_block(const char* words, const char* const* x, __m256i* sums) {
+  if constexpr (B == 8) {
+    for (int half = 0; half < 2; ++half) {
+      __m256i w = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(words + 16 * half)));
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+        __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x[r] + 32 * half));
+        sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(w, v));
+      }
+    }
+    return;
+  }
+  __m256i w;
+  if constexpr (B == 4) {
+    __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(words));
+    w = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(bytes, 4), bytes), _mm256_set1_epi8(15));
+  } else {
+    __m256i bytes = _mm256_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(words)));
+    w = _mm256_and_si256(_mm256_srlv_epi64(bytes, _mm256_setr_epi64x(0, 2, 4, 6)), _mm256_set1_epi8(3));
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r) {
+    __m256i pairs = _mm256_maddubs_epi16(w, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x[r])));
+    sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+}
+
+MLXQ_INLINE int32_t sum_of(__m256i v) {
+  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+}
+
+MLXQ_INLINE __m256i starting(int32_t at) { return _mm256_zextsi128_si256(_mm_cvtsi32_si128(at)); }
+
+template <int B, int Rows>
+void q8_columns(const Qmm& q, const char* prepared, int first, int begin, int end) {
+  constexpr int x_step = B == 8 ? 2 * block : block, w_step = block * B / 8;
+  const int groups = q.K / q.group_size, blocks = q.group_size / block;
+  Codes rows[Rows];
+  for (int r = 0; r < Rows; ++r) {
+    rows[r] = codes_of(q, prepared + (first + r) * q8_row_bytes(q));
+  }
+  for (int n = begin; n < end; ++n) {
+    const char* words = reinterpret_cast<const char*>(q.words) + int64_t(n) * q.K * B / 8;
+    const char* x[Rows];
+    float y[Rows];
+    for (int r = 0; r < Rows; ++r) {
+      x[r] = rows[r].codes;
+    }
+    __m256i sums[Rows];
+    if (q.per_row) {
+      for (int r = 0; r < Rows; ++r) {
+        sums[r] = starting(*rows[r].start);
+      }
+      for (int b = 0; b < groups * blocks; ++b, words += w_step) {
+        _mm_prefetch(words + 4096, _MM_HINT_T0);
+        add_block<B, Rows>(words, x, sums);
+        for (int r = 0; r < Rows; ++r) {
+          x[r] += x_step;
+        }
+      }
+      float scale;
+      Avx2::widen(q.scales, q.scale_dtype, int64_t(n) * groups, &scale, 1);
+      for (int r = 0; r < Rows; ++r) {
+        y[r] = float(sum_of(sums[r])) * (*rows[r].x_scale * scale);
+      }
+    } else {
+      __m256 totals[Rows];
+      float rest[Rows];
+      for (int r = 0; r < Rows; ++r) {
+        totals[r] = _mm256_setzero_ps();
+        rest[r] = 0;
+      }
+      for (int g0 = 0; g0 < groups; g0 += q8_segment) {
+        const int here = groups - g0 < q8_segment ? groups - g0 : q8_segment;
+        float scales[q8_segment], biases[q8_segment];
+        Avx2::widen(q.scales, q.scale_dtype, int64_t(n) * groups + g0, scales, here);
+        Avx2::widen(q.biases, q.scale_dtype, int64_t(n) * groups + g0, biases, here);
+        for (int g = 0; g < here; ++g) {
+          for (int r = 0; r < Rows; ++r) {
+            sums[r] = starting(rows[r].starts[g0 + g]);
+          }
+          for (int b = 0; b < blocks; ++b, words += w_step) {
+            _mm_prefetch(words + 4096, _MM_HINT_T0);
+            add_block<B, Rows>(words, x, sums);
+            for (int r = 0; r < Rows; ++r) {
+              x[r] += x_step;
+            }
+          }
+          const float bias = biases[g] + float(1 << (B - 1)) * scales[g];
+          for (int r = 0; r < Rows; ++r) {
+            totals[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[r]), _mm256_set1_ps(scales[g]), totals[r]);
+            rest[r] += bias * rows[r].sums[g0 + g];
+          }
+        }
+      }
+      for (int r = 0; r < Rows; ++r) {
+        __m128 four = _mm_add_ps(_mm256_castps256_ps128(totals[r]), _mm256_extractf128_ps(totals[r], 1));
+        __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        y[r] = (_mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two))) + rest[r]) * *rows[r].x_scale;
+      }
+    }
+    for (int r = 0; r < Rows; ++r) {
+      Avx2::narrow(&y[r], q.y, q.x_dtype, int64_t(q.y_rows ? q.y_rows[first + r] : first + r) * q.N + n, 1);
+    }
+  }
+}
+
+template <int B>
+void q8_format(const Qmm& q, const char* prepared, int begin, int end) {
+  int m = 0;
+  for (; m + q8_rows <= q.M; m += q8_rows) {
+    q8_columns<B, q8_rows>(q, prepared, m, begin, end);
+  }
+  for (; m < q.M; ++m) {
+    q8_columns<B, 1>(q, prepared, m, begin, end);
+  }
+}
+
+void q8_run(const Qmm& q, const char* prepared, int begin, int end) {
+  (q.bits == 2 ? q8_format<2> : q.bits == 4 ? q8_format<4> : q8_format<8>)(q, prepared, begin, end);
+  _mm256_zeroupper();
+}
+
+bool q8_serves(const Qmm& q) { return q.transpose; }
+int q8_unit(const Qmm&) { return 16; }
+
 bool runs_here() {
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -111,6 +299,7 @@ constexpr Kernel kernels[] = {
     MLXQ_FLOAT_KERNEL(Avx2, "avx2:dot", dot),
     MLXQ_FLOAT_KERNEL(Avx2, "avx2:strip", strip),
     MLXQ_FLOAT_KERNEL(Avx2, "avx2:straight", straight),
+    {"avx2:q8", q8_serves, q8_unit, q8_row_bytes, q8_prepare, q8_run, true},
 };
 
 }  // namespace

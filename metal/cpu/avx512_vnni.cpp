@@ -19,6 +19,8 @@
 //                   panel[dword][field][32 rows x 4 codes]. Every block of rows of x then needs, per 64 products,
 //                   one vpdpbusd a plane with a broadcast dword of x: 24 int32 accumulators, float totals in L1.
 //                   Limited by vpdpbusd.
+// A q8mm brings x as codes of one byte: one plane, no rounding, no row out of the ordinary. Its z comes off the sums, of a
+// lane in gemv and of a group in gemm, where they begin. PLANES is 1 for it, and 0 where per_row makes K one group.
 #include <immintrin.h>
 
 #include <cstdlib>
@@ -38,22 +40,27 @@ constexpr float smallest_scaled = 0x1p-90f;  // a group with a smaller maximum w
 
 struct alignas(64) Header {
   uint32_t exact_needed;  // the row goes through scalar_row
+  float x_scale;          // of a q8mm, like what follows
+  int32_t start;          // -z * (sum of the row's codes)
 };
 
-constexpr int planes_of(DType dtype) { return dtype == DType::f32 ? 3 : 2; }
+int planes_of(const Qmm& q) { return q.x_scales ? 1 : q.x_dtype == DType::f32 ? 3 : 2; }
 
 int groups(const Qmm& q) { return q.K / q.group_size; }
 int padded(int n) { return (n + lanes - 1) / lanes * lanes; }
 int chunks(const Qmm& q) { return (q.K * q.bits / 32 + 15) / 16; }
 
-// A prepared row: Header, x_scale[groups], x_sum[groups], planes.
+// A prepared row: Header, x_scale[groups], x_sum[groups], planes. Of a q8mm: Header, where each group's int32 sum starts,
+// x_sum[groups] of the codes, one plane, and for each of its chunks where the 16 lanes' sums start.
 size_t scale_offset() { return sizeof(Header); }
 size_t sum_offset(const Qmm& q) { return scale_offset() + 4 * padded(groups(q)); }
 size_t plane_offset(const Qmm& q) { return sum_offset(q) + 4 * padded(groups(q)); }
 
 size_t row_bytes(const Qmm& q) {
-  return plane_offset(q) + size_t(chunks(q)) * planes_of(q.x_dtype) * (8 / q.bits) * 64;
+  return plane_offset(q) + size_t(chunks(q)) * (planes_of(q) * (8 / q.bits) + (q.x_scales ? 1 : 0)) * 64;
 }
+
+const Header& header(const char* row) { return *reinterpret_cast<const Header*>(row); }
 
 // 32 plane bytes in the order of k, regrouped by field: all of field 0, then field 1 ...
 template <int BITS>
@@ -72,6 +79,23 @@ __m256i by_field(__m256i bytes) {
   }
 }
 
+// What by_field gives, each field to its 64 bytes of a chunk.
+template <int FIELDS>
+void store_fields(char* to, __m256i bytes) {
+  if constexpr (FIELDS == 1) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bytes);
+  } else if constexpr (FIELDS == 2) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(bytes));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 64), _mm256_extracti128_si256(bytes, 1));
+  } else {
+    alignas(32) char fieldwise[32];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(fieldwise), bytes);
+    for (int j = 0; j < FIELDS; ++j) {
+      std::memcpy(to + 64 * j, fieldwise + 8 * j, 8);
+    }
+  }
+}
+
 // Low signed byte of v, and v without it, shifted down.
 __m512i split_low(__m512i& v) {
   __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(v, 24), 24);
@@ -81,7 +105,7 @@ __m512i split_low(__m512i& v) {
 
 template <int BITS, int PLANES>
 void prepare_row(const Qmm& q, const void* x, int64_t base, char* row) {
-  constexpr int fields = 8 / BITS, bytes_per_field = 32 / fields;
+  constexpr int fields = 8 / BITS;
   constexpr float limit = PLANES == 3 ? 8355700.0f : 32639.0f;  // 127 in every plane, less what rounding adds
   auto* header = reinterpret_cast<Header*>(row);
   auto* scales = reinterpret_cast<float*>(row + scale_offset());
@@ -125,19 +149,7 @@ void prepare_row(const Qmm& q, const void* x, int64_t base, char* row) {
         __m512i low0 = split_low(v0), low1 = split_low(v1);
         __m256i bytes = by_field<BITS>(
             _mm256_set_m128i(_mm512_cvtepi32_epi8(low1), _mm512_cvtepi32_epi8(low0)));
-        char* to = chunk + plane * fields * 64;
-        if constexpr (bytes_per_field == 32) {
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bytes);
-        } else if constexpr (bytes_per_field == 16) {
-          _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(bytes));
-          _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 64), _mm256_extracti128_si256(bytes, 1));
-        } else {
-          alignas(32) char fieldwise[32];
-          _mm256_store_si256(reinterpret_cast<__m256i*>(fieldwise), bytes);
-          for (int j = 0; j < fields; ++j) {
-            std::memcpy(to + 64 * j, fieldwise + 8 * j, 8);
-          }
-        }
+        store_fields<fields>(chunk + plane * fields * 64, bytes);
       }
     }
     float scale = top / limit;
@@ -147,11 +159,47 @@ void prepare_row(const Qmm& q, const void* x, int64_t base, char* row) {
 }
 
 template <int BITS>
+void prepare_codes(const Qmm& q, const int8_t* x, float x_scale, char* row) {
+  constexpr int fields = 8 / BITS;
+  auto* starts = reinterpret_cast<int32_t*>(row + scale_offset());
+  auto* sums = reinterpret_cast<float*>(row + sum_offset(q));
+  char* planes = row + plane_offset(q);
+  int count = groups(q), last = chunks(q), whole = 0;
+  std::memset(sums + count, 0, 4 * (padded(count) - count));
+  std::memset(planes + size_t(last - 1) * fields * 64, 0, fields * 64);
+  for (int g = 0; g < count; ++g) {
+    __m256i total = _mm256_setzero_si256();
+    for (int k = g * q.group_size; k < (g + 1) * q.group_size; k += 32) {
+      __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + k));
+      total = _mm256_dpbusd_epi32(total, _mm256_set1_epi8(1), codes);
+      int first_byte = k / fields;
+      store_fields<fields>(planes + size_t(first_byte / 64) * fields * 64 + first_byte % 64, by_field<BITS>(codes));
+    }
+    int sum = _mm512_reduce_add_epi32(_mm512_zextsi256_si512(total));
+    starts[g] = -sum * (1 << (BITS - 1));
+    sums[g] = float(sum);
+    whole += sum;
+  }
+  for (int c = 0; c < last; ++c) {
+    __m512i total = _mm512_setzero_si512();
+    for (int j = 0; j < fields; ++j) {
+      total = _mm512_dpbusd_epi32(total, _mm512_set1_epi8(1), _mm512_loadu_si512(planes + (c * fields + j) * 64));
+    }
+    total = _mm512_slli_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), total), BITS - 1);
+    _mm512_storeu_si512(planes + (size_t(last) * fields + c) * 64, total);
+  }
+  // Through unsigned: the sum of K products with an unsigned code wraps too, and what is left of both fits.
+  *reinterpret_cast<Header*>(row) = {0, x_scale, int32_t(-uint32_t(whole) << (BITS - 1))};
+}
+
+template <int BITS>
 void prepare_bits(const Qmm& q, char* prepared, int begin, int end) {
   for (int m = begin; m < end; ++m) {
     int64_t base = int64_t(q.x_rows ? q.x_rows[m] : m) * q.K;
     char* row = prepared + size_t(m) * row_bytes(q);
-    if (q.x_dtype == DType::f32) {
+    if (q.x_scales) {
+      prepare_codes<BITS>(q, static_cast<const int8_t*>(q.x) + base, q.x_scales[base / q.K], row);
+    } else if (q.x_dtype == DType::f32) {
       prepare_row<BITS, 3>(q, q.x, base, row);
     } else {
       prepare_row<BITS, 2>(q, q.x, base, row);
@@ -189,7 +237,12 @@ void dot(__m512i& sum, __m512i codes, __m512i plane) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(plane));
 }
 
-#define MLXQ_COMBINE(sums) (PLANES == 2 ? combine(sums[0], sums[1]) : combine(sums[0], sums[1], sums[PLANES - 1]))
+template <int PLANES>
+__m512 combine_planes(__m512i first, __m512i second, __m512i last) {
+  return PLANES == 1 ? _mm512_cvtepi32_ps(first) : PLANES == 2 ? combine(first, last) : combine(first, second, last);
+}
+
+#define MLXQ_COMBINE(sums) combine_planes<PLANES>(sums[0], sums[PLANES / 2], sums[PLANES - 1])
 #define MLXQ_UNROLL _Pragma("GCC unroll 16")
 
 // ---- gemv ----------------------------------------------------------------------------------------------------------
@@ -217,6 +270,7 @@ void gemv_rows_block(const Qmm& q, const char* const* rows, int m, int n) {
       _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(codes_per_lane));
   const int shift = __builtin_ctz(q.group_size);
   const size_t planes_at = plane_offset(q), sums_at = sum_offset(q);
+  const size_t starts_at = planes_at + size_t(chunks(q)) * fields * 64;  // with one plane
   const int chunks_per_16_groups = 256 / groups_per_chunk_x16;
   // Rows lie one after the other, so any distance meets words that will be wanted: the next rows', at least 4 KiB on.
   const int ahead = NR * words_per_row > 1024 ? NR * words_per_row : 1024;
@@ -233,10 +287,13 @@ void gemv_rows_block(const Qmm& q, const char* const* rows, int m, int n) {
       _mm_prefetch(static_cast<const char*>(q.scales) + (at + groups_ahead) * item, _MM_HINT_T0);
       _mm_prefetch(static_cast<const char*>(q.biases) + (at + groups_ahead) * item, _MM_HINT_T0);
       __m512 scale = load16(q.scales, q.scale_dtype, at, here), bias = load16(q.biases, q.scale_dtype, at, here);
+      if constexpr (PLANES == 1) {
+        bias = _mm512_fmadd_ps(_mm512_set1_ps(1 << (BITS - 1)), scale, bias);
+      }
       MLXQ_UNROLL
       for (int i = 0; i < MR; ++i) {
         const char* row = rows[m + i];
-        scaled[i][r] = _mm512_mul_ps(scale, _mm512_load_ps(row + scale_offset() + 4 * g0));
+        scaled[i][r] = PLANES == 1 ? scale : _mm512_mul_ps(scale, _mm512_load_ps(row + scale_offset() + 4 * g0));
         acc[i][r] = _mm512_fmadd_ps(bias, _mm512_load_ps(row + sums_at + 4 * g0), acc[i][r]);
       }
     }
@@ -264,7 +321,9 @@ void gemv_rows_block(const Qmm& q, const char* const* rows, int m, int n) {
           // Horner's rule over the planes: each starts from the one above, shifted. A lane holds 32 / bits products,
           // so the sum fits an int32, except with three planes of 8-bit codes, whose last is added as a float.
           constexpr int exact = BITS == 8 && PLANES == 3 ? 2 : PLANES;
-          __m512i sum = _mm512_setzero_si512(), last = _mm512_setzero_si512();
+          __m512i sum = PLANES == 1 ? _mm512_load_si512(rows[m + i] + starts_at + size_t(c) * 64)
+                                    : _mm512_setzero_si512();
+          __m512i last = _mm512_setzero_si512();
           MLXQ_UNROLL
           for (int p = 0; p < PLANES; ++p) {
             __m512i& to = p < exact ? sum : last;
@@ -287,7 +346,53 @@ void gemv_rows_block(const Qmm& q, const char* const* rows, int m, int n) {
   for (int i = 0; i < MR; ++i) {
     MLXQ_UNROLL
     for (int r = 0; r < NR; ++r) {
-      store(q.y, q.x_dtype, y_row(q, m + i) + n + r, _mm512_reduce_add_ps(acc[i][r]));
+      float sum = _mm512_reduce_add_ps(acc[i][r]);
+      store(q.y, q.x_dtype, y_row(q, m + i) + n + r, PLANES == 1 ? sum * header(rows[m + i]).x_scale : sum);
+    }
+  }
+}
+
+// The same where all of K is one sum.
+template <int BITS, int MR, int NR>
+void gemv_whole_block(const Qmm& q, const char* const* rows, int m, int n) {
+  constexpr int fields = 8 / BITS;
+  const int words_per_row = q.K * BITS / 32, last = chunks(q);
+  const int ahead = NR * words_per_row > 1024 ? NR * words_per_row : 1024;
+  const size_t planes_at = plane_offset(q);
+  const uint32_t* words = q.words + int64_t(n) * words_per_row;
+  __m512i sum[MR][NR];
+  MLXQ_UNROLL
+  for (int i = 0; i < MR; ++i) {
+    MLXQ_UNROLL
+    for (int r = 0; r < NR; ++r) {
+      sum[i][r] = _mm512_setzero_si512();
+    }
+  }
+  for (int c = 0; c < last; ++c) {
+    __mmask16 valid = words_per_row - c * 16 >= 16 ? 0xffff : (1u << (words_per_row - c * 16)) - 1;
+    MLXQ_UNROLL
+    for (int r = 0; r < NR; ++r) {
+      const uint32_t* at = words + int64_t(r) * words_per_row + c * 16;
+      _mm_prefetch(reinterpret_cast<const char*>(at + ahead), _MM_HINT_T0);
+      __m512i w = _mm512_maskz_loadu_epi32(valid, at);
+      MLXQ_UNROLL
+      for (int j = 0; j < fields; ++j) {
+        __m512i codes = field<BITS>(w, j);
+        MLXQ_UNROLL
+        for (int i = 0; i < MR; ++i) {
+          dot(sum[i][r], codes, _mm512_load_si512(rows[m + i] + planes_at + (size_t(c) * fields + j) * 64));
+        }
+      }
+    }
+  }
+  MLXQ_UNROLL
+  for (int i = 0; i < MR; ++i) {
+    MLXQ_UNROLL
+    for (int r = 0; r < NR; ++r) {
+      const Header& row = header(rows[m + i]);
+      int32_t whole = int32_t(uint32_t(_mm512_reduce_add_epi32(sum[i][r])) + uint32_t(row.start));
+      float scale = row.x_scale * load(q.scales, q.scale_dtype, int64_t(n + r) * groups(q));
+      store(q.y, q.x_dtype, y_row(q, m + i) + n + r, float(whole) * scale);
     }
   }
 }
@@ -297,10 +402,18 @@ void gemv_columns(const Qmm& q, const char* const* rows, int m, int begin, int e
   constexpr int NR = MR == 1 ? 4 : 2;
   int n = begin;
   for (; n + NR <= end; n += NR) {
-    gemv_rows_block<BITS, PLANES, MR, NR>(q, rows, m, n);
+    if constexpr (PLANES == 0) {
+      gemv_whole_block<BITS, MR, NR>(q, rows, m, n);
+    } else {
+      gemv_rows_block<BITS, PLANES, MR, NR>(q, rows, m, n);
+    }
   }
   for (; n < end; ++n) {
-    gemv_rows_block<BITS, PLANES, MR, 1>(q, rows, m, n);
+    if constexpr (PLANES == 0) {
+      gemv_whole_block<BITS, MR, 1>(q, rows, m, n);
+    } else {
+      gemv_rows_block<BITS, PLANES, MR, 1>(q, rows, m, n);
+    }
   }
 }
 
@@ -426,6 +539,11 @@ void gemm_block(const Qmm& q, const Panel& panel, const char* prepared, int m, i
       for (int p = 0; p < PLANES; ++p) {
         sum[i][0][p] = sum[i][1][p] = _mm512_setzero_si512();
       }
+      if constexpr (PLANES == 1) {
+        int32_t start;
+        std::memcpy(&start, x[i] + scales_at + 4 * g, 4);
+        sum[i][0][0] = sum[i][1][0] = _mm512_set1_epi32(start);
+      }
     }
     for (int d = g * dwords; d < (g + 1) * dwords; d += run) {  // runs stay within a chunk
       size_t at = planes_at + size_t(d / 16) * PLANES * fields * 64 + d % 16 * 4;
@@ -451,14 +569,20 @@ void gemm_block(const Qmm& q, const Panel& panel, const char* prepared, int m, i
     for (int h = 0; h < 2; ++h) {
       __m512 scale = _mm512_load_ps(panel.scales + size_t(g) * panel_columns + h * 16);
       __m512 bias = _mm512_load_ps(panel.biases + size_t(g) * panel_columns + h * 16);
+      if constexpr (PLANES == 1) {
+        bias = _mm512_fmadd_ps(_mm512_set1_ps(1 << (BITS - 1)), scale, bias);
+      }
       MLXQ_UNROLL
       for (int i = 0; i < MR; ++i) {
-        float x_scale, x_sum;
-        std::memcpy(&x_scale, x[i] + scales_at + 4 * g, 4);
+        float x_scale = 1, x_sum;
+        if constexpr (PLANES > 1) {
+          std::memcpy(&x_scale, x[i] + scales_at + 4 * g, 4);
+        }
         std::memcpy(&x_sum, x[i] + sums_at + 4 * g, 4);
         __m512 total = _mm512_load_ps(totals[i] + h * 16);
         total = _mm512_fmadd_ps(bias, _mm512_set1_ps(x_sum), total);
-        total = _mm512_fmadd_ps(MLXQ_COMBINE(sum[i][h]), _mm512_mul_ps(scale, _mm512_set1_ps(x_scale)), total);
+        __m512 by = PLANES == 1 ? scale : _mm512_mul_ps(scale, _mm512_set1_ps(x_scale));
+        total = _mm512_fmadd_ps(MLXQ_COMBINE(sum[i][h]), by, total);
         _mm512_store_ps(totals[i] + h * 16, total);
       }
     }
@@ -467,8 +591,71 @@ void gemm_block(const Qmm& q, const Panel& panel, const char* prepared, int m, i
   for (int i = 0; i < MR; ++i) {
     for (int h = 0; h < 2 && h * 16 < columns; ++h) {
       int here = columns - h * 16 < 16 ? columns - h * 16 : 16;
-      store16(q.y, q.x_dtype, y_row(q, m + i) + n0 + h * 16, _mm512_load_ps(totals[i] + h * 16), (1u << here) - 1);
+      __m512 total = _mm512_load_ps(totals[i] + h * 16);
+      if constexpr (PLANES == 1) {
+        total = _mm512_mul_ps(total, _mm512_set1_ps(header(x[i]).x_scale));
+      }
+      store16(q.y, q.x_dtype, y_row(q, m + i) + n0 + h * 16, total, (1u << here) - 1);
     }
+  }
+}
+
+// The same where all of K is one sum.
+template <int BITS, int MR>
+void gemm_whole_block(const Qmm& q, const Panel& panel, const char* prepared, int m, int n0, int columns) {
+  constexpr int fields = 8 / BITS;
+  const size_t stride = row_bytes(q), planes_at = plane_offset(q);
+  const char* x[MR];
+  __m512i sum[MR][2];
+  MLXQ_UNROLL
+  for (int i = 0; i < MR; ++i) {
+    x[i] = prepared + size_t(m + i) * stride;
+    sum[i][0] = sum[i][1] = _mm512_set1_epi32(header(x[i]).start);
+  }
+  const int dwords = q.K * BITS / 32;
+  const char* codes = panel.codes;
+  for (int d = 0; d < dwords; d += 16) {
+    const int run = dwords - d < 16 ? dwords - d : 16;
+    size_t at = planes_at + size_t(d / 16) * fields * 64;
+    for (int t = 0; t < run; ++t, at += 4) {
+      MLXQ_UNROLL
+      for (int j = 0; j < fields; ++j, codes += 128) {
+        __m512i w0 = _mm512_load_si512(codes), w1 = _mm512_load_si512(codes + 64);
+        MLXQ_UNROLL
+        for (int i = 0; i < MR; ++i) {
+          int32_t four;
+          std::memcpy(&four, x[i] + at + j * 64, 4);
+          __m512i v = _mm512_set1_epi32(four);
+          dot(sum[i][0], w0, v);
+          dot(sum[i][1], w1, v);
+        }
+      }
+    }
+  }
+  MLXQ_UNROLL
+  for (int i = 0; i < MR; ++i) {
+    MLXQ_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      __mmask16 here = columns >= (h + 1) * 16 ? 0xffff : (1u << (columns > h * 16 ? columns - h * 16 : 0)) - 1;
+      __m512 scale = _mm512_mul_ps(_mm512_set1_ps(header(x[i]).x_scale), _mm512_load_ps(panel.scales + h * 16));
+      store16(q.y, q.x_dtype, y_row(q, m + i) + n0 + h * 16, _mm512_mul_ps(_mm512_cvtepi32_ps(sum[i][h]), scale),
+              here);
+    }
+  }
+}
+
+// Rows of a q8mm: as many at a time as the registers hold, then halves of it.
+template <int BITS, int PLANES, int MR>
+void gemm_codes(const Qmm& q, const Panel& panel, const char* prepared, int m, int n0, int columns) {
+  for (; m + MR <= q.M; m += MR) {
+    if constexpr (PLANES == 0) {
+      gemm_whole_block<BITS, MR>(q, panel, prepared, m, n0, columns);
+    } else {
+      gemm_block<BITS, PLANES, MR>(q, panel, prepared, m, n0, columns);
+    }
+  }
+  if constexpr (MR > 1) {
+    gemm_codes<BITS, PLANES, MR / 2>(q, panel, prepared, m, n0, columns);
   }
 }
 
@@ -479,25 +666,29 @@ void gemm_all(const Qmm& q, const char* prepared, int begin, int end) {
   for (int n0 = begin; n0 < end; n0 += panel_columns) {
     int columns = end - n0 < panel_columns ? end - n0 : panel_columns;
     build_panel<BITS>(q, panel, n0);
-    int m = 0;
-    for (; m + MR <= q.M; m += MR) {
-      gemm_block<BITS, PLANES, MR>(q, panel, prepared, m, n0, columns);
-    }
-    switch (q.M - m) {
-      case 5:
-        gemm_block<BITS, PLANES, MR == 6 ? 5 : 1>(q, panel, prepared, m, n0, columns);
-        break;
-      case 4:
-        gemm_block<BITS, PLANES, MR == 6 ? 4 : 1>(q, panel, prepared, m, n0, columns);
-        break;
-      case 3:
-        gemm_block<BITS, PLANES, 3>(q, panel, prepared, m, n0, columns);
-        break;
-      case 2:
-        gemm_block<BITS, PLANES, 2>(q, panel, prepared, m, n0, columns);
-        break;
-      case 1:
-        gemm_block<BITS, PLANES, 1>(q, panel, prepared, m, n0, columns);
+    if constexpr (PLANES < 2) {
+      gemm_codes<BITS, PLANES, 8>(q, panel, prepared, 0, n0, columns);
+    } else {
+      int m = 0;
+      for (; m + MR <= q.M; m += MR) {
+        gemm_block<BITS, PLANES, MR>(q, panel, prepared, m, n0, columns);
+      }
+      switch (q.M - m) {
+        case 5:
+          gemm_block<BITS, PLANES, MR == 6 ? 5 : 1>(q, panel, prepared, m, n0, columns);
+          break;
+        case 4:
+          gemm_block<BITS, PLANES, MR == 6 ? 4 : 1>(q, panel, prepared, m, n0, columns);
+          break;
+        case 3:
+          gemm_block<BITS, PLANES, 3>(q, panel, prepared, m, n0, columns);
+          break;
+        case 2:
+          gemm_block<BITS, PLANES, 2>(q, panel, prepared, m, n0, columns);
+          break;
+        case 1:
+          gemm_block<BITS, PLANES, 1>(q, panel, prepared, m, n0, columns);
+      }
     }
   }
 }
@@ -508,15 +699,12 @@ using Run = void (*)(const Qmm&, const char*, int, int);
 
 template <template <int, int> class Body>
 Run choose(const Qmm& q) {
-  bool wide = q.x_dtype == DType::f32;
-  switch (q.bits) {
-    case 2:
-      return wide ? Body<2, 3>::run : Body<2, 2>::run;
-    case 4:
-      return wide ? Body<4, 3>::run : Body<4, 2>::run;
-    default:
-      return wide ? Body<8, 3>::run : Body<8, 2>::run;
-  }
+  static constexpr Run of[3][4] = {
+      {Body<2, 0>::run, Body<2, 1>::run, Body<2, 2>::run, Body<2, 3>::run},
+      {Body<4, 0>::run, Body<4, 1>::run, Body<4, 2>::run, Body<4, 3>::run},
+      {Body<8, 0>::run, Body<8, 1>::run, Body<8, 2>::run, Body<8, 3>::run},
+  };
+  return of[q.bits / 4][q.x_scales && q.per_row ? 0 : planes_of(q)];
 }
 
 template <int BITS, int PLANES>
@@ -534,7 +722,7 @@ void run(const Qmm& q, const char* prepared, int begin, int end) {
   choose<Body>(q)(q, prepared, begin, end);
   _mm256_zeroupper();
   for (int m = 0; m < q.M; ++m) {
-    if (reinterpret_cast<const Header*>(prepared + size_t(m) * row_bytes(q))->exact_needed) {
+    if (header(prepared + size_t(m) * row_bytes(q)).exact_needed) {
       scalar_row(q, m, begin, end);
     }
   }
@@ -548,6 +736,8 @@ int gemm_unit(const Qmm&) { return panel_columns; }
 constexpr Kernel kernels[] = {
     {"avx512_vnni:gemv", serves_gemv, gemv_unit, row_bytes, prepare, run<Gemv>},
     {"avx512_vnni:gemm", serves_gemm, gemm_unit, row_bytes, prepare, run<Gemm>},
+    {"avx512_vnni:q8_gemv", serves_gemv, gemv_unit, row_bytes, prepare, run<Gemv>, true},
+    {"avx512_vnni:q8_gemm", serves_gemm, gemm_unit, row_bytes, prepare, run<Gemm>, true},
 };
 
 bool runs_here() {
@@ -559,6 +749,6 @@ bool runs_here() {
 }  // namespace
 
 extern const Family avx512_vnni_family;
-const Family avx512_vnni_family{"avx512_vnni", runs_here, kernels, 2};
+const Family avx512_vnni_family{"avx512_vnni", runs_here, kernels, 4};
 
 }  // namespace mlxq

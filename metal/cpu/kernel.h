@@ -7,6 +7,13 @@
 //   scales, biases  (N, K / group_size)   scale_dtype
 //   x               (rows, K) or (rows, N) row-major, x_dtype; y in x_dtype; sums in float32 or exact integers
 //
+// A q8mm has int8 codes in x's place, one float32 scale for each of their rows, and z = 2^(bits - 1) taken off the codes
+// of the weight, so that sums of a group are exact int32:
+//
+//   s[g] = sum_k x[m, k] * (code[n, k] - z) over group g        e[g] = sum_k x[m, k] over group g
+//   y[m, n] = x_scales[m] * sum_g (scales[n, g] * s[g] + (biases[n, g] + z * scales[n, g]) * e[g])       in float32
+//   y[m, n] = float32(sum_g s[g]) * (x_scales[m] * scales[n, 0])               per_row, K up to 131071: one int32 sum
+//
 // A call has two stages. `prepare` rewrites rows of x into what the kernel likes (float32, permuted, split into integer
 // planes, with group sums ...), row_bytes(q) bytes a row, each row on its own, so that rows can be shared out over
 // threads and a range of prepared rows can be handed on by pointer. `run` computes the output columns
@@ -24,7 +31,7 @@
 namespace mlxq {
 
 struct Qmm {
-  DType x_dtype;      // of x and y
+  DType x_dtype;      // of x and y; of y only in a q8mm
   DType scale_dtype;  // of scales and biases
   bool transpose;
   int bits;
@@ -39,6 +46,8 @@ struct Qmm {
   const uint32_t* words;
   const void* scales;
   const void* biases;
+  const float* x_scales;  // null but in a q8mm, which is transposed
+  bool per_row;           // of a q8mm
 
   int in_features() const { return transpose ? K : N; }
   int out_features() const { return transpose ? N : K; }
@@ -51,6 +60,7 @@ struct Kernel {
   size_t (*row_bytes)(const Qmm&);        // prepared bytes per row, a multiple of 64
   void (*prepare)(const Qmm&, char* prepared, int row_begin, int row_end);  // prepared: of row 0
   void (*run)(const Qmm&, const char* prepared, int begin, int end);
+  bool q8 = false;                        // for q8mm, and for nothing else
 };
 
 struct Family {

@@ -21,6 +21,9 @@
 //             2 bits:  8 bytes w twice    r0 = (w | w >> 2) & 3, r1 = (w >> 4 | w >> 6) & 3   x 4i, 4i+1 | 4i+2, 4i+3
 //             8 bits: 32 bytes            r0 = w[0..16) ^ 128, r1 = w[16..32) ^ 128    x in order
 //
+// A q8mm brings x as codes of one byte: one plane, no step. Its z is off already in 8-bit codes, and for the others where a
+// group's sum starts; with per_row the sum goes on over all groups.
+//
 // Rows of x with NaN, Inf, or a group whose largest |x| is near the ends of the exponent range go through scalar_row.
 // transpose=False and many rows are neon.cpp's (this family has no kernel for them). Limit: SDOT, planes * rows for
 // every 16 codes.
@@ -218,6 +221,104 @@ void run(const Qmm& q, const char* prepared, int begin, int end) {
   }
 }
 
+// ---- q8mm ----
+
+// A prepared row: K codes in block order, per group where the int32 sum starts, per group the sum of codes as float, and
+// x_scale.
+size_t q8_row_bytes(const Qmm& q) { return (size_t(q.K) + size_t(q.K / q.group_size) * 8 + 4 + 63) / 64 * 64; }
+int32_t* q8_starts(const Qmm& q, const char* row) {
+  return reinterpret_cast<int32_t*>(const_cast<char*>(row) + q.K);
+}
+float* q8_sums(const Qmm& q, const char* row) {
+  return reinterpret_cast<float*>(q8_starts(q, row) + q.K / q.group_size);
+}
+float& q8_scale(const Qmm& q, const char* row) { return q8_sums(q, row)[q.K / q.group_size]; }
+
+void q8_prepare(const Qmm& q, char* prepared, int row_begin, int row_end) {
+  for (int m = row_begin; m < row_end; ++m) {
+    int64_t from = q.x_rows ? q.x_rows[m] : m;
+    const int8_t* x = static_cast<const int8_t*>(q.x) + from * q.K;
+    char* row = prepared + m * q8_row_bytes(q);
+    for (int g = 0; g < q.K / q.group_size; ++g) {
+      int sum = 0;
+      for (int k = g * q.group_size; k < (g + 1) * q.group_size; ++k) {
+        sum += x[k];
+        row[k / block * block + place(q.bits, k % block)] = char(x[k]);
+      }
+      q8_starts(q, row)[g] = q.bits == 8 ? 0 : -sum * (1 << (q.bits - 1));
+      q8_sums(q, row)[g] = float(sum);
+    }
+    q8_scale(q, row) = q.x_scales[from];
+  }
+}
+
+template <int B, int Rows>
+void q8_rows(const Qmm& q, const char* prepared, int first, int begin, int end) {
+  int groups = q.K / q.group_size, blocks = q.group_size / block;
+  const char* rows[Rows];
+  for (int m = 0; m < Rows; ++m) {
+    rows[m] = prepared + (first + m) * q8_row_bytes(q);
+  }
+  for (int n = begin; n < end; ++n) {
+    const uint8_t* words = reinterpret_cast<const uint8_t*>(q.words) + int64_t(n) * q.K * B / 8;
+    int32x4_t sums[Rows];
+    float32x4_t y[Rows];
+    float rest[Rows];
+    for (int m = 0; m < Rows; ++m) {
+      sums[m] = vdupq_n_s32(0);
+      y[m] = vdupq_n_f32(0);
+      rest[m] = 0;
+    }
+    for (int g = 0; g < groups; ++g) {
+      for (int m = 0; m < Rows; ++m) {
+        int32x4_t start = vsetq_lane_s32(q8_starts(q, rows[m])[g], vdupq_n_s32(0), 0);
+        sums[m] = q.per_row ? vaddq_s32(sums[m], start) : start;
+      }
+      for (int b = 0; b < blocks; ++b, words += block * B / 8) {
+        int8x16_t codes[2];
+        codes_of<B>(words, codes);
+        for (int m = 0; m < Rows; ++m) {
+          const int8_t* x = reinterpret_cast<const int8_t*>(rows[m]) + (g * blocks + b) * block;
+          sums[m] = vdotq_s32(sums[m], vld1q_s8(x), codes[0]);
+          sums[m] = vdotq_s32(sums[m], vld1q_s8(x + 16), codes[1]);
+        }
+      }
+      if (!q.per_row) {
+        float scale = load(q.scales, q.scale_dtype, int64_t(n) * groups + g);
+        float bias = load(q.biases, q.scale_dtype, int64_t(n) * groups + g) + float(1 << (B - 1)) * scale;
+        for (int m = 0; m < Rows; ++m) {
+          y[m] = vfmaq_n_f32(y[m], vcvtq_f32_s32(sums[m]), scale);
+          rest[m] += bias * q8_sums(q, rows[m])[g];
+        }
+      }
+    }
+    float row_scale = load(q.scales, q.scale_dtype, int64_t(n) * groups);
+    for (int m = 0; m < Rows; ++m) {
+      float x_scale = q8_scale(q, rows[m]);
+      float value = q.per_row ? float(vaddvq_s32(sums[m])) * (x_scale * row_scale)
+                              : (vaddvq_f32(y[m]) + rest[m]) * x_scale;
+      store(q.y, q.x_dtype, int64_t(q.y_rows ? q.y_rows[first + m] : first + m) * q.N + n, value);
+    }
+  }
+}
+
+template <int B>
+void q8_format(const Qmm& q, const char* prepared, int begin, int end) {
+  int m = 0;
+  for (; m + most_rows <= q.M; m += most_rows) {
+    q8_rows<B, most_rows>(q, prepared, m, begin, end);
+  }
+  for (; m < q.M; ++m) {
+    q8_rows<B, 1>(q, prepared, m, begin, end);
+  }
+}
+
+void q8_run(const Qmm& q, const char* prepared, int begin, int end) {
+  (q.bits == 2 ? q8_format<2> : q.bits == 4 ? q8_format<4> : q8_format<8>)(q, prepared, begin, end);
+}
+
+bool q8_serves(const Qmm& q) { return q.transpose; }
+
 bool serves(const Qmm& q) { return q.transpose && q.M <= few_rows; }
 int unit(const Qmm&) { return 1; }
 
@@ -233,11 +334,14 @@ bool runs_here() {
 #endif
 }
 
-constexpr Kernel kernels[] = {{"neon_dotprod:planes", serves, unit, row_bytes, prepare, run}};
+constexpr Kernel kernels[] = {
+    {"neon_dotprod:planes", serves, unit, row_bytes, prepare, run},
+    {"neon_dotprod:q8", q8_serves, unit, q8_row_bytes, q8_prepare, q8_run, true},
+};
 
 }  // namespace
 
 extern const Family neon_dotprod_family;
-const Family neon_dotprod_family{"neon_dotprod", runs_here, kernels, 1};
+const Family neon_dotprod_family{"neon_dotprod", runs_here, kernels, 2};
 
 }  // namespace mlxq

@@ -46,6 +46,32 @@ void row_straight(const Qmm& q, int64_t x_base, int64_t y_base, int begin, int e
   }
 }
 
+void q8_row(const Qmm& q, int m, int begin, int end) {
+  int64_t row = q.x_rows ? q.x_rows[m] : m;
+  const int8_t* x = static_cast<const int8_t*>(q.x) + row * q.K;
+  int groups = q.K / q.group_size, zero = 1 << (q.bits - 1);
+  int64_t words_per_row = int64_t(q.K) * q.bits / 32;
+  for (int n = begin; n < end; ++n) {
+    const uint32_t* words = q.words + n * words_per_row;
+    int32_t whole = 0;
+    float sum = 0;
+    for (int g = 0; g < groups; ++g) {
+      int32_t products = 0, codes = 0;
+      for (int k = g * q.group_size; k < (g + 1) * q.group_size; ++k) {
+        products += x[k] * (int(code_at(words, k, q.bits)) - zero);
+        codes += x[k];
+      }
+      float scale = load(q.scales, q.scale_dtype, int64_t(n) * groups + g);
+      float bias = load(q.biases, q.scale_dtype, int64_t(n) * groups + g);
+      whole += products;
+      sum += scale * float(products) + (bias + float(zero) * scale) * float(codes);
+    }
+    float scale = q.x_scales[row];
+    store(q.y, q.x_dtype, int64_t(q.y_rows ? q.y_rows[m] : m) * q.N + n,
+          q.per_row ? float(whole) * (scale * load(q.scales, q.scale_dtype, int64_t(n) * groups)) : sum * scale);
+  }
+}
+
 bool serves(const Qmm&) { return true; }
 int unit(const Qmm&) { return 1; }
 size_t row_bytes(const Qmm&) { return 0; }
@@ -57,7 +83,16 @@ void run(const Qmm& q, const char*, int begin, int end) {
   }
 }
 
-constexpr Kernel kernels[] = {{"scalar:loops", serves, unit, row_bytes, prepare, run}};
+void run_q8(const Qmm& q, const char*, int begin, int end) {
+  for (int m = 0; m < q.M; ++m) {
+    q8_row(q, m, begin, end);
+  }
+}
+
+constexpr Kernel kernels[] = {
+    {"scalar:loops", serves, unit, row_bytes, prepare, run},
+    {"scalar:q8", serves, unit, row_bytes, prepare, run_q8, true},
+};
 bool runs_here() { return true; }
 
 }  // namespace
@@ -69,6 +104,6 @@ void scalar_row(const Qmm& q, int m, int begin, int end) {
 }
 
 extern const Family scalar_family;
-const Family scalar_family{"scalar", runs_here, kernels, 1};
+const Family scalar_family{"scalar", runs_here, kernels, 2};
 
 }  // namespace mlxq

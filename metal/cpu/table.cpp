@@ -102,12 +102,13 @@ const Kernel* pick(const Qmm& q) {
       continue;
     }
     for (int j = 0; j < families[i]->count; ++j) {
-      if (families[i]->kernels[j].serves(q)) {
-        return &families[i]->kernels[j];
+      const Kernel& kernel = families[i]->kernels[j];
+      if (kernel.q8 == (q.x_scales != nullptr) && kernel.serves(q)) {
+        return &kernel;
       }
     }
   }
-  return &scalar_family.kernels[0];
+  return &scalar_family.kernels[q.x_scales ? 1 : 0];
 }
 
 std::vector<std::string> cpu_features() {

@@ -3,15 +3,24 @@
 The gguf package gives the constants, the tensor names and the dequantizers. Its GGUFReader is not used:
 it believes every length in the file (an array of 2^60 items hangs it) and takes seconds for a vocabulary.
 
-Blocks that are repacked hold 32 weights with one scale d (and one minimum m), both float16:
+Repacked are the blocks with one scale d (and one minimum m), float16, for 32 weights or more:
 
-    Q4_0   d, 16 bytes              W = d * (q - 8)       scale d, bias   -8 d, code q
-    Q4_1   d, m, 16 bytes           W = d * q + m         scale d, bias      m, code q
-    Q8_0   d, 32 signed bytes       W = d * q             scale d, bias -128 d, code q + 128
+    Q4_0   d, 16 bytes                W = d * (q - 8)       scale d, bias   -8 d, code q
+    Q4_1   d, m, 16 bytes             W = d * q + m         scale d, bias      m, code q
+    Q5_0   d, 4 + 16 bytes            W = d * (q - 16)      scale d, bias  -16 d, code q
+    Q5_1   d, m, 4 + 16 bytes         W = d * q + m         scale d, bias      m, code q
+    Q8_0   d, 32 signed bytes         W = d * q             scale d, bias -128 d, code q + 128
+    TQ1_0  52 bytes of trits, d       W = d * (q - 1)       scale d, bias     -d, code q, 256 weights
+    TQ2_0  64 bytes, d                W = d * (q - 1)       the same
+    Q1_0   d, 16 bytes                W = d * (2 q - 1)     scale 2 d, bias   -d, code q, 128 weights
 
-In the 4-bit blocks element i is the low nibble of byte i and element i + 16 its high nibble. Q4_K is repacked
-too: 256 weights in eight groups of 32, scales d * s and biases -dmin * m with 6-bit s and m: float16 rounds
-them. Its bytes hold element i of one group in the low and of the next group in the high nibble.
+In the blocks of 32 element i is the low nibble of byte i and element i + 16 its high nibble; a fifth bit is
+bit i of the four bytes before them. Q4_K and Q5_K are repacked too: 256 weights in eight groups of 32, scales
+d * s and biases -dmin * m with 6-bit s and m: float16 rounds them. Their bytes hold element i of one group in
+the low and of the next group in the high nibble; the fifth bit of group j is bit j of 32 bytes before them.
+
+Not repacked are blocks with scales for 16 weights (Q2_K, Q3_K, Q6_K: MLX has no groups below 32) and those
+whose values are not evenly spaced (IQ*, MXFP4, NVFP4).
 """
 
 from __future__ import annotations
@@ -25,16 +34,17 @@ from pathlib import Path
 
 import numpy as np
 
-from mlxq.format import Format, Packed, pack
+from mlxq.checkpoint.tensors import CodesTensor
+from mlxq.format import Format
 
 GROUP = 32
-REPACKED = {kind: Format(4, GROUP) for kind in ("Q4_0", "Q4_1", "Q4_K")} | {"Q8_0": Format(8, GROUP)}
-_HEADS = {
-    "Q4_0": (32, 2),
-    "Q4_1": (32, 4),
-    "Q8_0": (32, 2),
-    "Q4_K": (256, 16),
-}  # weights and head bytes of a block
+# bits, weights of a block, weights of a group
+_CODES = {
+    "Q4_0": (4, 32, 32), "Q4_1": (4, 32, 32), "Q5_0": (5, 32, 32), "Q5_1": (5, 32, 32), "Q8_0": (8, 32, 32),
+    "Q4_K": (4, 256, 32), "Q5_K": (5, 256, 32), "TQ1_0": (2, 256, 256), "TQ2_0": (2, 256, 256),
+    "Q1_0": (1, 128, 128),
+}  # fmt: skip
+REPACKED = {kind: Format(bits, min(group, 128)) for kind, (bits, _, group) in _CODES.items()}
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 _SCALARS = {
@@ -163,7 +173,7 @@ class _CutOffError(Exception):
     pass
 
 
-class GgufTensor:
+class GgufTensor(CodesTensor):
     """A GGUF tensor in the model's own row order, read a few rows at a time.
 
     shape    as the model has it; rows are all leading axes flattened
@@ -174,7 +184,11 @@ class GgufTensor:
     def __init__(self, block: Block, order: np.ndarray | None = None, offset: float = 0.0):
         self.block, self.order, self.offset = block, order, offset
         self.shape = block.shape
-        self.source_bits = 8 * block.rows.shape[1] / block.shape[-1]
+        self.bits, self.block_weights, self.group = _CODES.get(block.type, (0, 0, GROUP))
+
+    @property
+    def source_bits(self) -> float:
+        return 8 * self.block.rows.shape[1] / self.block.shape[-1]
 
     @property
     def dtype(self) -> str:
@@ -189,18 +203,25 @@ class GgufTensor:
         """The format that holds these codes exactly, None when there is none."""
         return REPACKED.get(self.block.type)
 
-    def _rows(self, start: int, stop: int) -> np.ndarray:
-        if self.order is None or len(self.shape) == 1:
-            return self.block.rows[start:stop]
-        return self.block.rows[self.order[start:stop]]
+    @property
+    def requantized(self) -> str | None:
+        """Why the codes are not repacked, None for floats and for codes that are."""
+        return None if self.repacks_to or not self.is_quantized else f"no MLX format holds {self.block.type}"
+
+    def packs_into(self, fmt: Format) -> bool:
+        """Whether the format holds the codes as they are."""
+        return self.block.type in _CODES and super().packs_into(fmt)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows as float32 (stop - start, K). Raises ValueError for a type that the gguf package lacks."""
         from gguf import GGMLQuantizationType, dequantize
 
+        if self.block.type == "Q1_0":
+            return super().read(start, stop)
+        rows = slice(start, stop) if len(self.shape) == 1 else self._rows(start, stop)
         try:
             values = dequantize(
-                np.ascontiguousarray(self._rows(start, stop)), GGMLQuantizationType[self.block.type]
+                np.ascontiguousarray(self.block.rows[rows]), GGMLQuantizationType[self.block.type]
             )
         except NotImplementedError:
             raise ValueError(
@@ -210,49 +231,68 @@ class GgufTensor:
             values = values[:, self.order]
         return values + np.float32(self.offset) if self.offset else values
 
-    def read_packed(self, start: int, stop: int) -> Packed:
-        """Rows as they are, repacked; scales and biases are float32 and exact."""
-        kind, rows, K = self.block.type, self._rows(start, stop), self.shape[-1]
-        weights, head_bytes = _HEADS[kind]
-        blocks = np.ascontiguousarray(rows).reshape(len(rows) * K // weights, -1)
-        scales, biases = _scales_and_biases(kind, blocks[:, :head_bytes])
-        body = blocks[:, head_bytes:]
-        if kind == "Q8_0":
-            codes = body ^ np.uint8(0x80)  # int8 + 128 as uint8
-        else:
-            halves = body.reshape(len(blocks), -1, 16 if kind != "Q4_K" else 32)
-            codes = np.concatenate([halves & np.uint8(15), halves >> 4], axis=-1)
-        packed = pack(codes.reshape(len(rows), K), self.repacks_to.bits)
-        grouped = (len(rows), K // GROUP)
-        return Packed(packed, scales.reshape(grouped), biases.reshape(grouped), self.repacks_to)
+    def _blocks(self, rows) -> np.ndarray:
+        return np.ascontiguousarray(self.block.rows[rows]).reshape(
+            -1, self.block.rows.shape[1] // (self.K // self.block_weights)
+        )
 
-    def largest_scale(self) -> float:
-        """The largest |scale| or |bias| of the repacked tensor; NaN or Inf when the file has such a scale."""
-        weights, head_bytes = _HEADS[self.block.type]
-        blocks = self.block.rows.reshape(math.prod(self.shape) // weights, -1)
-        largest = [0.0]
-        for start in range(
-            0, len(blocks), 1 << 16
-        ):  # the heads of a whole tensor would be a tensor's worth of memory
-            heads = _scales_and_biases(self.block.type, blocks[start : start + (1 << 16), :head_bytes])
-            largest += [float(np.abs(part).max()) for part in heads]  # max keeps NaN
-        return float(np.max(largest))
+    def codes(self, rows) -> np.ndarray:
+        """uint8 (n, K)."""
+        return _block_codes(self.block.type, self._blocks(rows)).reshape(-1, self.K)
 
-    def release(self) -> None:
-        """Nothing is held: rows are read from the mapped file."""
+    def scales_and_biases(self, rows) -> tuple[np.ndarray, np.ndarray]:
+        """float32 (n, groups) each; exact."""
+        pair = _scales_and_biases(self.block.type, self._blocks(rows))
+        return tuple(part.reshape(-1, self.K // self.group) for part in pair)
 
 
-def _scales_and_biases(kind: str, heads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float32 (blocks, groups of a block) each, from the first bytes of every block."""
-    heads = np.ascontiguousarray(heads)
-    halves = heads[:, :4].copy().view(np.float16).astype(np.float32)
-    if kind == "Q4_K":
+def _block_codes(kind: str, blocks: np.ndarray) -> np.ndarray:
+    """uint8 (blocks, weights of a block)."""
+    if kind == "Q8_0":
+        return blocks[:, 2:] ^ np.uint8(0x80)  # int8 + 128 as uint8
+    if kind == "Q1_0":
+        return np.unpackbits(blocks[:, 2:], axis=-1, bitorder="little")
+    if kind == "TQ2_0":
+        parts = blocks[:, :64].reshape(-1, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[:, None]
+        return (parts & np.uint8(3)).reshape(len(blocks), 256)
+    if kind == "TQ1_0":
+        # A byte is the fraction in 256ths of a number in base 3: times 3^i, its next trit is the whole part.
+        powers = np.array([1, 3, 9, 27, 81], np.uint8)[:, None]
+        parts = [
+            (blocks[:, begin:end].reshape(-1, 1, 1, end - begin) * powers[:count]).reshape(len(blocks), -1)
+            for begin, end, count in ((0, 32, 5), (32, 48, 5), (48, 52, 4))
+        ]
+        return (np.concatenate(parts, axis=-1).astype(np.uint16) * np.uint16(3) >> 8).astype(np.uint8)
+    wide = kind.endswith("_K")
+    halves = blocks[:, -128 if wide else -16 :].reshape(len(blocks), -1, 32 if wide else 16)
+    codes = np.stack([halves & np.uint8(15), halves >> 4], axis=2).reshape(len(blocks), -1)
+    if kind in ("Q5_0", "Q5_1"):
+        high = np.unpackbits(blocks[:, -20:-16], axis=-1, bitorder="little")
+    elif kind == "Q5_K":
+        high = np.unpackbits(blocks[:, 16:48, None], axis=-1, bitorder="little")  # (blocks, element, group)
+        high = high.swapaxes(1, 2).reshape(len(blocks), 256)
+    else:
+        return codes
+    return codes | high << 4
+
+
+def _scales_and_biases(kind: str, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float32 (blocks, groups of a block) each."""
+    at = -2 if kind.startswith("TQ") else 0
+    halves = blocks[:, at:] if at else blocks[:, :4]
+    halves = np.ascontiguousarray(halves).view(np.float16).astype(np.float32)
+    if kind in ("Q4_K", "Q5_K"):
         from gguf.quants import Q4_K
 
-        scales, minima = Q4_K.get_scale_min(heads[:, 4:])
+        scales, minima = Q4_K.get_scale_min(np.ascontiguousarray(blocks[:, 4:16]))
         return halves[:, :1] * scales, -halves[:, 1:] * minima
     scales = halves[:, :1]
-    return scales, halves[:, 1:] if kind == "Q4_1" else np.float32(-128 if kind == "Q8_0" else -8) * scales
+    if kind == "Q1_0":
+        return 2 * scales, -scales
+    if kind in ("Q4_1", "Q5_1"):
+        return scales, halves[:, 1:]
+    middle = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128, "TQ1_0": 1, "TQ2_0": 1}[kind]
+    return scales, np.float32(-middle) * scales
 
 
 def undo_rope_permutation(rows: int, heads: int) -> np.ndarray:
@@ -287,6 +327,8 @@ class GgufCheckpoint:
 
     Raises ValueError when the architecture is not one of ARCHITECTURES or its metadata is incomplete.
     """
+
+    is_quantized = True
 
     def __init__(self, path: Path):
         self.file = Gguf(path)

@@ -9,10 +9,11 @@ import shutil
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
+from mlxq.checkpoint import sources
+from mlxq.checkpoint.arrange import arrange, materialized, stand_in
 from mlxq.checkpoint.safetensors import STORED, Entry, Planned, read_header
-from mlxq.format import dtype_name
+from mlxq.checkpoint.tensors import ArrayTensor, FileTensor, Tensor, map_file
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 _TRAVELLING = (
@@ -112,44 +113,11 @@ def read_config(folder: Path) -> dict:
     return config
 
 
-class ArrayTensor:
-    """A lazy mx.array as rows of float32: evaluated whole when its first row is read, freed by release()."""
-
-    source_bits = None
-    repacks_to = None
-    is_quantized = False
-
-    def __init__(self, array: mx.array):
-        self.array = array
-        self.shape = tuple(array.shape)
-
-    @property
-    def dtype(self) -> str:
-        return dtype_name(self.array)
-
-    def _rows(self, start: int, stop: int) -> mx.array:
-        return self.array.reshape(-1, self.shape[-1] if self.shape else 1)[start:stop]
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Rows as float32, (stop - start, K)."""
-        mx.eval(self.array)
-        return np.array(self._rows(start, stop).astype(mx.float32), copy=False)
-
-    def read_raw(self, start: int, stop: int) -> np.ndarray:
-        """Rows in their own dtype, for integers and booleans."""
-        mx.eval(self.array)
-        return np.array(self._rows(start, stop), copy=False)
-
-    def release(self) -> None:
-        """Drop the values."""
-        self.array = None
-        mx.clear_cache()  # Metal's allocator keeps freed buffers otherwise
-
-
 class HuggingFaceCheckpoint:
     """A local folder in Hugging Face's layout: safetensors, sharded or not, or pickled .bin files.
 
     config    config.json, read as mlx-lm reads it
+    method    how the weights are quantized, None for floats
     Raises FileNotFoundError and ValueError that name the file at fault.
     """
 
@@ -160,6 +128,12 @@ class HuggingFaceCheckpoint:
             hint = f"; it holds {ggufs[0]}: give that file" if ggufs else ""
             raise FileNotFoundError(f"{self.path} is not a model folder: it has no config.json{hint}")
         self.config = read_config(self.path)
+        try:
+            self.method = sources.method_of(self.config)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+        self.workspace: Path | None = None
+        self._tensors: dict[str, Tensor] | None = None
         self.pickled = False
         self.weight_map: dict[str, str] = {}
         self.files = self._find_files()
@@ -224,10 +198,12 @@ class HuggingFaceCheckpoint:
         return entries
 
     def prepare(self, workspace: Path) -> None:
-        """Turn pickled files into safetensors in `workspace`, one tensor at a time, so that they load lazily.
+        """Name the folder for what must be written to be read; pickled files become safetensors in it.
 
-        Raises ImportError without torch, ValueError for pickles that hold anything but tensors.
+        They are written one tensor at a time, so that they load lazily. Raises ImportError without torch,
+        ValueError for pickles that hold anything but tensors.
         """
+        self.workspace = workspace
         if not self.pickled:
             return
         workspace.mkdir(exist_ok=True)
@@ -236,6 +212,10 @@ class HuggingFaceCheckpoint:
         if "lm_head.weight" in self.entries:
             self.config.setdefault("tie_word_embeddings", False)
 
+    @property
+    def is_quantized(self) -> bool:
+        return self.method is not None
+
     def float_dtype(self) -> str:
         """The float dtype that most weights have; config.json decides when MLX computes in none of them."""
         names = {stored: name for name, stored in STORED.items() if name != "uint32"}
@@ -243,18 +223,60 @@ class HuggingFaceCheckpoint:
         for entry in self.entries.values():
             if entry.dtype in names:
                 sizes[names[entry.dtype]] += entry.size
+        said = self.config.get("dtype", self.config.get("torch_dtype"))
+        if self.is_quantized and said in sizes:
+            return (
+                said  # a few scales say little; bitsandbytes has float32 ones whatever the model computes in
+            )
         best = max(sizes, key=sizes.get)
         if sizes[best]:
             return best
-        said = self.config.get("dtype", self.config.get("torch_dtype"))
         return said if said in sizes else "bfloat16"
 
-    def weights(self, skeleton) -> dict[str, ArrayTensor]:
-        """Tensors under mlx-lm's names, none of them read yet."""
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors under the checkpoint's own names, mapped and not read; packed parts are one weight each.
+
+        Raises ValueError, naming the folder, when the parts of a quantized weight do not fit each other.
+        """
+        if self._tensors is None:
+            found: dict[str, Tensor] = {}
+            for file in self.files:
+                mapped = map_file(file)
+                found |= {name: FileTensor(mapped, entry) for name, entry in read_header(file)[0].items()}
+            if self.method is not None:
+                try:
+                    found = self.method.join(found, self.method.settings)
+                except ValueError as error:
+                    raise ValueError(f"{self.path}: {error}") from None
+            self._tensors = found
+        return self._tensors
+
+    def weights(self, skeleton) -> dict[str, Tensor]:
+        """Tensors under mlx-lm's names, none of them read yet.
+
+        What mlx-lm computes from codes, instead of renaming or stacking it, is computed from floats that are
+        written to the workspace first; without a workspace it has a shape and no values.
+        """
+        tensors = self.tensors()
         arrays: dict[str, mx.array] = {}
         for file in self.files:
-            arrays |= mx.load(str(file), format="safetensors")
-        return {name: ArrayTensor(array) for name, array in skeleton.sanitize(arrays).items()}
+            try:
+                arrays |= mx.load(str(file), format="safetensors")
+            except RuntimeError:  # float64 and some 8-bit floats, which MLX does not load
+                continue
+        lazy = {
+            name: arrays[name] for name, t in tensors.items() if name in arrays and isinstance(t, FileTensor)
+        }
+        missing = {name: stand_in(tensors[name]) for name in tensors.keys() - lazy.keys()}
+        if missing:
+            found, left = arrange(skeleton.copy(), tensors, lazy | missing)
+            left &= missing.keys()
+            if left and any(isinstance(tensor, ArrayTensor) for tensor in found.values()):
+                if self.workspace is not None:
+                    self.workspace.mkdir(exist_ok=True)
+                    chosen = {name: tensors[name] for name in sorted(left)}
+                    missing |= materialized(chosen, self.workspace / "computed.safetensors")
+        return arrange(skeleton, tensors, {name: (lazy | missing)[name] for name in tensors})[0]
 
     def write_tokenizer(self, folder: Path) -> list[str]:
         """Copy what belongs to the model besides weights, configuration and index; notices for the user."""

@@ -55,12 +55,17 @@ class Skeleton:
     """
 
     def __init__(self, config: dict, folder: Path, trust_remote_code: bool = False):
+        self._arguments = config, folder, trust_remote_code
         model_class, arguments = model_classes(config, folder, trust_remote_code)
         try:
             self.model: nn.Module = model_class(arguments.from_dict(config))
         except CONFIG_LIES as error:
             said = f"{type(error).__name__}: {error}".removesuffix(": ")
             raise ValueError(f"{folder}: config.json makes no {config['model_type']}: {said}") from None
+
+    def copy(self) -> Skeleton:
+        """Another of the same configuration: sanitize may change one."""
+        return Skeleton(*self._arguments)
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """mlx-lm's renaming, stacking and dropping of tensors, all lazy; can change the model (tied head)."""

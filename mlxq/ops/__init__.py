@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlxq.ops.dispatch import dequantize, gather_qmm, qmm, quantize
+from mlxq.ops.dispatch import dequantize, gather_qmm, q8_rows, q8mm, qmm, quantize
 from mlxq.ops.native import (
     advise_huge_pages,
     choice,
@@ -31,6 +31,8 @@ __all__ = [
     "metal_status",
     "native_available",
     "native_error",
+    "q8_rows",
+    "q8mm",
     "qmm",
     "quantize",
     "threads",

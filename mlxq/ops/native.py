@@ -230,6 +230,9 @@ def tuning_status() -> dict:
     return tuning.status(machine())
 
 
+LONGEST = 131071  # K of q8mm: 131071 products of int8 fit an int32
+
+
 def _parts(w: format.Packed) -> tuple[mx.array, mx.array, mx.array]:
     if type(w.words) is mx.array and type(w.scales) is mx.array and type(w.biases) is mx.array:
         return w.words, w.scales, w.biases  # every call of every layer comes this way
@@ -297,6 +300,61 @@ def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpos
         sorted_indices=sorted_indices,
     )
     return y.astype(x.dtype)
+
+
+def q8_rows(x: mx.array) -> tuple[mx.array, mx.array]:
+    """int8 codes and float32 scales of x's rows; see mlxq.ops.q8_rows."""
+    if (module := _ext()) is not None:
+        return module.q8_rows(x)
+    check_rows(x)
+    wide = x.astype(mx.float32)
+    peak = mx.max(mx.abs(wide), axis=-1, keepdims=True)
+    scales = mx.where(peak == 0, mx.array(1.0), peak / mx.array(127.0))
+    codes = mx.clip(mx.round(wide / scales), -127, 127).astype(mx.int8)
+    return codes, scales.squeeze(-1)
+
+
+def q8mm(x_codes, x_scales, w: format.Packed, per_row: bool, dtype: str) -> mx.array:
+    """int8 codes times packed weights; see mlxq.ops.q8mm."""
+    words, scales, biases = _parts(w)
+    x_scales = bridge.to_mx(x_scales)
+    bits, group_size = w.format.bits, w.format.group_size
+    if (module := _ext()) is not None:
+        return module.q8mm(x_codes, x_scales, words, scales, biases, group_size, bits, per_row, dtype)
+    check_q8mm(x_codes, x_scales, w, dtype)
+    y = qmm(x_codes.astype(mx.float32), format.Packed(words, scales, biases, w.format))
+    return (y * (x_scales[..., None] if x_scales.size != 1 else x_scales.reshape(()))).astype(
+        getattr(mx, dtype)
+    )
+
+
+def check_rows(x) -> None:
+    """The argument checks of q8_rows, for the paths that do not reach the primitive."""
+    if format.dtype_name(x) not in format.STORAGE:
+        raise TypeError(f"q8_rows: x is {format.dtype_name(x)}; wanted float32, float16 or bfloat16")
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"q8_rows: x has shape {tuple(x.shape)}; wanted (..., K), K at least 1")
+
+
+def check_q8mm(x_codes, x_scales, w: format.Packed, dtype: str) -> None:
+    """The argument checks of q8mm, for the paths that do not reach the primitive."""
+    w.validate()
+    if w.format.bits not in format.KERNEL_BITS or len(w.shape) != 2:
+        raise ValueError(f"q8mm: weights are {w.format} of shape {w.shape}; wanted 2, 4 or 8 bits and (N, K)")
+    for what, given, wanted in (("x_codes", x_codes, "int8"), ("x_scales", x_scales, "float32")):
+        if format.dtype_name(given) != wanted:
+            raise TypeError(f"q8mm: {what} are {format.dtype_name(given)}; wanted {wanted}")
+    if dtype not in format.STORAGE:
+        raise ValueError(f"q8mm: dtype is {dtype}; wanted {', '.join(format.STORAGE)}")
+    if x_codes.ndim < 1 or x_codes.shape[-1] != w.K:
+        raise ValueError(f"q8mm: x_codes have shape {tuple(x_codes.shape)} but w holds K={w.K}")
+    if w.K > LONGEST:
+        raise ValueError(f"q8mm: K={w.K} int8 products may not fit an int32; at most {LONGEST}")
+    if np.prod(x_scales.shape) != 1 and tuple(x_scales.shape) != tuple(x_codes.shape[:-1]):
+        raise ValueError(
+            f"q8mm: x_scales have shape {tuple(x_scales.shape)}; wanted one number, or one for each row of "
+            f"x of shape {tuple(x_codes.shape)}"
+        )
 
 
 def _stock_serves(tuned, op, x, words, scales, biases, fmt: format.Format, experts=None) -> bool:

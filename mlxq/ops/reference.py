@@ -47,5 +47,33 @@ def gather_qmm(x, packed: format.Packed, lhs_indices=None, rhs_indices=None, tra
     return out
 
 
+def q8_rows(x) -> tuple[np.ndarray, np.ndarray]:
+    """(codes int8 (..., K), scales float32 (...)) of x's rows; mlxq.ops.q8_rows says how."""
+    x = bridge.to_numpy(x).astype(np.float32)
+    peak = np.abs(x).max(-1)
+    scales = np.where(peak == 0, np.float32(1), peak / np.float32(127))
+    return np.clip(np.rint(x / scales[..., None]), -127, 127).astype(np.int8), scales
+
+
+def q8mm(x_codes, x_scales, packed: format.Packed, per_row: bool = False) -> np.ndarray:
+    """int8 codes (..., K) times packed (N, K) as (..., N): sums of integers exact, the rest in float64.
+
+    With per_row in float32, to the bit what every kernel gives: float32(sum) * (x_scale * scale).
+    """
+    fmt = packed.format
+    zero = 1 << (fmt.bits - 1)
+    weights = format.unpack(bridge.to_numpy(packed.words), fmt.bits, packed.K).astype(np.int64) - zero
+    x = bridge.to_numpy(x_codes).astype(np.int64)
+    x_scales = np.broadcast_to(bridge.to_numpy(x_scales).reshape(-1), x[..., 0].size).reshape(x.shape[:-1])
+    scales, biases = (bridge.to_numpy(a) for a in (packed.scales, packed.biases))
+    if per_row:
+        return (x @ weights.T).astype(np.float32) * (x_scales[..., None] * scales[:, 0].astype(np.float32))
+    grouped = x.reshape(*x.shape[:-1], -1, fmt.group_size)
+    sums = np.einsum("...gk,ngk->...ng", grouped, weights.reshape(packed.N, -1, fmt.group_size))
+    scales, biases = scales.astype(np.float64), biases.astype(np.float64)
+    rest = grouped.sum(-1) @ (biases + zero * scales).T
+    return ((sums * scales).sum(-1) + rest) * x_scales[..., None].astype(np.float64)
+
+
 def _indices(given, batch: tuple[int, ...]) -> np.ndarray:
     return np.arange(int(np.prod(batch))).reshape(batch) if given is None else bridge.to_numpy(given)

@@ -165,6 +165,8 @@ class Device:
         if "partials" in (what for what, _, _ in row["buffers"]):  # the grid's last axis has the splits
             numbers.setdefault("splits", grid[2] if "BM" in numbers else grid[1])
         named = {what: buffers[i] for i, (what, _, _) in enumerate(row["buffers"])}
+        if function == "q8_rows":
+            numbers["M"] = named["scales"].size
         if "lhs" in named:
             numbers["B"] = named["lhs"].size
             numbers["E"] = named["scales"].size * numbers["group_size"] // (numbers["N"] * numbers["K"])
@@ -182,7 +184,9 @@ class Device:
 
 
 def shape_of(shape: str, numbers: dict[str, int]) -> int | None:
-    """Elements of "(N, K * bits / 32)"; None where a name is not known."""
+    """Elements of "(N, K * bits / 32)"; None where a name is not known. "a or b": b with groups."""
+    if " or " in shape:
+        shape = shape.split(" or ")[numbers["group_size"] != 0]
     try:
         parts = eval(shape, {"__builtins__": {}}, numbers)
     except (NameError, SyntaxError):

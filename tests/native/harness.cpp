@@ -3,6 +3,7 @@
 // A case is a line of
 //     bits group_size M N K transpose x_dtype scale_dtype kind        dtypes 0 float32, 1 float16, 2 bfloat16
 // kind: "plain"; "gather" (rows of x and y through permutations); "nonfinite" (row 0 of x has an Inf, the last a NaN).
+// "q8", "q8_row": a q8mm with int8 x, and the latter with one scale for each row of the weight.
 // Answers are lines of
 //     kernel-name error case        relative Frobenius error over the finite rows; inf where a pattern or row disagrees
 // Every array ends at a page that must not be touched, columns are computed in shares, rows prepared in two. With an
@@ -64,7 +65,8 @@ struct Problem {
         words(size_t(q.N) * q.K * q.bits / 8),
         scales(size_t(q.N) * (q.K / q.group_size) * width(q.scale_dtype)),
         biases(size_t(q.N) * (q.K / q.group_size) * width(q.scale_dtype)),
-        x(size_t(q.M) * in * width(q.x_dtype)),
+        x(size_t(q.M) * in * (c.kind[0] == 'q' ? 1 : width(q.x_dtype))),
+        x_scales(c.kind[0] == 'q' ? size_t(q.M) * 4 : 0),
         y(size_t(q.M) * out * width(q.x_dtype)),
         want(size_t(q.M) * out) {
     std::normal_distribution<float> normal;
@@ -77,8 +79,12 @@ struct Problem {
       store(scales.data, q.scale_dtype, i, scale);
       store(biases.data, q.scale_dtype, i, -scale * levels * (0.4f + float(random() % 1024) / 5120));
     }
-    for (int i = 0; i < q.M * in; ++i) {
-      store(x.data, q.x_dtype, i, normal(random));
+    if (c.kind[0] == 'q') {
+      codes(c.kind == "q8_row");
+    } else {
+      for (int i = 0; i < q.M * in; ++i) {
+        store(x.data, q.x_dtype, i, normal(random));
+      }
     }
     if (c.kind == "nonfinite") {
       store(x.data, q.x_dtype, in / 2, std::numeric_limits<float>::infinity());
@@ -113,6 +119,29 @@ struct Problem {
     size_t bytes;
   };
 
+  // Every value from -128 on, and rows of the extremes; with per_row the promise is kept that the caller gives.
+  void codes(bool per_row) {
+    for (int i = 0; i < q.M * in; ++i) {
+      x.as<int8_t>()[i] = i / in % 3 == 2 ? (i / in % 2 ? -128 : 127) : int8_t(i * 37 + 11);
+    }
+    for (int m = 0; m < q.M; ++m) {
+      x_scales.as<float>()[m] = 0.0001f * float(m + 1);
+    }
+    q.x_scales = x_scales.as<float>();
+    q.per_row = per_row;
+    int groups = q.K / q.group_size;
+    for (int i = 0; per_row && i < q.N * groups; ++i) {
+      float scale = 0.25f / float(1 + i / groups % 8);
+      store(scales.data, q.scale_dtype, i, scale);
+      store(biases.data, q.scale_dtype, i, -float(1 << (q.bits - 1)) * load(scales.data, q.scale_dtype, i));
+    }
+  }
+
+  double x_value(int64_t at) const {
+    return q.x_scales ? double(q.x_scales[at / in]) * static_cast<const int8_t*>(q.x)[at]
+                      : double(load(q.x, q.x_dtype, at));
+  }
+
   void answer() {
     std::vector<double> w(size_t(q.N) * q.K);
     for (int n = 0; n < q.N; ++n) {
@@ -128,7 +157,7 @@ struct Problem {
       for (int o = 0; o < out; ++o) {
         double sum = 0;
         for (int i = 0; i < in; ++i) {
-          sum += double(load(q.x, q.x_dtype, from + i)) * w[q.transpose ? int64_t(o) * q.K + i : int64_t(i) * q.K + o];
+          sum += x_value(from + i) * w[q.transpose ? int64_t(o) * q.K + i : int64_t(i) * q.K + o];
         }
         want[to + o] = sum;
       }
@@ -166,7 +195,7 @@ struct Problem {
 
   Qmm q;
   int in, out;
-  Array words, scales, biases, x, y;
+  Array words, scales, biases, x, x_scales, y;
   std::vector<double> want;
   std::vector<int32_t> x_rows, y_rows;
 };
@@ -193,6 +222,9 @@ bool parse(const char* line, Case& c) {
 
 // A kernel must serve any number of rows once it is chosen (gather_qmm chooses for the average expert).
 bool may_serve(const Kernel& kernel, Qmm q) {
+  if (kernel.q8 != (q.x_scales != nullptr)) {
+    return false;
+  }
   bool as_is = kernel.serves(q);
   q.M = 1;
   return as_is || kernel.serves(q);

@@ -1,0 +1,212 @@
+// Argument checks and graphs of q8mm and q8_rows. What runs is in eval_cpu.cpp and eval_metal.cpp.
+#include "q8.h"
+
+#include <stdexcept>
+#include <tuple>
+
+#include "mlx/ops.h"
+
+namespace mlxq {
+
+using mx::array;
+using mx::Shape;
+using std::vector;
+
+namespace {
+
+[[noreturn]] void no_gradient(const char* op) {
+  throw std::invalid_argument(std::string(op) +
+                              ": int8 codes have no gradient; a layer defines its own (mx.custom_function)");
+}
+
+Shape leading(const array& a) { return Shape(a.shape().begin(), a.shape().end() - 1); }
+
+// x_scales with one number for each row of x.
+array scale_of_each_row(const array& x_scales, const array& x, mx::StreamOrDevice s) {
+  if (x_scales.dtype() != mx::float32) {
+    throw DtypeError(text("q8mm: x_scales are ", x_scales.dtype(), "; wanted float32"));
+  }
+  Shape rows = leading(x);
+  if (x_scales.shape() == rows) {
+    return x_scales;
+  }
+  if (x_scales.size() != 1) {
+    throw std::invalid_argument(text("q8mm: x_scales have shape ", shape_text(x_scales), "; wanted one number, or ",
+                                     "one for each row of x of shape ", shape_text(x)));
+  }
+  return mx::broadcast_to(mx::reshape(x_scales, {}, s), rows, s);
+}
+
+// The codes of narrower words as 8-bit words with the same values: code - z + 128.
+array widened_words(const array& words, int bits, mx::StreamOrDevice s) {
+  int per_word = 32 / bits;
+  array shifts = mx::multiply(mx::arange(per_word, mx::uint32, s), array(uint32_t(bits), mx::uint32), s);
+  array codes = mx::bitwise_and(mx::right_shift(mx::expand_dims(words, -1, s), shifts, s),
+                                array((1u << bits) - 1, mx::uint32), s);
+  codes = mx::add(codes, array(128u - (1u << (bits - 1)), mx::uint32), s);
+  array bytes = mx::reshape(mx::astype(codes, mx::uint8, s), {words.shape(0), words.shape(1) * per_word}, s);
+  return mx::view(mx::contiguous(bytes, false, s), mx::uint32, s);
+}
+
+// A shader reads words, and a view may begin anywhere. What is not computed yet is met by eval_gpu.
+array from_a_word_on(const array& x, mx::StreamOrDevice s) {
+  if (x.is_available() && x.offset() % 4 != 0) {
+    return mx::astype(mx::astype(x, mx::int16, s), mx::int8, s);
+  }
+  return x;
+}
+
+array on_the_gpu(const array& x, const array& x_scales, const array& words, const array& scales, const array& biases,
+                 Sizes sizes, int group_size, int bits, bool per_row, mx::Dtype dtype, mx::Stream s) {
+  auto [N, K] = sizes;
+  Shape shape = leading(x);
+  shape.push_back(N);
+  if (x.size() == 0 || N == 0) {
+    return mx::zeros(shape, dtype, s);
+  }
+  array column = mx::expand_dims(x_scales, -1, s);
+  array wide_scales = mx::astype(scales, mx::float32, s), wide_biases = mx::astype(biases, mx::float32, s);
+  int rows = int(x.size() / K);
+  bool ours = on_metal(s) && (bits == 8 || per_row) &&
+              metal_serves(Q8{per_row ? to_dtype(dtype) : DType::f32, per_row ? 0 : group_size, rows, N, K});
+  if (!ours) {
+    array y = qmm(mx::astype(x, mx::float32, s), words, wide_scales, wide_biases, true, group_size, bits, s);
+    return mx::astype(mx::multiply(y, column, s), dtype, s);
+  }
+  array row_scales = per_row ? mx::slice(wide_scales, {0, 0}, {N, 1}, s) : wide_scales;
+  if (per_row) {
+    row_scales = mx::reshape(row_scales, {N}, s);
+  }
+  vector<array> inputs{row_contiguous(from_a_word_on(x, s), s),
+                       row_contiguous(bits == 8 ? words : widened_words(words, bits, s), s),
+                       row_contiguous(row_scales, s), row_contiguous(x_scales, s)};
+  array y(shape, per_row ? dtype : mx::float32,
+          std::make_shared<Q8Product>(s, group_size, 8, per_row, per_row ? dtype : mx::float32), std::move(inputs));
+  if (per_row) {
+    return y;
+  }
+  // What the biases are above -128 * scale, times the sums of the codes.
+  array above = mx::add(wide_biases, mx::multiply(wide_scales, array(128.0f), s), s);
+  array sums = mx::sum(mx::reshape(mx::astype(x, mx::float32, s), {rows, K / group_size, group_size}, s), -1, false, s);
+  array rest = mx::reshape(mx::matmul(sums, mx::transpose(above, s), s), shape, s);
+  return mx::astype(mx::add(y, mx::multiply(rest, column, s), s), dtype, s);
+}
+
+}  // namespace
+
+std::pair<array, array> q8_rows(const array& x, mx::StreamOrDevice s) {
+  DType dtype = to_dtype(x.dtype(), "q8_rows: x");
+  if (x.ndim() == 0 || x.shape(-1) == 0) {
+    throw std::invalid_argument(text("q8_rows: x has shape ", shape_text(x), "; wanted (..., K), K at least 1"));
+  }
+  auto stream = mx::to_stream(s);
+  bool gpu = on_metal(stream) || stream.device == mx::Device::gpu;
+  if (gpu && (x.size() == 0 || x.shape(-1) % 4 != 0 || !on_metal(stream) || !metal_serves_q8_rows(dtype))) {
+    array wide = mx::astype(x, mx::float32, stream);
+    array peak = mx::max(mx::abs(wide, stream), -1, true, stream);
+    array scale = mx::where(mx::equal(peak, array(0.0f), stream), array(1.0f),
+                            mx::divide(peak, array(127.0f), stream), stream);
+    array codes = mx::clip(mx::round(mx::divide(wide, scale, stream), stream), array(-127.0f), array(127.0f), stream);
+    return {mx::astype(codes, mx::int8, stream), mx::squeeze(scale, -1, stream)};
+  }
+  auto made = array::make_arrays({x.shape(), leading(x)}, {mx::int8, mx::float32}, std::make_shared<Q8Rows>(stream),
+                                 {row_contiguous(x, stream)});
+  return {made[0], made[1]};
+}
+
+array q8mm(const array& x, const array& x_scales, const array& words, const array& scales, const array& biases,
+           int group_size, int bits, bool per_row, mx::Dtype dtype, mx::StreamOrDevice s) {
+  Sizes sizes = check_packed("q8mm", words, scales, biases, group_size, bits, false);
+  if (x.dtype() != mx::int8) {
+    throw DtypeError(text("q8mm: x_codes are ", x.dtype(), "; wanted int8, as q8_rows makes them"));
+  }
+  to_dtype(dtype, "q8mm: the result");
+  if (x.ndim() < 1 || x.shape(-1) != sizes.K) {
+    throw std::invalid_argument(text("q8mm: x_codes have shape ", shape_text(x), " but w holds K=", sizes.K, " (",
+                                     sizes.K / group_size, " groups of ", group_size, ")"));
+  }
+  if (sizes.K > q8_longest) {
+    throw std::invalid_argument(text("q8mm: K=", sizes.K, " int8 products may not fit an int32; at most ", q8_longest));
+  }
+  auto stream = mx::to_stream(s);
+  array rows = scale_of_each_row(x_scales, x, stream);
+  if (on_metal(stream) || stream.device == mx::Device::gpu) {
+    return on_the_gpu(x, rows, words, scales, biases, sizes, group_size, bits, per_row, dtype, stream);
+  }
+  Shape shape = leading(x);
+  shape.push_back(sizes.N);
+  auto stored = mx::promote_types(scales.dtype(), biases.dtype());
+  return array(std::move(shape), dtype, std::make_shared<Q8Product>(stream, group_size, bits, per_row, dtype),
+               {row_contiguous(x, stream), row_contiguous(words, stream),
+                row_contiguous(mx::astype(scales, stored, stream), stream),
+                row_contiguous(mx::astype(biases, stored, stream), stream), row_contiguous(rows, stream)});
+}
+
+#ifndef MLXQ_METAL
+void Q8Product::eval_gpu(const vector<array>&, array&) {
+  throw std::logic_error(text(name(), ": this build has no GPU kernels"));
+}
+void Q8Rows::eval_gpu(const vector<array>&, vector<array>&) {
+  throw std::logic_error(text(name(), ": this build has no GPU kernels"));
+}
+#endif
+
+vector<array> Q8Product::jvp(const vector<array>&, const vector<array>&, const vector<int>&) { no_gradient(name()); }
+
+vector<array> Q8Product::vjp(const vector<array>&, const vector<array>&, const vector<int>&, const vector<array>&) {
+  no_gradient(name());
+}
+
+std::pair<vector<array>, vector<int>> Q8Product::vmap(const vector<array>& inputs, const vector<int>& axes) {
+  auto s = stream();
+  int last = int(inputs.size()) - 1;
+  for (int i = 1; i < last; ++i) {
+    if (axes[i] >= 0) {
+      throw std::invalid_argument(text(name(), ": vmap over packed weights does not exist; vmap over x"));
+    }
+  }
+  int lanes = axes[0] >= 0 ? inputs[0].shape(axes[0]) : inputs[last].shape(axes[last]);
+  vector<array> batched = inputs;
+  for (int i : {0, last}) {
+    if (axes[i] >= 0) {
+      batched[i] = mx::moveaxis(inputs[i], axes[i], 0, s);
+    } else {
+      Shape shape = inputs[i].shape();
+      shape.insert(shape.begin(), lanes);
+      batched[i] = mx::broadcast_to(inputs[i], shape, s);
+    }
+    batched[i] = row_contiguous(batched[i], s);
+  }
+  Shape shape = leading(batched[0]);
+  shape.push_back(inputs[1].shape(0));
+  return {{array(shape, dtype_, std::make_shared<Q8Product>(s, group_size_, bits_, per_row_, dtype_),
+                 std::move(batched))},
+          {0}};
+}
+
+bool Q8Product::is_equivalent(const mx::Primitive& other) const {
+  auto* that = dynamic_cast<const Q8Product*>(&other);
+  return that && std::tie(group_size_, bits_, per_row_, dtype_) ==
+                     std::tie(that->group_size_, that->bits_, that->per_row_, that->dtype_);
+}
+
+vector<Shape> Q8Product::output_shapes(const vector<array>& inputs) {
+  Shape shape = leading(inputs[0]);
+  shape.push_back(inputs[1].shape(0));
+  return {shape};
+}
+
+vector<array> Q8Rows::jvp(const vector<array>&, const vector<array>&, const vector<int>&) { no_gradient(name()); }
+
+vector<array> Q8Rows::vjp(const vector<array>&, const vector<array>&, const vector<int>&, const vector<array>&) {
+  no_gradient(name());
+}
+
+std::pair<vector<array>, vector<int>> Q8Rows::vmap(const vector<array>& inputs, const vector<int>& axes) {
+  auto [codes, scales] = q8_rows(mx::moveaxis(inputs[0], axes[0], 0, stream()), stream());
+  return {{codes, scales}, {0, 0}};
+}
+
+vector<Shape> Q8Rows::output_shapes(const vector<array>& inputs) { return {inputs[0].shape(), leading(inputs[0])}; }
+
+}  // namespace mlxq

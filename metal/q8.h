@@ -1,0 +1,66 @@
+// Products of int8 codes as MLX sees them: q8mm, and q8_rows, which makes the codes.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "qmm.h"
+
+namespace mlxq {
+
+// The sums of a whole row stay in int32 up to here: 131071 * 128 * 128 < 2^31.
+constexpr int q8_longest = 131071;
+
+// (codes int8, scales float32 without the last axis) of x's rows; mlxq.ops.q8_rows. Lazy, without a gradient.
+std::pair<mx::array, mx::array> q8_rows(const mx::array& x, mx::StreamOrDevice s = {});
+
+// Shapes, formula and errors: mlxq.ops.q8mm. On a GPU our shaders serve 8-bit weights and all with per_row; what is left
+// is a float32 product of the codes by qmm.
+mx::array q8mm(const mx::array& x, const mx::array& x_scales, const mx::array& words, const mx::array& scales,
+               const mx::array& biases, int group_size, int bits, bool per_row, mx::Dtype dtype,
+               mx::StreamOrDevice s = {});
+
+// Inputs: x, words, scales, biases, x_scales (one for each row of x). On Metal: 8-bit words, float32 scales of shape (N,)
+// or (N, K / group_size), no biases, and the part of the formula that has none.
+class Q8Product : public mx::UnaryPrimitive {
+ public:
+  Q8Product(mx::Stream stream, int group_size, int bits, bool per_row, mx::Dtype dtype)
+      : UnaryPrimitive(stream), group_size_(group_size), bits_(bits), per_row_(per_row), dtype_(dtype) {}
+  void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override;
+  void eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) override;
+  std::vector<mx::array> jvp(const std::vector<mx::array>&, const std::vector<mx::array>&,
+                             const std::vector<int>&) override;
+  std::vector<mx::array> vjp(const std::vector<mx::array>&, const std::vector<mx::array>&, const std::vector<int>&,
+                             const std::vector<mx::array>&) override;
+  std::pair<std::vector<mx::array>, std::vector<int>> vmap(const std::vector<mx::array>& inputs,
+                                                           const std::vector<int>& axes) override;
+  const char* name() const override { return "mlxq.q8mm"; }
+  bool is_equivalent(const mx::Primitive& other) const override;
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
+
+ private:
+  int group_size_;
+  int bits_;
+  bool per_row_;
+  mx::Dtype dtype_;
+};
+
+// Input: x. Outputs: codes, scales.
+class Q8Rows : public mx::Primitive {
+ public:
+  using Primitive::Primitive;
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+  void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+  std::pair<std::vector<mx::array>, std::vector<int>> vmap(const std::vector<mx::array>& inputs,
+                                                           const std::vector<int>& axes) override;
+  std::vector<mx::array> jvp(const std::vector<mx::array>&, const std::vector<mx::array>&,
+                             const std::vector<int>&) override;
+  std::vector<mx::array> vjp(const std::vector<mx::array>&, const std::vector<mx::array>&, const std::vector<int>&,
+                             const std::vector<mx::array>&) override;
+  const char* name() const override { return "mlxq.q8_rows"; }
+  bool is_equivalent(const mx::Primitive&) const override { return true; }
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
+};
+
+}  // namespace mlxq

@@ -1,0 +1,133 @@
+"""Models with Q8Linear layers on disk: 8-bit checkpoints that mlx-lm reads, and beside the weights what only
+mlxq reads.
+
+    config.json              "activation_quantization": {layer: {"activation": "token" | "learned" | "static",
+                             "scale_a": the scale of the last two}}; mlx-lm ignores the key
+    activations.safetensors  LAYER.bias_a of the layers that have one; mlx-lm reads model*.safetensors only
+
+mlx-lm multiplies the same weights with x itself: it neither rounds x nor adds bias_a.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from mlxq.checkpoint.partial import partial_folder
+from mlxq.format import Format, Packed
+from mlxq.nn.q8 import mlx as q8
+
+KEY = "activation_quantization"
+SHIFTS = "activations.safetensors"
+
+
+def save(
+    model: nn.Module, tokenizer, config: dict[str, Any], dst: str | Path, overwrite: bool = False
+) -> None:
+    """Write an mlx-lm model with Q8Linear layers as a model folder; float ones among them are packed first.
+
+    config is the model's config.json, as mlxq.load(..., return_config=True) gives it. Raises ValueError for
+    a model without such layers and for layers without an activation scale, FileExistsError for dst.
+    """
+    from mlx_lm.utils import save_config, save_model
+
+    layers = q8.layers(model)
+    if not layers:
+        raise ValueError("save: the model has no Q8Linear layer; see mlxq.nn.q8.mlx.replace_linears")
+    config = copy.deepcopy(config) | {KEY: {path: _settings(path, layer) for path, layer in layers.items()}}
+    for layer in layers.values():
+        layer.pack()
+    config["quantization"] = _quantization(config.get("quantization"), layers)
+    shifts = {f"{path}.bias_a": layer["bias_a"] for path, layer in layers.items() if "bias_a" in layer}
+    with partial_folder(Path(dst).expanduser(), overwrite) as folder:
+        # mlx-lm's model has no place for what only we read.
+        kept = {
+            path: (layer.pop("scale_a", None), layer.pop("bias_a", None)) for path, layer in layers.items()
+        }
+        try:
+            save_model(folder, model)
+        finally:
+            for path, arrays in kept.items():
+                for name, array in zip(("scale_a", "bias_a"), arrays, strict=True):
+                    if array is not None:
+                        layers[path][name] = array
+        if shifts:
+            mx.save_safetensors(str(folder / SHIFTS), shifts, metadata={"format": "mlx"})
+        save_config(config, folder / "config.json")
+        tokenizer.save_pretrained(folder)
+
+
+def _settings(path: str, layer: q8.Q8Linear) -> dict[str, Any]:
+    found: dict[str, Any] = {"activation": layer.settings.activation}
+    if "scale_a" in layer:
+        found["scale_a"] = layer["scale_a"].item()
+        if not found["scale_a"] > 0:
+            raise ValueError(
+                f"save: {path} has the activation scale {found['scale_a']}; wanted a positive number, see "
+                "mlxq.nn.q8.mlx.observing"
+            )
+    return found
+
+
+def _quantization(block: dict[str, Any] | None, layers: dict[str, q8.Q8Linear]) -> dict[str, Any]:
+    """The block of config.json for stock mlx-lm: one common format, and the layers that differ."""
+    formats = {path: layer.settings.format for path, layer in layers.items()}
+    common = Counter(formats.values()).most_common(1)[0][0]
+    block = (
+        {"group_size": common.group_size, "bits": common.bits, "mode": "affine"} if not block else dict(block)
+    )
+    for path, fmt in formats.items():
+        block.pop(path, None)
+        if (fmt.bits, fmt.group_size) != (block["bits"], block["group_size"]):
+            block[path] = {"group_size": fmt.group_size, "bits": fmt.bits, "mode": "affine"}
+    return block
+
+
+def restore(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
+    """Put Q8Linear layers where config.json says that activations are quantized, on the same arrays.
+
+    Raises ValueError, naming the layer, when a setting is unknown or the layer is not a packed linear one.
+    """
+    block = config.get(KEY)
+    if not block:
+        return
+    if not isinstance(block, dict):
+        raise ValueError(f"load: {folder}/config.json: {KEY} is {block!r}; wanted an object")
+    shifts = mx.load(str(folder / SHIFTS)) if (folder / SHIFTS).exists() else {}
+    modules, replaced = dict(model.named_modules()), []
+    for path, said in block.items():
+        layer = modules.get(path)
+        if not isinstance(layer, nn.QuantizedLinear) or layer.mode != "affine":
+            what = "no layer" if layer is None else f"a {type(layer).__name__}"
+            raise ValueError(
+                f"load: {KEY} of {folder} names {path}, which is {what}; wanted a packed linear one"
+            )
+        if not isinstance(said, dict):
+            raise ValueError(f"load: {KEY} of {folder}: {path} is {said!r}; wanted an object")
+        packed = Packed(layer.weight, layer.scales, layer.biases, Format(layer.bits, layer.group_size))
+        scale = said.get("scale_a")
+        if (scale is None) != (said.get("activation") == "token") or not isinstance(
+            scale, (float, type(None))
+        ):
+            raise ValueError(f"load: {KEY} of {folder}: {path} has {said}; wanted scale_a, unless token")
+        try:
+            new = q8.Q8Linear.from_packed(
+                packed,
+                layer.get("bias"),
+                activation=said.get("activation"),
+                bias_a=shifts.pop(f"{path}.bias_a", None),
+                scale_a=scale,
+            )
+        except ValueError as error:
+            raise ValueError(f"load: {KEY} of {folder}: {path}: {error}") from None
+        replaced.append((path, new))
+    if shifts:
+        raise ValueError(f"load: {folder}/{SHIFTS} holds {', '.join(sorted(shifts))}, which no layer takes")
+    model.update_modules(tree_unflatten(replaced))
+    model.train(model.training)
