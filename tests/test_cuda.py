@@ -95,6 +95,67 @@ def test_gathered_products_equal_float64(fmt, transpose):
         assert error(y, expected) < ROUNDING["bfloat16"] * (1 if transpose else 2)
 
 
+@pytest.mark.parametrize("x_type, s_type", list(itertools.product(("float16", "bfloat16"), STORAGE)))
+@pytest.mark.parametrize("transpose", (True, False))
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_many_rows_equal_float64(fmt, transpose, x_type, s_type):
+    torch = torch_gpu()
+    g = fmt.group_size
+    shapes = [(9, 200, 9 * g), (17, 129, 5 * g), (33, 1000, 128), (64, 2048, 16 * g), (100, 256, 2048), (300, 333, 640)]
+    for M, N, K in shapes:
+        _, w = problem(fmt, M, N, K, x_type, s_type)
+        x = torch.randn((M, K if transpose else N), device="cuda").to(getattr(torch, x_type))
+        y = ops.qmm(x, w, transpose)
+        found = error(y, reference.qmm(x, w, transpose))
+        assert found < 2 * ROUNDING[x_type], (M, N, K, found)  # weights rounded to x's type, then y
+        assert bool((y == ops.qmm(x, w, transpose)).all()), "not the same bits when repeated"
+
+
+@pytest.mark.parametrize("transpose", (True, False))
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_experts_with_many_rows_equal_float64(fmt, transpose):
+    torch = torch_gpu()
+    for M, batches, experts in [(1, 500, 7), (3, 70, 40), (40, 4, 3), (1, 64, 300)]:
+        K, N = 256, 72
+        _, w = problem(fmt, 1, N, K, "bfloat16", "bfloat16", experts=(experts,))
+        x = torch.randn((batches, M, K if transpose else N), device="cuda").bfloat16()
+        lhs = torch.randint(0, batches, (batches,), device="cuda")
+        rhs = torch.randint(0, experts, (batches,), device="cuda")
+        for indices in (rhs, rhs.sort().values):
+            y = ops.gather_qmm(x, w, lhs, indices, transpose)
+            expected = reference.gather_qmm(x, w, lhs, indices, transpose)
+            assert error(y, expected) < 2 * ROUNDING["bfloat16"]
+            assert bool((y == ops.gather_qmm(x, w, lhs, indices, transpose)).all())
+
+
+@pytest.mark.parametrize("per_row", (True, False))
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_products_of_int8_have_exact_sums(fmt, per_row):
+    torch = torch_gpu()
+    for (M, N, K), (s_type, dtype) in zip(
+        [(1, 130, 384), (9, 200, 640), (64, 1000, 1152), (200, 129, 2048)], itertools.product(STORAGE, STORAGE), strict=False
+    ):
+        x, w = problem(fmt, M, N, K, "float32", s_type)
+        if per_row:
+            scales = w.scales[:, :1].expand_as(w.scales).contiguous()
+            w = format.Packed(w.words, scales, -(2 ** (fmt.bits - 1)) * scales, fmt)
+        codes, factors = ops.q8_rows(x)
+        host_codes, host_factors = ops.q8_rows(bridge.to_numpy(x))
+        assert np.array_equal(bridge.to_numpy(codes), host_codes) and np.array_equal(bridge.to_numpy(factors), host_factors)
+        for scale in (factors, factors[:1].reshape(())):
+            y = ops.q8mm(codes, scale, w, per_row=per_row, dtype=dtype)
+            host = format.Packed(*(bridge.to_numpy(a) for a in (w.words, w.scales, w.biases)), fmt)
+            expected = reference.q8mm(host_codes, bridge.to_numpy(scale), host, per_row).astype(np.float64)
+            assert error(y, expected) < {"float32": 1e-6, "float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
+            assert bool((y == ops.q8mm(codes, scale, w, per_row=per_row, dtype=dtype)).all())
+        with pytest.MonkeyPatch.context() as patch:  # as on a GPU before Hopper
+            patch.setattr(cuda, "q8mm_shape", lambda *a: None)
+            cuda._plans.clear()
+            assert error(ops.q8mm(codes, factors, w, per_row=per_row), reference.q8mm(host_codes, host_factors, host, per_row)) < 1e-6
+        cuda._plans.clear()
+    torch.cuda.synchronize()
+
+
 @pytest.mark.parametrize("w_type, s_type", list(itertools.product(STORAGE, STORAGE)))
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_quantize_and_dequantize_give_the_bits_of_format(fmt, w_type, s_type):
@@ -236,6 +297,13 @@ def instances(gpu):
         types_ = {"W_TYPE": cuda.TYPES[x_type], "S_TYPE": cuda.TYPES[s_type]}
         defines = {"BITS": fmt.bits, "GROUP": fmt.group_size, **types_}
         yield "quantize.cu", cuda.options(gpu["arch"], defines, exact=True)
+        many = cuda.qmm_shape(33 * M, 512, 1024, fmt, x_type, s_type, gpu, M == 1, 3 * (M == 8))
+        if many:
+            yield "qmm.cu", cuda.options(gpu["arch"], many["defines"])
+        int8 = cuda.q8mm_shape(33 * M, 512, 1024, fmt, s_type, x_type, False, M == 1, gpu)
+        if int8:
+            yield "q8mm.cu", cuda.options(gpu["arch"], int8["defines"])
+        yield "q8_rows.cu", cuda.options(gpu["arch"], {"X_TYPE": cuda.TYPES[x_type]}, exact=True)
 
 
 @pytest.mark.parametrize("arch", GPUS)

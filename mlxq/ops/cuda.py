@@ -288,6 +288,14 @@ class _Torch:
         return a.contiguous(), b.contiguous()
 
     @staticmethod
+    def double(a):
+        return a.double()
+
+    @staticmethod
+    def einsum(text: str, a, b):
+        return sys.modules["torch"].einsum(text, a, b)
+
+    @staticmethod
     def by_expert(rhs, experts: int):
         """(positions in rhs in the order of their experts, where each expert begins and the last one ends)."""
         torch = sys.modules["torch"]
@@ -355,6 +363,14 @@ class _Cupy:
     def broadcast(a, b):
         cupy = sys.modules["cupy"]
         return tuple(cupy.ascontiguousarray(part) for part in cupy.broadcast_arrays(a, b))
+
+    @staticmethod
+    def double(a):
+        return a.astype("float64")
+
+    @staticmethod
+    def einsum(text: str, a, b):
+        return sys.modules["cupy"].einsum(text, a, b)
 
     @staticmethod
     def by_expert(rhs, experts: int):
@@ -797,7 +813,7 @@ def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpos
 
 ROWS_BEST_IN_QMV = 8
 ROWS_BEST_IN_QMV_OF_EXPERTS = 32
-# Where qmm.cu does not serve: qmv reads the weights once for every eight rows; beyond, a dequantized copy is faster.
+# Where qmm.cu does not serve: qmv reads the weights once for every eight rows; beyond, a copy is faster.
 ROWS_OF_QMV = 32
 
 
@@ -833,6 +849,70 @@ def dequantize(packed: format.Packed, dtype: str | None = None):
         if launch:
             launch(side.stream(device), side.pointer(w))
     return w
+
+
+def q8_rows(x):
+    """int8 codes and float32 scales of x's rows; see mlxq.ops.q8_rows."""
+    side = _side("q8_rows", x)
+    at = side.describe(x)
+    _, shape, _, device, _ = at
+    _check_arrays("q8_rows", {"x": at}, device)
+    rows, K = math.prod(shape[:-1]), shape[-1]
+    with side.on(device):
+        codes = side.empty(shape, "int8", device)
+        scales = side.empty(shape[:-1], "float32", device)
+        if rows:
+            flags = options(_device(device)["arch"], {"X_TYPE": TYPES[format.dtype_name(x)]}, exact=True)
+            kernel = _kernel(device, "q8_rows.cu", "q8_rows", flags, 0)
+            arrays = [ctypes.c_void_p(side.pointer(a)) for a in (x, codes, scales)]
+            _Launch(kernel, (rows, 1, 1), 256, [*arrays, ctypes.c_int(K)], ())(side.stream(device))
+    return codes, scales
+
+
+def q8mm(x_codes, x_scales, w: format.Packed, per_row: bool, dtype: str):
+    """int8 codes times packed weights; see mlxq.ops.q8mm. Before Hopper a product in float64."""
+    side = _side("q8mm", x_codes, x_scales, w.words, w.scales, w.biases)
+    named = {"x": side.describe(x_codes), "x_scales": side.describe(x_scales)}
+    for name in ("words", "scales", "biases"):
+        named[name] = side.describe(getattr(w, name))
+    device, s_type = named["x"][3], format.dtype_name(w.scales)
+    M, N, K = math.prod(x_codes.shape[:-1]), w.N, w.K
+    one_scale = math.prod(x_scales.shape) == 1 and M != 1
+    key = ("q8mm", *named.values(), w.format, per_row, dtype)
+    launch = _plans.get(key)
+    with side.on(device):
+        y = side.empty((*x_codes.shape[:-1], N), dtype, device)
+        if M * N == 0:
+            return y
+        if launch is None:
+            _check_arrays("q8mm", named, device)
+            gpu = _device(device)
+            shape = q8mm_shape(M, N, K, w.format, s_type, dtype, one_scale, per_row, gpu)
+            if shape is None:
+                y[...] = _q8mm_in_float64(side, x_codes, x_scales, w, per_row).reshape(y.shape)
+                return y
+            kernel = _kernel(device, "q8mm.cu", "q8mm", options(gpu["arch"], shape["defines"]), shape["shared"])
+            arrays = [ctypes.c_void_p(named[name][0]) for name in named] + [ctypes.c_void_p()]
+            grid = shape["ranks"], shape["out_tiles"], -(-M // shape["rows"])
+            sizes = [ctypes.c_int(v) for v in (M, N, K)]
+            launch = _remember(key, _Launch(kernel, grid, 256, arrays + sizes, (5,), shape["ranks"]))
+        launch(side.stream(device), side.pointer(y))
+    return y
+
+
+def _q8mm_in_float64(side, x_codes, x_scales, w: format.Packed, per_row: bool):
+    """(M, N) float64: sums of integers are exact in it."""
+    double, zero = side.double, 2 ** (w.format.bits - 1)
+    scales, biases = double(w.scales), double(w.biases)
+    groups, size = scales.shape[1], w.format.group_size
+    x = double(x_codes).reshape(-1, groups, size)
+    codes = double(dequantize(format.Packed(w.words, w.scales * 0 + 1, w.biases * 0, w.format), "float32"))
+    codes = codes.reshape(w.N, groups, size) - zero
+    factors = double(x_scales).reshape(-1, 1)
+    sums = side.einsum("mgk,ngk->mng", x, codes)
+    if per_row:
+        return sums.sum(-1) * (factors * scales[:, 0])
+    return factors * ((sums * scales).sum(-1) + x.sum(-1) @ (biases + zero * scales).T)
 
 
 def _exact_kernel(device: int, function: str, fmt: format.Format, w_type: str, s_type: str) -> Kernel:

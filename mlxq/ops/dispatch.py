@@ -95,7 +95,8 @@ def q8_rows(x):
     native.check_rows(x)
     if which == "numpy":
         return reference.q8_rows(x)
-    _host_only("q8_rows", x)
+    if _on_gpu(x):
+        return _cuda().q8_rows(x)
     codes, scales = native.q8_rows(bridge.to_mx(x))
     return bridge.to_torch(codes, x.device), bridge.to_torch(scales, x.device)
 
@@ -123,14 +124,10 @@ def q8mm(x_codes, x_scales, w: format.Packed, *, per_row: bool = False, dtype: s
     if which == "numpy":
         out = reference.q8mm(x_codes, x_scales, w, per_row)
         return out.astype("float32" if dtype == "bfloat16" else dtype)
-    _host_only("q8mm", x_codes)
+    if _on_gpu(x_codes):
+        return _cuda().q8mm(x_codes, x_scales, w, per_row, dtype)
     y = native.q8mm(bridge.to_mx(x_codes), x_scales, w, per_row, dtype)
     return bridge.to_torch(y, x_codes.device)
-
-
-def _host_only(op: str, x) -> None:
-    if _on_gpu(x):
-        raise TypeError(f"{op}: arrays on an NVIDIA GPU are not served; move them to the CPU, or use ops.qmm")
 
 
 def quantize(w, fmt: format.Format, rule: str = "affine", scale_dtype: str | None = None) -> format.Packed:

@@ -84,20 +84,21 @@ q8mm(const char* __restrict__ x, const float* __restrict__ x_scales, const char*
   char* const tiles = shared;  // [warpgroup][2][8192]
   char* const x_ring = shared + TILES;
   char* const w_ring = x_ring + STAGES * X_STAGE;
+#if !PER_ROW
   char* const s_ring = w_ring + STAGES * W_STAGE;
   float* const x_sums = reinterpret_cast<float*>(s_ring + STAGES * S_STAGE);  // [PANELS * SPANS][BN], of a stage
+  const long long last_scale = (static_cast<long long>(N) * (K / GROUP) * S_BYTES - 1) / 4;  // word of the array
+#endif
   wait_for_predecessor();
 
   const int groups_of_row = K / GROUP, stages = (K + BK - 1) / BK, share = (stages + ranks - 1) / ranks;
   const int begin = min(rank * share, stages), end = min(begin + share, stages);
   const size_t row_bytes = size_t(K) / 8 * BITS;
-  const long long last_scale = (static_cast<long long>(N) * groups_of_row * S_BYTES - 1) / 4;
 
   auto load = [&](int stage) {
     if (stage < end) {
       const int slot = (stage - begin) % STAGES, k0 = stage * BK;
       const u32 x_to = base + TILES + slot * X_STAGE, w_to = base + TILES + STAGES * X_STAGE + slot * W_STAGE;
-      const u32 s_to = base + TILES + STAGES * (X_STAGE + W_STAGE) + slot * S_STAGE;
 #pragma unroll
       for (int i = 0; i < PANELS * BN * 8; i += 256) {
         const int at = i + tid, c = at % 8, panel = at / 8 % PANELS, m = at / 8 / PANELS;
@@ -116,6 +117,7 @@ q8mm(const char* __restrict__ x, const float* __restrict__ x_scales, const char*
                          valid ? COPY : 0);
       }
 #if !PER_ROW
+      const u32 s_to = base + TILES + STAGES * (X_STAGE + W_STAGE) + slot * S_STAGE;
 #pragma unroll
       for (int i = 0; i < 256 * S_WORDS; i += 256) {
         const int at = i + tid, word = at % S_WORDS, which = at / S_WORDS % 2, n = min(out0 + at / S_WORDS / 2, N - 1);
