@@ -1,0 +1,122 @@
+"""Every layer of a model quantized by what its inputs are on calibration text, block after block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mlxq import format
+from mlxq.format import Format, Packed
+from mlxq.ptq.gptq import gptq
+from mlxq.ptq.rtn import rtn
+from mlxq.ptq.stream import Stream
+
+SEARCHED_BITS = 6  # wider codes round so finely that rounding to nearest stays, as measured at 8 bits
+
+
+@dataclass
+class Solved:
+    """A tensor of a checkpoint together with its quantized form, which lies in files and is mapped.
+
+    Reads like the tensor; read_packed gives rows of the quantized form, as tensors that are repacked do.
+    """
+
+    tensor: object
+    packed: Packed
+
+    def __getattr__(self, name):
+        return getattr(self.tensor, name)
+
+    @property
+    def repacks_to(self) -> Format:
+        return self.packed.format
+
+    def read_packed(self, start: int, stop: int) -> Packed:
+        arrays = (self.packed.words, self.packed.scales, self.packed.biases)
+        return Packed(*(a.reshape(-1, a.shape[-1])[start:stop] for a in arrays), self.packed.format)
+
+
+class Spool:
+    """Packed layers in a folder, so that a model's worth of them needs no memory."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def save(self, path: str, packed: Packed) -> None:
+        for name in ("words", "scales", "biases"):
+            np.save(self.folder / f"{path}.{name}.npy", getattr(packed, name))
+        (self.folder / f"{path}.format").write_text(f"{packed.format.bits} {packed.format.group_size}")
+
+    def load(self, path: str) -> Packed | None:
+        """The layer, mapped, or None when it was never saved."""
+        note = self.folder / f"{path}.format"
+        if not note.exists():
+            return None
+        names = ("words", "scales", "biases")
+        arrays = [np.load(self.folder / f"{path}.{name}.npy", mmap_mode="r") for name in names]
+        return Packed(*arrays, Format(*map(int, note.read_text().split())))
+
+
+def quantize_blocks(
+    model,
+    read: Callable[[str], np.ndarray],
+    windows: np.ndarray,
+    wanted: dict[str, tuple[Format, str]],
+    spool: Spool,
+    *,
+    rule: str = "affine",
+    advance: Callable[[int], None] = lambda weights: None,
+    options: dict | None = None,
+) -> list[str]:
+    """Solve the layers that stand in blocks, save them in spool, and return the paths of those that were.
+
+    model    an mlx-lm model without weights        read     see Stream
+    windows  token ids, (count, length)             wanted   path -> (format, dtype of scales and biases)
+    advance  called with the number of weights whenever a layer is done
+    options  keyword arguments of gptq
+
+    Layers of more than 6 bits, and wanted layers outside the blocks, are rounded to nearest; the former are
+    part of what later layers see, like the embedding. Raises ValueError for models that cannot be streamed.
+    """
+    options = options or {}
+    stream = Stream(model, read, windows, drift=bool(options.get("drift", 1.0)))
+    outside = [path for path in wanted if f"{path}.weight" in stream.outer]
+    for path in outside:
+        fmt, dtype = wanted[path]
+        weight = np.array(_parameter(model, path))
+        stream.put(path, format.dequantize(rtn(weight, None, fmt, rule=rule, scale_dtype=dtype)))
+    if outside:
+        stream.re_enter()
+    solved = []
+    for stage in stream.stages():
+        for path, weight in stage.weights.items():
+            if path in wanted:
+                packed = _solve(weight, stage.statistics, *wanted[path], rule, options)
+                spool.save(path, packed)
+                stream.put(path, format.dequantize(packed))
+                solved.append(path)
+                advance(weight.size)
+    return solved
+
+
+def _solve(weight, statistics, fmt: Format, dtype: str, rule: str, options: dict) -> Packed:
+    if fmt.bits > SEARCHED_BITS:
+        return rtn(weight, None, fmt, rule=rule, scale_dtype=dtype)
+    if not isinstance(statistics, list):
+        return gptq(weight, statistics, fmt, scale_dtype=dtype, **options)
+    experts = [
+        gptq(one, own, fmt, scale_dtype=dtype, **options)
+        for one, own in zip(weight, statistics, strict=True)
+    ]
+    arrays = (np.stack([getattr(e, name) for e in experts]) for name in ("words", "scales", "biases"))
+    return Packed(*arrays, fmt)
+
+
+def _parameter(model, path: str):
+    for name in path.split("."):
+        model = model[int(name)] if isinstance(model, list) else model[name]
+    return model["weight"]
