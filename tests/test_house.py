@@ -23,6 +23,7 @@ PICTURE = """
     __init__
     convert  load
     ptq  checkpoint
+    qat
     nn
     ops  rules
     bridge
@@ -30,7 +31,7 @@ PICTURE = """
 """
 LAYER = {unit: depth for depth, line in enumerate(PICTURE.split("\n")) for unit in line.split()}
 
-FROM_NN_UP = ("nn", "ptq", "checkpoint", "load", "convert", "chat", "autotune", "doctor")
+FROM_NN_UP = ("nn", "qat.mlx", "ptq", "checkpoint", "load", "convert", "chat", "autotune", "doctor")
 TERMINAL = ("checkpoint.summary", "convert", "chat", "autotune", "doctor", "cli")
 # Which third-party modules may be imported, and where. Besides these, files named for torch may import torch.
 MAY_IMPORT = {
