@@ -121,6 +121,14 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         "expression; bits:none keeps them in float; may be repeated, the first match wins",
     )
     parser.add_argument(
+        "--rules", metavar="FILE", help="TOML or JSON file of such rules; they follow those of --rule"
+    )
+    parser.add_argument(
+        "--allow-unused-rules",
+        action="store_true",
+        help="remark on a rule that matches no layer, instead of refusing",
+    )
+    parser.add_argument(
         "--quantization-rule",
         choices=("affine", "mlx"),
         default="affine",
@@ -144,6 +152,7 @@ def _convert(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from mlxq.convert import convert
+    from mlxq.rules import read_rules
 
     report = convert(
         args.src,
@@ -151,7 +160,8 @@ def _convert(args: argparse.Namespace) -> int:
         bits=args.bits,
         group_size=args.group_size,
         dtype=args.dtype,
-        rules=args.rule,
+        rules=args.rule + (read_rules(args.rules, args.quantization_rule) if args.rules else []),
+        allow_unused_rules=args.allow_unused_rules,
         embedding_bits=args.embedding_bits,
         quantization_rule=args.quantization_rule,
         allow_nonfinite=args.allow_nonfinite,

@@ -15,12 +15,16 @@ from mlxq import format
 from mlxq.checkpoint.gguf import GgufCheckpoint
 from mlxq.checkpoint.huggingface import HuggingFaceCheckpoint, resolve
 from mlxq.checkpoint.partial import check_destination, partial_folder
+from mlxq.checkpoint.q8 import KEY as ACTIVATIONS
 from mlxq.checkpoint.safetensors import STORED, Planned, Writer, as_stored
 from mlxq.checkpoint.skeleton import Skeleton
 from mlxq.checkpoint.summary import Layer, Summary, human_bytes, inspect
 from mlxq.format import Format, Packed
 from mlxq.ptq import METHODS
-from mlxq.rules import Rule, assign, parse_rule
+from mlxq.ptq.pack import pack, packed_format
+from mlxq.ptq.plan import how_for, operation, site_of
+from mlxq.ptq.qarray import HowToQuantize
+from mlxq.rules import QuantizationRule, RuleSet
 
 __all__ = ["Report", "convert", "inspect"]
 
@@ -38,6 +42,8 @@ class Step:
 
     format        None keeps it in float (or whatever it is)
     repack        codes are taken over as they are
+    grid          the quantizer that chooses codes, scales and biases: a name of rules.GRIDS
+    how           another quantizer than those of rules.GRIDS
     dtype         of scales and biases, or of the tensor itself
     """
 
@@ -46,6 +52,8 @@ class Step:
     dtype: str
     format: Format | None = None
     repack: bool = False
+    grid: str = "affine"
+    how: HowToQuantize | None = None
 
     @property
     def path(self) -> str:
@@ -77,7 +85,8 @@ def convert(
     bits: int | None = None,
     group_size: int | None = None,
     dtype: str | None = None,
-    rules: Iterable[str | Rule] = (),
+    rules: Iterable[str | QuantizationRule] = (),
+    allow_unused_rules: bool = False,
     embedding_bits: int | None = None,
     quantization_rule: str = "affine",
     allow_nonfinite: bool = False,
@@ -94,8 +103,9 @@ def convert(
                       when one is given, the other defaults to the source's (for a GGUF, to 4 or 32)
     dtype             of what stays in float and of scales and biases; default: the one that most of the
                       source's weights have, float16 for a GGUF
-    rules             "PATTERN=bits:8,group_size:32" or Rule; they win over embedding_bits, that over the
-                      model's own preferences, those over bits and group_size
+    rules             "PATTERN=bits:8,group_size:32" or QuantizationRule; they win over embedding_bits, that
+                      over the model's own preferences, those over bits and group_size
+    allow_unused_rules   a rule that matches nothing is a remark in the report, not an error
     embedding_bits    width of the token embedding and of the output head
     quantization_rule "affine" (ours) or "mlx" (the codes of mx.quantize)
     allow_nonfinite   keep layers that hold NaN or Inf in float and list them, instead of refusing
@@ -111,7 +121,7 @@ def convert(
     """
     begin = time.monotonic()
     _check_arguments(bits, group_size, dtype, embedding_bits, quantization_rule, max_shard_bytes)
-    rules = [parse_rule(rule) if isinstance(rule, str) else rule for rule in rules]
+    rules = RuleSet(rules, quantization_rule).rules
     dst = Path(dst).expanduser().absolute()
     check_destination(dst, overwrite)
     src = resolve(src)
@@ -123,6 +133,7 @@ def convert(
         checkpoint.prepare(workspace)
         dtype = dtype or checkpoint.float_dtype()
         planner = _Planner(checkpoint, bits, group_size, dtype, rules, embedding_bits, trust_remote_code)
+        planner.grid, planner.allow_unused_rules = quantization_rule, allow_unused_rules
         report = Summary(dst, f"{dst.name}: {checkpoint.config.get('model_type')}")
         broken = planner.nonfinite_layers() if allow_nonfinite else {}
         steps = planner.steps(report, broken)
@@ -132,7 +143,7 @@ def convert(
         bar = _progress_bar(writer.parameters) if progress else nullcontext()
         with writer, bar as bar:  # nullcontext gives None
             for step in steps:
-                report.layers.append(_write(step, writer, quantization_rule, broken, bar))
+                report.layers.append(_write(step, writer, broken, bar))
         _write_config(checkpoint.config, planner, steps, dtype, folder)
         report.notices += checkpoint.write_tokenizer(folder)
         shutil.rmtree(workspace, ignore_errors=True)
@@ -180,6 +191,9 @@ class _Planner:
         self.default = _with_defaults(bits, group_size, GGUF_DEFAULT if self.is_gguf else DEFAULT)
         self.requantized: dict[str, list[str]] = {}
         self.kept_float: dict[str, str] = {}
+        self.grid, self.allow_unused_rules = "affine", False
+        self.hows: dict[str, HowToQuantize] = {}
+        self.activations: dict[str, dict] = {}
 
     def _load(self):
         checkpoint = self.checkpoint
@@ -207,7 +221,7 @@ class _Planner:
         self._take_the_sources_format(weights)
         self.keeps_vision = any("vision_tower" in name for name in weights)
         slashed = {path: path.replace(".", "/") for path in self.modules}
-        chosen = assign(self.rules, slashed.values())
+        chosen = self._chosen(slashed, report)
         steps = []
         for name in skeleton.shapes():
             tensor, path = weights.pop(name), name.removesuffix(".weight")
@@ -225,6 +239,9 @@ class _Planner:
                         f"K={tensor.shape[-1]} is not a multiple of the group size {wanted.group_size}{hint}"
                     )
                 if isinstance(wanted, Format):
+                    rule = chosen.get(slashed[path])
+                    step.grid = rule.grid or "" if rule else self.grid
+                    step.how = self.hows.get(path)
                     step = self._quantizing(step, wanted, report)
                 else:
                     self.kept_float[path] = report.kept_float[slashed[path]] = wanted
@@ -248,13 +265,59 @@ class _Planner:
         if sizes:
             self.default = _with_defaults(self.bits, self.group_size, max(sizes, key=sizes.get))
 
-    def _wanted(self, path: str, tensor, rule: Rule | None, opinion: bool | dict) -> Format | str:
+    def _chosen(self, slashed: dict[str, str], report: Summary) -> dict[str, QuantizationRule]:
+        """The rule of each layer that has one, by the path with '/'."""
+        found = RuleSet(self.rules)
+        chosen = {
+            slash: found.find(slash, operation(self.modules[path])) for path, slash in slashed.items()
+        }
+        if self.allow_unused_rules:
+            report.notices += [f"rule {rule} matches no layer" for rule in found.unused_rules()]
+        else:
+            found.check()
+        return {path: rule for path, rule in chosen.items() if rule is not None}
+
+    def _format_of(self, rule: QuantizationRule, path: str, shape: tuple[int, ...]) -> Format:
+        """The format that a rule asks for; what else it says goes to self.hows and self.activations."""
+        if rule.act_qtype is not None:
+            self._note_activation(rule, path, shape)
+        if rule.grid:
+            return Format(rule.bits, rule.tile_size or self.default.group_size)
+        try:
+            rows = (int(np.prod(shape[:-1])), shape[-1])  # experts are read as one matrix
+            how = how_for(rule, "linear", rows)
+            wanted = packed_format(how, rows)
+            if wanted is None:
+                raise ValueError(f"{how.qtype} weights in such tiles have no place in a file of MLX's format")
+        except ValueError as error:
+            raise ValueError(f"{path}: {error} (rule {rule})") from None
+        self.hows[path] = how
+        return wanted
+
+    def _note_activation(self, rule: QuantizationRule, path: str, shape: tuple[int, ...]) -> None:
+        """Note for config.json that mlxq.load shall quantize the inputs of a layer."""
+        site = site_of(path, operation(self.modules[path]), shape, self.dtype, rule)
+        if not site.integer:
+            raise ValueError(
+                f"{path}: a file holds int8 inputs with one scale a row, or one for all, of linear layers; "
+                f"rule {rule} asks for others: quantize_model serves them"
+            )
+        if rule.act_static_scale:
+            raise ValueError(
+                f"{path}: rule {rule} wants a static scale, which needs data: calibrate a model with "
+                "mlxq.ptq.calibrate, quantize_model it, and save it with mlxq.checkpoint.q8.save"
+            )
+        self.activations[path] = {"activation": "token"}
+
+    def _wanted(
+        self, path: str, tensor, rule: QuantizationRule | None, opinion: bool | dict
+    ) -> Format | str:
         """The format of one layer, or the reason why it stays in float."""
         import mlx.nn as nn
 
         group_size = self.default.group_size
         if rule is not None:
-            return Format(rule.bits, rule.group_size or group_size) if rule.bits else "a rule says so"
+            return self._format_of(rule, path, tensor.shape) if rule.weight_qtype else "a rule says so"
         is_vocabulary = isinstance(self.modules[path], nn.Embedding) or path.split(".")[-1] == "lm_head"
         if self.embedding_bits is not None and is_vocabulary:
             return Format(self.embedding_bits, group_size)
@@ -277,7 +340,10 @@ class _Planner:
         return Format(fitting[0] if fitting else format.KERNEL_BITS[-1], group_size)
 
     def _quantizing(self, step: Step, wanted: Format, report: Summary) -> Step:
-        step = Step(step.name, step.tensor, self.dtype, wanted, step.tensor.packs_into(wanted))
+        repack = step.how is None and step.tensor.packs_into(wanted)
+        step = Step(step.name, step.tensor, self.dtype, wanted, repack, step.grid, step.how)
+        if step.how is not None and step.how.calibration_method.startswith("minmax"):
+            step.dtype = "float32"  # a bias with a zero point is a product that 16 bits round
         if not step.repack:
             if step.tensor.is_quantized:
                 reason = step.tensor.requantized or f"{step.tensor.repacks_to} codes do not fit {wanted}"
@@ -327,7 +393,7 @@ def _slabs(tensor) -> Iterator[np.ndarray]:
         yield tensor.read(start, stop)
 
 
-def _write(step: Step, writer: Writer, rule: str, broken: Container[str], bar) -> Layer:
+def _write(step: Step, writer: Writer, broken: Container[str], bar) -> Layer:
     """Read, quantize and write one tensor slab by slab; its line of the report."""
     tensor, stored = step.tensor, step.planned()
     layer = Layer(
@@ -352,7 +418,7 @@ def _write(step: Step, writer: Writer, rule: str, broken: Container[str], bar) -
             writer.write(step.name, kept)
             restored = format.store(values, step.dtype)
         else:
-            packed = _pack(step, values, start, stop, rule)
+            packed = _pack(step, values, start, stop)
             for planned, array in zip(stored, (packed.words, packed.scales, packed.biases), strict=True):
                 writer.write(
                     planned.name, array if array.dtype == np.uint32 else as_stored(array, step.dtype)
@@ -370,13 +436,15 @@ def _write(step: Step, writer: Writer, rule: str, broken: Container[str], bar) -
     return layer
 
 
-def _pack(step: Step, values: np.ndarray, start: int, stop: int, rule: str) -> Packed:
+def _pack(step: Step, values: np.ndarray, start: int, stop: int) -> Packed:
     if step.repack:
         packed = step.tensor.read_packed(start, stop, step.format)
         scales, biases = (format.store(array, step.dtype) for array in (packed.scales, packed.biases))
         return Packed(packed.words, scales, biases, packed.format)
     try:
-        return METHODS["rtn"](values, None, step.format, rule=rule, scale_dtype=step.dtype)
+        if step.how is not None:
+            return pack(values, step.how, scale_dtype=step.dtype)
+        return METHODS["rtn"](values, None, step.format, rule=step.grid, scale_dtype=step.dtype)
     except ValueError as error:
         raise ValueError(f"{step.path}: {error}") from None
 
@@ -414,6 +482,8 @@ def _write_config(config: dict, planner: _Planner, steps: list[Step], dtype: str
                 }
         block |= dict.fromkeys(planner.kept_float, False)
         config["quantization"] = block
+        if planner.activations:
+            config[ACTIVATIONS] = planner.activations
     for key in ("dtype", "torch_dtype"):
         if key in config:
             config[key] = dtype

@@ -109,6 +109,7 @@ def test_a_reader_that_goes_away_is_no_traceback():
 def test_convert_passes_every_flag_on(monkeypatch, capsys, tmp_path):
     import mlxq.convert
     from mlxq.checkpoint.summary import Layer, Summary
+    from mlxq.rules import QuantizationRule
 
     seen = {}
 
@@ -119,13 +120,16 @@ def test_convert_passes_every_flag_on(monkeypatch, capsys, tmp_path):
         return report
 
     monkeypatch.setattr(mlxq.convert, "convert", convert)
+    rules = tmp_path / "rules.json"
+    rules.write_text('[{"module_path": "c", "weight_qtype": "int8"}]')
     line = "convert S D --bits 2 --group-size 32 --dtype float16 --embedding-bits 8"
-    flags = " --rule a=bits:8 --rule b=bits:none"
+    flags = f" --rule a=bits:8 --rule b=bits:none --rules {rules} --allow-unused-rules"
     flags += " --quantization-rule mlx --overwrite --allow-nonfinite --trust-remote-code"
     assert cli.main((line + flags).split()) == 0
     assert seen == {
         "src": "S", "dst": "D", "bits": 2, "group_size": 32, "dtype": "float16", "embedding_bits": 8,
-        "rules": ["a=bits:8", "b=bits:none"], "quantization_rule": "mlx", "overwrite": True,
+        "rules": ["a=bits:8", "b=bits:none", QuantizationRule(module_path="c", weight_qtype="int8")],
+        "allow_unused_rules": True, "quantization_rule": "mlx", "overwrite": True,
         "allow_nonfinite": True, "trust_remote_code": True,
     }  # fmt: skip
     out = capsys.readouterr().out
