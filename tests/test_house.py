@@ -24,14 +24,14 @@ PICTURE = """
     convert  load
     ptq  checkpoint
     qat
-    nn
+    nn  optim
     ops  rules
     bridge
     format  cache
 """
 LAYER = {unit: depth for depth, line in enumerate(PICTURE.split("\n")) for unit in line.split()}
 
-FROM_NN_UP = ("nn", "qat.mlx", "ptq", "checkpoint", "load", "convert", "chat", "autotune", "doctor")
+FROM_NN_UP = ("nn", "optim", "qat.mlx", "ptq", "checkpoint", "load", "convert", "chat", "autotune", "doctor")
 TERMINAL = ("checkpoint.summary", "convert", "chat", "autotune", "doctor", "cli")
 # Which third-party modules may be imported, and where. Besides these, files named for torch may import torch.
 MAY_IMPORT = {

@@ -58,7 +58,7 @@ class MPQWeight(torch.nn.Parameter):
 
         zero_grad of models and of optimisers, which set .grad to None, so forget it.
         """
-        if self.grad is None:
+        if self.gradient is None:
             self._gradient = gradient
             self.grad = torch.zeros_like(self.data)
         else:
@@ -274,6 +274,8 @@ class MPQLinear(torch.nn.Module):
             )
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.weight.grad is None:
+            self.weight.forget()  # model.zero_grad() leaves the old sum in memory
         self._point()
         if self.order is not None:
             x = x.index_select(-1, self.order)
@@ -317,31 +319,19 @@ class MPQLinear(torch.nn.Module):
 
     def _store_zeros(self) -> None:
         """Bring the checkpoint's zeros up to date with trained ones; double-quantized ones become plain."""
-        scales, biases = bridge.to_numpy(self.group_scales), bridge.to_numpy(self.group_biases)
-        first = np.unique(bridge.to_numpy(self.owner), return_index=True)[1]
-        zeros = np.ascontiguousarray(-biases[:, first].T)
-        if self.layout.asym:
-            steps = np.ascontiguousarray(scales[:, first].T)
-            zeros = np.rint(np.divide(zeros, steps, out=np.ones_like(zeros), where=steps != 0))
-            self.qzeros.copy_(torch.from_numpy(self.layout.encode_qzeros(zeros)))
-        else:
-            self._make_plain(torch.from_numpy(np.ascontiguousarray(scales[:, first].T)))
-            self.zeros.copy_(torch.from_numpy(zeros))
-        self.weight.zeros_moved = False
-
-    def _make_plain(self, scales: torch.Tensor | None) -> None:
-        """Change the layout to plain scales and zeros, where it is double quantized."""
-        if not self.layout.double_quantized:
-            return
-        device, layout = self.g_idx.device, self.layout.plain()
-        for name in set(self.layout.shapes) - set(layout.shapes):
-            del self._buffers[name]
-        for name in set(layout.shapes) - set(self.layout.shapes):
-            shape = layout.shapes[name][0]
-            self.register_buffer(name, torch.empty(shape, dtype=torch.float32, device=device))
-        self.layout = layout
-        if scales is not None:
-            self.scales.copy_(scales)
+        names = [name for name in self.layout.shapes if name != "qweight"]
+        tensors = {name: bridge.to_numpy(getattr(self, name)) for name in names}
+        arrays = (bridge.to_numpy(a) for a in (self.group_scales, self.group_biases, self.owner))
+        layout, fresh = self.layout.with_zeros(tensors, *arrays)
+        for name in names:
+            if name not in fresh:
+                del self._buffers[name]
+        for name in ("scales", "qzeros", "zeros"):
+            if name in fresh and fresh[name] is not tensors.get(name):
+                # numpy has no bfloat16: the buffer, where there is one, says what is stored.
+                dtype = getattr(self, name).dtype if name in self._buffers else None
+                self.register_buffer(name, torch.from_numpy(fresh[name]).to(self.words.device, dtype))
+        self.layout, self.weight.zeros_moved = layout, False
 
     def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
         given = {key[len(prefix) :]: state[key] for key in state if key.startswith(prefix)}
