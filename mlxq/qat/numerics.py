@@ -111,6 +111,13 @@ def storage_of(config, weight_dtype: str) -> str:
     return config.scale_precision or weight_dtype
 
 
+def has_zero_point(config) -> bool:
+    """Whether the grid needs a zero point beside its scale."""
+    if isinstance(config, Int4WeightFakeQuantizeConfig):
+        return config.activation_dtype == "bfloat16"
+    return not config.is_symmetric
+
+
 def stored_format(config, K: int) -> Format:
     """The format of the packed weight: its scales may be repeated, never merged.
 

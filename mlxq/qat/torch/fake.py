@@ -16,7 +16,7 @@ from mlxq.qat.config import (
     check_activation,
     check_weight,
 )
-from mlxq.qat.numerics import LEARNED_EPS, Grid
+from mlxq.qat.numerics import LEARNED_EPS, Grid, has_zero_point
 
 
 class TorchArrays:
@@ -48,9 +48,8 @@ class _FakeWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, w, scale, bias, config):
-        coded = numerics.encode(
-            TorchArrays, w, config, Grid(scale, None if _symmetric(config) else bias), bias
-        )
+        grid = Grid(scale, bias if has_zero_point(config) else None)
+        coded = numerics.encode(TorchArrays, w, config, grid, bias)
         ctx.learns = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         if ctx.learns:
             ctx.save_for_backward(w, *(getattr(coded, name) for name in ("codes", "inside", "scale", "bias")))
@@ -65,12 +64,6 @@ class _FakeWeight(torch.autograd.Function):
             return *numerics.gradients(TorchArrays, g, w, numerics.Coded(*coded)), None
         (inside,) = ctx.saved_tensors
         return g * inside.reshape(g.shape), None, None, None
-
-
-def _symmetric(config) -> bool:
-    if isinstance(config, IntxFakeQuantizeConfig):
-        return config.is_symmetric
-    return config.activation_dtype != "bfloat16"
 
 
 class _FakeActivation(torch.autograd.Function):
