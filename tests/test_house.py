@@ -21,6 +21,7 @@ PICTURE = """
     chat  autotune
     checkpoint.embedded
     __init__
+    torch_model
     convert  load
     ptq  checkpoint
     qat
@@ -31,16 +32,18 @@ PICTURE = """
 """
 LAYER = {unit: depth for depth, line in enumerate(PICTURE.split("\n")) for unit in line.split()}
 
-FROM_NN_UP = ("nn", "optim", "qat.mlx", "ptq", "checkpoint", "load", "convert", "chat", "autotune", "doctor")
+FROM_NN_UP = ("nn", "optim", "qat.mlx", "ptq", "checkpoint", "load", "torch_model", "convert", "chat")
+FROM_NN_UP += ("autotune", "doctor")
 TERMINAL = ("checkpoint.summary", "convert", "chat", "autotune", "doctor", "cli")
 # Which third-party modules may be imported, and where. Besides these, files named for torch may import torch.
 MAY_IMPORT = {
     "numpy": ("",),
     "mlx": ("bridge", "ops.native", *FROM_NN_UP),
     "mlx_lm": FROM_NN_UP,
-    "torch": ("bridge", "ops.cuda", "checkpoint.huggingface"),  # the last reads PyTorch's own .bin files
+    # checkpoint.huggingface reads PyTorch's own .bin files
+    "torch": ("bridge", "ops.cuda", "torch_model", "checkpoint.huggingface"),
     "cupy": ("bridge", "ops.cuda"),
-    "transformers": ("checkpoint",),
+    "transformers": ("checkpoint", "torch_model"),
     "tokenizers": ("checkpoint",),
     "jinja2": ("chat",),
     "gguf": ("checkpoint.gguf",),
