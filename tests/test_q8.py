@@ -16,7 +16,6 @@ from tiny_models import make_hf_model
 
 import mlxq.load
 from mlxq import format as fm
-from mlxq import ops
 from mlxq.checkpoint.q8 import save
 from mlxq.format import Format, Packed
 from mlxq.nn import q8
@@ -24,9 +23,6 @@ from mlxq.nn.q8 import mlx as q8_mlx
 
 torch = pytest.importorskip("torch", reason="needs the package torch: pip install 'mlxq[torch]'")
 from mlxq.nn.q8 import torch as q8_torch  # noqa: E402
-
-if not hasattr(ops, "q8mm"):
-    pytest.skip("needs mlxq.ops.q8mm, which this checkout lacks", allow_module_level=True)
 
 EPS = 2.0**-24  # of float32, relative error of one operation
 
