@@ -258,6 +258,10 @@ def _self_test(ops):
         for family in ops.isa_levels():
             with ops.forced_isa(family):
                 _run_case(ops, case, results, wrong, family)
+    for case in _int8_cases(format.KERNEL_BITS if native else ()):
+        for family in ops.isa_levels():
+            with ops.forced_isa(family):
+                _run_int8(ops, case, results)
     # Few rows are enough where MLX's own loops do the work: they are slow.
     for case in _cases([b for b in format.BITS if not native or b not in format.KERNEL_BITS], rows=ROWS[:2]):
         _run_case(ops, case, results, wrong, None)
@@ -293,12 +297,90 @@ def _metal(ops):
         for case in _cases(format.KERNEL_BITS):
             if case.dtypes == ("float16", "float16"):
                 _run_case(ops, case, results, [], None, lambda: ops.metal_status()["kernels"])
+    differ = _differing_bits(ops) if ops.metal_status()["error"] is None else []
     status = ops.metal_status()
     wrong = status["error"] or "".join(r["wrong"] for r in results.values()).lstrip("; ")
     worst = max((r["error"] for r in results.values()), default=0.0)
     ran = len(results.keys() - {"stock"})
     detail = f"{ran} kernels on {status['architecture']}, error at most {_percent_of_bar(worst)}"
-    return {"metal": status}, [_check("Metal kernels", not wrong, wrong or detail)]
+    same = "quantize, dequantize, q8_rows and q8mm give the bits of numpy"
+    checks = [_check("Metal kernels", not wrong, wrong or detail)]
+    if status["error"] is None:  # stock MLX promises no bits
+        detail = f"not numpy's: {', '.join(differ)}" if differ else same
+        checks.append(_check("Metal bits", not differ, detail))
+    return {"metal": status}, checks
+
+
+def _differing_bits(ops) -> list[str]:
+    """Operations whose results on the current stream differ from numpy's; all of them must not."""
+    import mlx.core as mx
+    import numpy as np
+
+    from mlxq import bridge, format
+    from mlxq.ops import reference
+
+    def same(got, want) -> bool:
+        return np.array_equal(bridge.to_numpy(got), want)
+
+    found = []
+    x = _weights(seed=2)
+    if not all(map(same, ops.q8_rows(mx.array(x)), reference.q8_rows(x))):
+        found.append("q8_rows")
+    for bits in format.KERNEL_BITS:
+        for group_size in format.GROUP_SIZES:
+            fmt = format.Format(bits, group_size)
+            packed, want = ops.quantize(mx.array(x), fmt), format.quantize(x, fmt)
+            parts = [(getattr(p, n) for p in (packed, want)) for n in ("words", "scales", "biases")]
+            if not all(same(*pair) for pair in parts):
+                found.append(f"quantize {fmt}")
+            if not same(ops.dequantize(packed), format.dequantize(want)):
+                found.append(f"dequantize {fmt}")
+    for codes, scales, packed, per_row, want in _int8_cases(format.KERNEL_BITS):
+        if per_row and not same(ops.q8mm(codes, scales, packed, per_row=True), want):
+            found.append(f"q8mm {packed.format} M={len(want)}")
+    return found
+
+
+def _int8_cases(widths):
+    """(codes, scales, packed, per_row, answer): few and many int8 rows times every format."""
+    import mlx.core as mx
+    import numpy as np
+
+    from mlxq import format
+    from mlxq.ops import reference
+
+    codes, scales = reference.q8_rows(_weights(seed=3)[: ROWS[0] + ROWS[1] + 5])
+    for bits in widths:
+        for group_size in format.GROUP_SIZES:
+            fmt = format.Format(bits, group_size)
+            packed = format.quantize(_weights(seed=bits), fmt)
+            even = np.full_like(packed.scales, 0.01)
+            even = format.Packed(packed.words, even, -(2.0 ** (bits - 1)) * even, fmt)
+            for per_row, w in ((False, packed), (True, even)):
+                there = _to_mx(w, "float32")
+                for M in (ROWS[1] // 2, len(codes)):
+                    want = reference.q8mm(codes[:M], scales[:M], w, per_row)
+                    yield mx.array(codes[:M]), mx.array(scales[:M]), there, per_row, want
+
+
+def _run_int8(ops, case, results: dict) -> None:
+    """Adds an int8 product to the results of the kernel that ran; with per_row every bit counts."""
+    import numpy as np
+
+    from mlxq.ops.reference import TOLERANCE
+
+    codes, scales, packed, per_row, want = case
+    before = ops.kernel_calls()
+    got = np.array(ops.q8mm(codes, scales, packed, per_row=per_row)).astype(np.float64)
+    off = float(np.sqrt(((got - want) ** 2).sum() / (want**2).sum())) / TOLERANCE["float32"]
+    share = off if not per_row else 0.0 if np.array_equal(got, want) else np.inf
+    after = ops.kernel_calls()
+    for name in (name for name in after if after[name] != before.get(name, 0)):
+        result = results.setdefault(name, {"cases": 0, "error": 0.0, "wrong": ""})
+        result["cases"] += 1
+        result["error"] = max(result["error"], share)
+        if not share <= 1 and not result["wrong"]:
+            result["wrong"] = f"; WRONG: q8mm {packed.format} M={len(want)} per_row={per_row}"
 
 
 def _percent_of_bar(share: float) -> str:

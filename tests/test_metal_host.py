@@ -350,6 +350,78 @@ def test_int8_codes_that_begin_inside_a_word_are_moved_or_refused(device):
         mx.eval(device.module.q8mm(flat[1:].reshape(4, 64), *call))
 
 
+# ---- quantizing --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_the_device(device, monkeypatch):
+    """mlxq.ops through the fake device."""
+    monkeypatch.setattr(native, "_ext", lambda: device.module)
+    return device
+
+
+@pytest.mark.parametrize(
+    "bits, group_size, dtype, storage",
+    [(4, 64, "float32", "float16"), (2, 32, "bfloat16", "bfloat16"), (8, 128, "float16", "float32")],
+)
+def test_quantizing_and_back_on_the_gpu_gives_the_bits_of_the_format(
+    on_the_device, bits, group_size, dtype, storage
+):
+    from mlxq import ops
+
+    fmt = fm.Format(bits, group_size)
+    w, _ = rows(40, (2, 9, 2 * group_size), dtype)
+    w[1, 3] = 0
+    host = np.array(w.astype(mx.float32))
+    want = fm.quantize(host, fmt, scale_dtype=storage)
+    with on_the_device.on() as device:
+        packed = ops.quantize(w, fmt, scale_dtype=storage)
+        back = ops.dequantize(packed, dtype)
+        strided = ops.quantize(w.swapaxes(0, 1), fmt, scale_dtype=storage)
+        mx.eval(packed.words, packed.scales, packed.biases, back, strided.words)
+    assert sorted(device.ran()) == ["dequantize", "quantize", "quantize"]
+    np.testing.assert_array_equal(np.array(packed.words), want.words)
+    np.testing.assert_array_equal(np.array(strided.words), want.words.swapaxes(0, 1))
+    for got, wanted in ((packed.scales, want.scales), (packed.biases, want.biases)):
+        assert got.dtype == getattr(mx, storage)
+        np.testing.assert_array_equal(np.array(got.astype(mx.float32)), wanted.astype(np.float32))
+    stored = mx.array(fm.dequantize(want).astype(np.float32)).astype(getattr(mx, dtype))
+    assert back.dtype == stored.dtype and mx.array_equal(back, stored)
+
+
+def test_the_gpu_refuses_the_weights_that_the_cpu_refuses(on_the_device):
+    from mlxq import ops
+
+    bad, far = mx.ones((4, 64)), mx.ones((4, 64))
+    bad[2, 5], far[1, 0] = float("nan"), 1e9
+    with on_the_device.on() as device:
+        with pytest.raises(ValueError, match="NaN"):
+            ops.quantize(bad, fm.Format(4, 64))
+        with pytest.raises(ValueError, match="float16"):
+            ops.quantize(far, fm.Format(4, 64), scale_dtype="float16")
+        with pytest.raises(ValueError, match="K=64"):
+            ops.quantize(bad, fm.Format(4, 128))
+    assert device.ran() == ["quantize", "quantize"]
+
+
+def test_what_the_shaders_do_not_serve_is_quantized_as_on_the_cpu(on_the_device):
+    """Widths without kernels, the rule of MLX, and the gradient of a dequantized weight."""
+    from mlxq import ops
+
+    w, _ = rows(41, (5, 64))
+    with on_the_device.on() as device:
+        for fmt, rule in ((fm.Format(3, 64), "affine"), (fm.Format(4, 64), "mlx")):
+            packed, want = ops.quantize(w, fmt, rule), fm.quantize(np.array(w), fmt, rule)
+            np.testing.assert_array_equal(np.array(packed.words), want.words)
+        gradient = mx.grad(lambda s: ops.dequantize(fm.Packed(packed.words, s, packed.biases, fmt)).sum())(
+            packed.scales
+        )
+        mx.eval(gradient)
+    assert device.ran() == []
+    codes = fm.unpack(np.array(packed.words), 4, 64)
+    np.testing.assert_array_equal(np.array(gradient)[:, 0], codes.sum(-1))
+
+
 # ---- the table ---------------------------------------------------------------------------------------------
 
 SHAPES = [(1, 4096, 4096), (5, 14336, 4096), (6, 4096, 14336), (8, 100, 64), (12, 512, 4096), (33, 96, 8192),
@@ -531,18 +603,26 @@ def test_doctor_runs_the_metal_kernels_and_is_1_when_they_were_refused(device):
         format.GROUP_SIZES, format.KERNEL_BITS = (64,), (4,)
         with device.on():
             fine = doctor._metal(ops)[1] + [doctor._devices(mx, ops)["GPU streams of MLX"]]
+            ran = set(device.ran())
+            fine.append(doctor._differing_bits(ops))
+            right, format.quantize = format.quantize, lambda w, *how: right(w + 1e-3, *how)
+            fine.append(doctor._differing_bits(ops))
+            format.quantize = right
         device.refusal = "program_source:3:5: error: no such thing"
         with device.on(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             ops.qmm(mx.ones((5, 64)), ops.quantize(mx.ones((8, 64)), format.Format(4, 64)))
             bad = doctor._metal(ops)[1] + [doctor._devices(mx, ops)["GPU streams of MLX"]]
-        print(json.dumps([fine, bad, device.ran()]))
+        print(json.dumps([fine, bad, sorted(ran)]))
     """)
-    fine, bad, _ = answer
+    fine, bad, ran = answer
     assert fine[0]["ok"] and fine[0]["name"] == "Metal kernels"
     assert "8 kernels on applegpu_g15s" in fine[0]["detail"]
-    assert fine[1] == "mlxq's Metal shaders"
-    reason = "mlxq_qmv_float_float_4_64_5: program_source:3:5: error: no such thing"
+    assert fine[1]["ok"] and fine[1]["name"] == "Metal bits"
+    assert {"quantize", "dequantize", "q8_rows", "q8_mv", "q8_mm"} < set(ran)
+    assert fine[2] == "mlxq's Metal shaders"
+    assert fine[3:] == [[], ["quantize 4-bit/64", "dequantize 4-bit/64"]]
+    reason = "mlxq_quantize_float_float_4_64: program_source:3:5: error: no such thing"
     assert bad == [{"name": "Metal kernels", "ok": False, "detail": reason}, f"stock MLX: {reason}"]
 
 

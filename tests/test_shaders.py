@@ -26,6 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "msl")]  # tools/ is no installe
 import mlx_kernels  # noqa: E402
 
 from tools.msl import harness, source  # noqa: E402
+from tools.msl.golden import SHADER, by_shader  # noqa: E402
 
 EVERYTHING = os.environ.get("MLXQ_SHADERS") == "all"
 CASES = sc.every() if EVERYTHING else sc.core()
@@ -273,34 +274,22 @@ def test_one_barrier_a_step_of_32(counted):
 # -------------------------------------------------------------------------------- quantizer
 
 
-def by_shader(libs, w: np.ndarray, fmt: Format, S: str) -> bytes:
-    """words | scales | biases, as test_quantize hashes them."""
-    stored = np.uint16 if S == "bfloat" else np.float16 if S == "half" else np.float32
-    words, scales = np.zeros((len(w), fmt.words_per_row(fmt.group_size)), np.uint32), np.zeros(len(w), stored)
-    biases, report = np.zeros_like(scales), np.zeros(2, np.uint32)
-    entry = sc.entry("quantize", "float", S, fmt.bits, fmt.group_size)
-    buffers = {0: np.ascontiguousarray(w), 1: words, 2: scales, 3: biases, 4: report, 5: np.int32(len(w))}
-    grid, threads = sc.geometry("quantize", ("float", S, fmt.bits, fmt.group_size), {"groups": len(w)})
-    libs[sc.SHADERS / "quantize.metal"].run(entry, buffers, grid, threads, seconds=3600)
-    assert report.tolist() == [0, 0]
-    return words.tobytes() + scales.tobytes() + biases.tobytes()
-
-
 @pytest.fixture(scope="module")
 def quantizer():
     entries = [sc.entry("quantize", "float", S, *f) for S in sc.STORED for f in ((4, 32), (2, 64), (8, 128))]
-    return {sc.SHADERS / "quantize.metal": harness.compile(sc.SHADERS / "quantize.metal", entries)}
+    return {SHADER: harness.compile(SHADER, entries)}
 
 
 def test_quantizer_gives_the_hash_of_rule_affine_over_all_kinds_of_groups(quantizer):
     S = {name: short for short, name in sc.STORED.items()}
     if EVERYTHING:
-        assert digest(by_shader(quantizer, chunk(i), FMT, S[storage_of(i)]) for i in range(100)) == ALL
+        library = quantizer[SHADER]
+        assert digest(by_shader(library, chunk(i), FMT, S[storage_of(i)]) for i in range(100)) == ALL
     for fmt in (FMT, Format(2, 64), Format(8, 128)):
         for kind in range(30):  # ten kinds of weights in each of the three storages
             w = chunk(kind)[: 1200 * fmt.group_size // 32].reshape(-1, fmt.group_size)
             storage = storage_of(kind)
-            assert digest([by_shader(quantizer, w, fmt, S[storage])]) == digest(
+            assert digest([by_shader(quantizer[SHADER], w, fmt, S[storage])]) == digest(
                 [by_numpy(w, fmt, storage)]
             ), (fmt, kind)
 
@@ -312,7 +301,7 @@ def test_quantizer_counts_what_it_cannot_hold(quantizer):
     words, scales = np.ones((5, 4), np.uint32), np.ones(5, np.float16)
     biases, report = scales.copy(), np.zeros(2, np.uint32)
     buffers = {0: w, 1: words, 2: scales, 3: biases, 4: report, 5: np.int32(5)}
-    quantizer[sc.SHADERS / "quantize.metal"].run(entry, buffers, (1, 1, 1), (32, 8, 1))
+    quantizer[SHADER].run(entry, buffers, (1, 1, 1), (32, 8, 1))
     assert report.tolist() == [2, 1]
     assert not words[1:3].any() and not scales[1:3].any() and not biases[1:3].any()
     assert biases[[0, 3, 4]].tolist() == [1, 1, 1]

@@ -416,11 +416,19 @@ def check(op: str, x, w: format.Packed, transpose: bool, *indices) -> None:
 
 
 def quantize(w, fmt: format.Format, rule: str, scale_dtype: str) -> format.Packed | None:
-    """Packed weights through the compiled quantizer; None when it does not serve or refuses them."""
+    """Packed weights through the compiled quantizer; None when it does not serve or refuses them.
+
+    An mx.array on a Metal GPU is quantized there.
+    """
     name = format.dtype_name(w)
     module = _ext() if rule == "affine" and name in format.STORAGE and w.ndim > 1 else None
     if module is None:
         return None
+    if bridge.kind(w) == "mlx" and fmt.bits in format.KERNEL_BITS:
+        made = module.quantize_on_gpu(w, fmt.group_size, fmt.bits, scale_dtype)
+        if made is not None:
+            *parts, refused = made
+            return None if any(refused.tolist()) else format.Packed(*parts, fmt)
     bits_of_w = bridge.host_bits(w)
     if bits_of_w.size == 0:
         return None  # -1 would stand for any size below
@@ -442,6 +450,11 @@ def dequantize(packed: format.Packed, dtype: str) -> mx.array:
     words, scales, biases = _parts(packed)
     if words.size == 0:  # stock MLX cannot reshape an empty array
         return mx.zeros(packed.shape, getattr(mx, dtype))
+    module = _ext() if packed.format.bits in format.KERNEL_BITS else None
+    if module is not None and not module.traced(words, words, scales, biases):  # ours has no gradient
+        settings = (packed.format.group_size, packed.format.bits, dtype)
+        if (made := module.dequantize_on_gpu(words, scales, biases, *settings)) is not None:
+            return made
     out = mx.dequantize(
         words,
         scales.astype(mx.float32),
