@@ -622,7 +622,7 @@ def test_doctor_runs_the_metal_kernels_and_is_1_when_they_were_refused(device):
     assert {"quantize", "dequantize", "q8_rows", "q8_mv", "q8_mm"} < set(ran)
     assert fine[2] == "mlxq's Metal shaders"
     assert fine[3:] == [[], ["quantize 4-bit/64", "dequantize 4-bit/64"]]
-    reason = "mlxq_quantize_float_float_4_64: program_source:3:5: error: no such thing"
+    reason = "mlxq_qmv_float_float_4_64_5: program_source:3:5: error: no such thing"
     assert bad == [{"name": "Metal kernels", "ok": False, "detail": reason}, f"stock MLX: {reason}"]
 
 
