@@ -134,6 +134,17 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         default="affine",
         help="affine: ours, the same bits on every device (default); mlx: the codes of mx.quantize",
     )
+    parser.add_argument(
+        "--method",
+        choices=("auto", "rtn", "gptq"),
+        help="rtn: round to nearest; gptq: keep the layers' outputs on calibration text; auto: gptq where it "
+        "helps (default: auto with --calibration, else rtn)",
+    )
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="text or .jsonl file for gptq (default: a small set that comes with mlxq)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it is a model folder")
     parser.add_argument(
         "--allow-nonfinite",
@@ -164,6 +175,8 @@ def _convert(args: argparse.Namespace) -> int:
         allow_unused_rules=args.allow_unused_rules,
         embedding_bits=args.embedding_bits,
         quantization_rule=args.quantization_rule,
+        method=args.method,
+        calibration=args.calibration,
         allow_nonfinite=args.allow_nonfinite,
         overwrite=args.overwrite,
         trust_remote_code=args.trust_remote_code,

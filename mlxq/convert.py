@@ -21,9 +21,11 @@ from mlxq.checkpoint.skeleton import Skeleton
 from mlxq.checkpoint.summary import Layer, Summary, human_bytes, inspect
 from mlxq.format import Format, Packed
 from mlxq.ptq import METHODS
+from mlxq.ptq.calibrated import Solved, Spool, quantize_blocks
 from mlxq.ptq.pack import pack, packed_format
 from mlxq.ptq.plan import how_for, operation, site_of
 from mlxq.ptq.qarray import HowToQuantize
+from mlxq.ptq.text import read_text, token_windows
 from mlxq.rules import QuantizationRule, RuleSet
 
 __all__ = ["Report", "convert", "inspect"]
@@ -89,6 +91,8 @@ def convert(
     allow_unused_rules: bool = False,
     embedding_bits: int | None = None,
     quantization_rule: str = "affine",
+    method: str | None = None,
+    calibration: str | Path | None = None,
     allow_nonfinite: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -108,6 +112,10 @@ def convert(
     allow_unused_rules   a rule that matches nothing is a remark in the report, not an error
     embedding_bits    width of the token embedding and of the output head
     quantization_rule "affine" (ours) or "mlx" (the codes of mx.quantize)
+    method            "rtn" rounds each weight to the nearest code; "gptq" chooses codes, scales and biases
+                      that keep the layers' outputs on calibration text; "auto" is gptq where it helps.
+                      Default: auto with a calibration text, else rtn
+    calibration       a text or .jsonl file for gptq (default: a small set that comes with mlxq)
     allow_nonfinite   keep layers that hold NaN or Inf in float and list them, instead of refusing
     overwrite         replace dst if it is a model folder; it stays until the new one is complete
 
@@ -121,6 +129,10 @@ def convert(
     """
     begin = time.monotonic()
     _check_arguments(bits, group_size, dtype, embedding_bits, quantization_rule, max_shard_bytes)
+    method = method or ("rtn" if calibration is None else "auto")
+    if method not in ("auto", *METHODS):
+        raise ValueError(f"convert: no method {method!r}; built: auto, {', '.join(METHODS)}")
+    documents = read_text(calibration) if method != "rtn" else []
     rules = RuleSet(rules, quantization_rule).rules
     dst = Path(dst).expanduser().absolute()
     check_destination(dst, overwrite)
@@ -137,6 +149,8 @@ def convert(
         report = Summary(dst, f"{dst.name}: {checkpoint.config.get('model_type')}")
         broken = planner.nonfinite_layers() if allow_nonfinite else {}
         steps = planner.steps(report, broken)
+        if method != "rtn":
+            _calibrate(planner, steps, documents, workspace, report, broken, progress)
         plan = [planned for step in steps for planned in step.planned()]
         writer = Writer(folder, plan, max_shard_bytes, parameters=sum(_size(step) for step in steps))
         _check_space(folder, writer.file_bytes)
@@ -149,6 +163,62 @@ def convert(
         shutil.rmtree(workspace, ignore_errors=True)
     report.seconds = time.monotonic() - begin
     return report
+
+
+def _calibrate(
+    planner: _Planner, steps: list[Step], documents: list[str], workspace: Path, report, broken, progress
+) -> None:
+    """Solve the layers of the blocks on calibration text, and make their steps take over what was found."""
+    from mlx_lm.utils import load_tokenizer, save_config
+
+    wanted = {
+        step.path: (step.format, step.dtype)
+        for step in steps
+        if step.format and not step.repack and step.how is None and step.name not in broken
+    }
+    checkpoint = planner.checkpoint
+    folder = workspace / "tokenizer"
+    folder.mkdir(parents=True)
+    checkpoint.write_tokenizer(folder)
+    save_config(dict(checkpoint.config), folder / "config.json")
+    tokenizer = load_tokenizer(folder)
+    # verbose: transformers else warns that a document is longer than the model's context
+    windows = token_windows(documents, lambda text: tokenizer.encode(text, verbose=False))
+    skeleton, weights = planner._load()
+
+    def read(name: str) -> np.ndarray:
+        tensor = weights.pop(name)
+        rows = int(np.prod(tensor.shape[:-1], dtype=np.int64))
+        values = tensor.read(0, rows) if _is_float(tensor.dtype) else tensor.read_raw(0, rows)
+        values = np.array(values).reshape(tensor.shape)
+        tensor.release()
+        return values
+
+    spool = Spool(workspace / "solved")
+    sizes = {step.path: _size(step) for step in steps}
+    bar = _progress_bar(sum(sizes[path] for path in wanted), "calibrating") if progress else nullcontext()
+    with bar as bar:
+
+        def advance(count: int) -> None:
+            if bar is not None:
+                bar.advance(bar.task_ids[0], count)
+
+        try:
+            solved = quantize_blocks(
+                skeleton.model, read, windows, wanted, spool, rule=planner.grid, advance=advance
+            )
+        except ValueError as error:
+            kind = checkpoint.config.get("model_type")
+            raise ValueError(f"calibration does not work on {kind}: {error}; --method rtn does") from error
+    for step in steps:
+        if step.path in solved:
+            step.tensor, step.repack = Solved(step.tensor, spool.load(step.path)), True
+    rounded = [path for path in wanted if path not in solved]
+    report.notices.append(
+        f"gptq on {windows.size} tokens: {len(solved)} layers"
+        + (f"; rounded to nearest: {', '.join(rounded[:3])}" if rounded else "")
+        + (f" and {len(rounded) - 3} more" if len(rounded) > 3 else "")
+    )
 
 
 def _check_arguments(bits, group_size, dtype, embedding_bits, quantization_rule, max_shard_bytes) -> None:
@@ -496,7 +566,7 @@ def _check_space(folder: Path, wanted: int) -> None:
         raise OSError(f"{folder.parent}: {human_bytes(wanted)} are needed and {human_bytes(free)} are free")
 
 
-def _progress_bar(total: int):
+def _progress_bar(total: int, what: str = "converting"):
     """A bar on stderr with rate and remaining time; silent when that is not a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -509,8 +579,8 @@ def _progress_bar(total: int):
 
     console = Console(stderr=True)
     bar = Progress(
-        TextColumn("converting"), BarColumn(), TaskProgressColumn(), Rate(""), TimeRemainingColumn(),
+        TextColumn(what), BarColumn(), TaskProgressColumn(), Rate(""), TimeRemainingColumn(),
         console=console, disable=not console.is_terminal, transient=True,
     )  # fmt: skip
-    bar.add_task("converting", total=total)
+    bar.add_task(what, total=total)
     return bar

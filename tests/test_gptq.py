@@ -1,6 +1,7 @@
 """GPTQ with fitted scales, and the stream of blocks that feeds it, against float64 and the textbook."""
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import pytest
 from mlx.utils import tree_unflatten
@@ -9,6 +10,7 @@ from tiny_models import ARCHITECTURES, VOCAB, make_hf_model
 from mlxq import format
 from mlxq.checkpoint.huggingface import HuggingFaceCheckpoint
 from mlxq.checkpoint.skeleton import Skeleton
+from mlxq.cli import main
 from mlxq.format import Format
 from mlxq.ptq.calibrated import Spool, quantize_blocks
 from mlxq.ptq.gptq import Statistics, _Solver, damped, factor, follow_drift, gptq
@@ -330,3 +332,34 @@ def test_windows_are_spread_over_the_text(tmp_path):
     lines.write_text('{"txt": 1}\n')
     with pytest.raises(ValueError, match='"text"'):
         read_text(lines)
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3_moe"])
+def test_convert_with_calibration_is_nearer_to_the_float_model_and_loads_in_stock_mlx_lm(arch, tmp_path):
+    source = make_hf_model(arch, tmp_path / "hf", "float32", seed=4)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(str(n * n) for n in range(900)))
+    base = ["convert", str(source), "--bits", "2", "--group-size", "32", "--embedding-bits", "8"]
+    assert main([*base[:2], str(tmp_path / "rtn"), *base[2:]]) == 0
+    calibrated = [*base[:2], str(tmp_path / "gptq"), *base[2:], "--calibration", str(text)]
+    assert main(calibrated) == 0
+    _, _, whole = tiny(arch, tmp_path / "float")
+    _, tokenizer = mlx_lm.load(str(tmp_path / "rtn"))
+    tokens = mx.array(tokenizer.encode(" ".join(str(n**3) for n in range(40, 60))))[None]
+    want = np.array(whole(tokens))
+    errors = {}
+    for name in ("rtn", "gptq"):
+        model, _ = mlx_lm.load(str(tmp_path / name))  # stock
+        model.set_dtype(mx.float32)
+        errors[name] = np.linalg.norm(np.array(model(tokens)) - want)
+    assert errors["gptq"] < 0.8 * errors["rtn"]
+    sizes = {name: (tmp_path / name / "model.safetensors").stat().st_size for name in errors}
+    assert sizes["rtn"] == sizes["gptq"]
+
+
+def test_convert_names_methods_and_models_that_do_not_go_together(tmp_path, capsys):
+    source = make_hf_model("llama", tmp_path / "hf", "float32")
+    missing = ["convert", str(source), str(tmp_path / "out"), "--calibration", str(tmp_path / "none.txt")]
+    assert main(missing) == 2
+    assert "none.txt: No such file" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

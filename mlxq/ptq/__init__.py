@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from mlxq.ptq.gptq import gptq
 from mlxq.ptq.rtn import rtn
 
-METHODS = {"rtn": rtn}
+METHODS = {"rtn": rtn, "gptq": gptq}
 
-__all__ = ["METHODS", "rtn"]
+__all__ = ["METHODS", "gptq", "rtn"]

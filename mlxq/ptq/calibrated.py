@@ -30,13 +30,10 @@ class Solved:
     def __getattr__(self, name):
         return getattr(self.tensor, name)
 
-    @property
-    def repacks_to(self) -> Format:
-        return self.packed.format
-
-    def read_packed(self, start: int, stop: int) -> Packed:
+    def read_packed(self, start: int, stop: int, fmt: Format) -> Packed:
+        """Rows of the quantized form, which has this format."""
         arrays = (self.packed.words, self.packed.scales, self.packed.biases)
-        return Packed(*(a.reshape(-1, a.shape[-1])[start:stop] for a in arrays), self.packed.format)
+        return Packed(*(a.reshape(-1, a.shape[-1])[start:stop] for a in arrays), fmt)
 
 
 class Spool:

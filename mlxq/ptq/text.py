@@ -1,4 +1,4 @@
-"""Calibration text as windows of tokens."""
+"""Text for calibration and measurement, as windows of tokens."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 WINDOWS, LENGTH = 24, 512
 SHIPPED = Path(__file__).with_name("calibration.txt")
+EVALUATION = Path(__file__).with_name("evaluation.txt")  # none of it is in the other
 
 
 def read_text(source: str | Path | None) -> list[str]:
