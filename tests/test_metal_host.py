@@ -125,6 +125,23 @@ def test_chosen_experts_run_the_kernels_of_the_table_and_equal_float64(
     close(y, x_exact[lhs] @ matrix[chosen], np.abs(x_exact[lhs]) @ np.abs(matrix[chosen]))
 
 
+@pytest.mark.parametrize("sorted_", [False, True])
+def test_indices_out_of_range_read_nothing_outside(device, sorted_):
+    """Every buffer ends at a guard page; the last block or expert stands for what is not there."""
+    parts, dense = weight(3, (3, 40, 64), fm.Format(4, 32))
+    x, x_exact = rows(4, (4, 1, 64))
+    chosen = np.repeat([0, 1, 2, 3, 2**31 - 1], 5) if sorted_ else np.array([-1, 0, 7, 2, -(2**31)])
+    lhs = np.resize([0, -3, 9, 2], len(chosen))
+    with device.on():
+        y = device.module.gather_qmm(x, *parts, mx.array(lhs), mx.array(chosen), True, 32, 4, sorted_)
+        mx.eval(y)
+    assert device.ran() == (["schedule_tiles", "gather_qmm_sorted"] if sorted_ else ["gather_qmv"])
+    inside = np.where((chosen < 0) | (chosen > 2), 2, chosen)
+    blocks = np.where((lhs < 0) | (lhs > 3), 3, lhs)
+    matrix = np.swapaxes(dense, -1, -2)[inside]
+    close(y, x_exact[blocks] @ matrix, np.abs(x_exact[blocks]) @ np.abs(matrix))
+
+
 @pytest.mark.parametrize("M", [3, 20])
 def test_a_network_forward_and_backward_equals_the_cpu(device, monkeypatch, M):
     """Two layers, the loss and the gradients of x (through the packed bytes), scales and biases."""
