@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlxq import bridge
+from mlxq.checkpoint import q8
 from mlxq.checkpoint.skeleton import Skeleton
 from mlxq.format import Format, Packed
 from mlxq.load import checked_config, in_one_line, model_folder
@@ -17,6 +18,7 @@ try:
     from torch import nn
     from torch.overrides import TorchFunctionMode
 
+    from mlxq.nn.q8.torch import Q8Linear
     from mlxq.nn.torch import QuantizedEmbedding, QuantizedLinear, TiedHead
 except ImportError as missing:
     raise ImportError(f"load_torch needs torch (pip install 'mlxq[torch]'): {missing}") from missing
@@ -31,6 +33,7 @@ def load_torch(path: str | Path, device=None, dtype=None, revision: str | None =
 
     The architecture is transformers' own, by model_type; linear layers and embeddings are mlxq.nn.torch's on
     the packed bytes, and no float copy of a packed weight is made. On the CPU torch and MLX share the memory.
+    Layers with 8-bit activations (mlxq.checkpoint.q8) become Q8Linear.
 
     Raises ImportError without torch, and as mlxq.load does for the folder. Raises ValueError when
     transformers lacks the architecture, when mlx-lm arranges its tensors in another way than transformers
@@ -57,6 +60,7 @@ def load_torch(path: str | Path, device=None, dtype=None, revision: str | None =
         weight = Packed(*(take(f"{path_of}.{part}") for part in ("weight", "scales", "biases")), fmt)
         bias = take(f"{path_of}.bias") if f"{path_of}.bias" in arrays else None
         model.set_submodule(path_of, _layer(folder, model.get_submodule(path_of), path_of, weight, bias))
+    _restore_q8(folder, config, model)
     if tied is not None:
         table = model.get_submodule(tied)
         if isinstance(table, QuantizedEmbedding):
@@ -189,6 +193,37 @@ def _layer(folder: Path, module: nn.Module, path: str, weight: Packed, bias) -> 
     layer = ScaledEmbedding.from_packed(weight)
     layer.register_buffer("embed_scale", torch.as_tensor(scale), persistent=False)
     return layer
+
+
+def _restore_q8(folder: Path, config: dict, model: nn.Module) -> None:
+    """Q8Linear in the place of the layers whose inputs config.json says are 8-bit; see mlxq.checkpoint.q8.
+
+    Raises ValueError, naming the layer, when a setting is unknown or the layer is not a packed linear one.
+    """
+    block = config.get(q8.KEY) or {}
+    shifts = mx.load(str(folder / q8.SHIFTS)) if (folder / q8.SHIFTS).exists() else {}
+    modules = dict(model.named_modules())
+    for path, said in block.items():
+        layer = modules.get(path)
+        if type(layer) is not QuantizedLinear:
+            what = "no layer" if layer is None else f"a {type(layer).__name__}"
+            raise ValueError(f"load_torch: {q8.KEY} of {folder} names {path}, which is {what}")
+        shift = shifts.pop(f"{path}.bias_a", None)
+        if shift is not None:
+            shift = bridge.to_torch(shift, layer.weight.device).to(layer.scales.dtype)
+        try:
+            settings = {"activation": said["activation"], "scale_a": said.get("scale_a")}
+            packed = Packed(
+                *(a.detach() for a in (layer.packed.words, layer.scales, layer.biases)), layer.packed.format
+            )
+            new = Q8Linear.from_packed(packed, layer.bias, bias_a=shift, **settings)
+        except (ValueError, KeyError, TypeError) as error:
+            text = in_one_line(error)
+            raise ValueError(f"load_torch: {q8.KEY} of {folder}: {path}: {text}") from error
+        model.set_submodule(path, new)
+    if shifts:
+        names = ", ".join(sorted(shifts))
+        raise ValueError(f"load_torch: {folder}/{q8.SHIFTS} holds {names}, which no layer takes")
 
 
 def _to_device(model: nn.Module, where) -> None:
