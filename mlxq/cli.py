@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         ("chat", "talk to a model in this terminal, or answer one --prompt", chat.add_arguments, chat.run),
         ("convert", "quantize a Hugging Face or GGUF model to MLX format", _convert_arguments, _convert),
         ("inspect", "show layers, bits, sizes and bits per weight of a model", _inspect_arguments, _inspect),
+        ("eval", "measure quality, size and speed of a model on text", _eval_arguments, _eval),
         (
             "doctor",
             "check this installation and every kernel that runs here",
@@ -200,6 +201,34 @@ def _inspect(args: argparse.Namespace) -> int:
 
     Console(highlight=False).print(inspect(args.model).table())
     return 0
+
+
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="model folder")
+    parser.add_argument("--against", metavar="FLOAT", help="folder of the float model: gives KL and top-1")
+    parser.add_argument(
+        "--compare", nargs="+", default=[], metavar="MODEL", help="more models for the same report"
+    )
+    parser.add_argument(
+        "--text",
+        action="append",
+        default=[],
+        metavar="[DOMAIN=]FILE",
+        help="text to measure on; may be repeated (default: a small set that comes with mlxq)",
+    )
+    parser.add_argument("--windows", type=int, metavar="N", help="windows of text altogether (default 12)")
+    parser.add_argument("--length", type=int, metavar="L", help="tokens of a window (default 512)")
+    parser.add_argument(
+        "--report", action="append", default=[], metavar="FILE", help=".html, .png or .json; may be repeated"
+    )
+    parser.add_argument("--card", action="store_true", help="add the numbers to MODEL's README.md")
+
+
+def _eval(args: argparse.Namespace) -> int:
+    chat.quiet_transformers(args.model)
+    from mlxq import evaluate
+
+    return evaluate.run(args)
 
 
 def _autotune_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ PICTURE = """
     __main__
     cli
     doctor
-    chat  autotune
+    chat  autotune  evaluate
     checkpoint.embedded
     __init__
     torch_model
@@ -33,8 +33,8 @@ PICTURE = """
 LAYER = {unit: depth for depth, line in enumerate(PICTURE.split("\n")) for unit in line.split()}
 
 FROM_NN_UP = ("nn", "optim", "qat.mlx", "ptq", "checkpoint", "load", "torch_model", "convert", "chat")
-FROM_NN_UP += ("autotune", "doctor")
-TERMINAL = ("checkpoint.summary", "convert", "chat", "autotune", "doctor", "cli")
+FROM_NN_UP += ("autotune", "evaluate", "doctor")
+TERMINAL = ("checkpoint.summary", "convert", "chat", "autotune", "evaluate", "doctor", "cli")
 # Which third-party modules may be imported, and where. Besides these, files named for torch may import torch.
 MAY_IMPORT = {
     "numpy": ("",),
@@ -52,6 +52,7 @@ MAY_IMPORT = {
     "packaging": ("doctor",),
     "rich": TERMINAL,
     "markdown_it": ("chat",),
+    "matplotlib": ("evaluate",),
     "prompt_toolkit": ("chat",),
 }
 
@@ -161,8 +162,9 @@ def test_a_misplaced_third_party_import_would_be_seen(module, name):
 def test_the_declared_packages_are_the_imported_ones():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     required = text.split("\ndependencies = [", 1)[1].split("\n]", 1)[0]
-    declared = set(re.findall(r'^ *"([A-Za-z0-9_-]+)', required, re.M)) | {"torch", "cupy"}  # two extras
-    assert '\ntorch = ["torch==' in text and '\ncuda = ["cupy-' in text
+    declared = set(re.findall(r'^ *"([A-Za-z0-9_-]+)', required, re.M)) | {"torch", "cupy", "matplotlib"}  # extras
+    for extra in ("torch==", "cupy-", "matplotlib"):
+        assert re.search(rf'\n\w+ = \["{extra}', text)
     imported = {n.split(".")[0] for names in IMPORTS.values() for n in names}
     imported -= {*sys.stdlib_module_names, "mlxq"}
     names = {name.lower().replace("-", "_").removesuffix("_py") for name in declared}
