@@ -1,8 +1,8 @@
-"""The command line: `mlxq convert | inspect | chat | doctor | autotune`.
+"""The command line: `mlxq convert | inspect | chat | doctor | autotune | parity`.
 
 Only argparse and the modules that declare flags are imported before a command runs, so `mlxq --help` answers
-at once. Exit codes: 0 done, 1 doctor found something wrong, 2 bad input (one line on stderr, no traceback
-unless MLXQ_TRACEBACK=1), 130 interrupted, 141 the reader of our output went away.
+at once. Exit codes: 0 done, 1 doctor or parity found something wrong, 2 bad input (one line on stderr, no
+traceback unless MLXQ_TRACEBACK=1), 130 interrupted, 141 the reader of our output went away.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 
-from mlxq import __version__, chat, doctor
+from mlxq import __version__, chat, doctor, parity
 
 # What bad input raises. Anything else is our own mistake and keeps its traceback.
 _BAD_INPUT = (ValueError, TypeError, OSError, ImportError)
@@ -85,6 +85,12 @@ def _parser() -> argparse.ArgumentParser:
             "time the kernels against stock MLX here, and use what is faster",
             _autotune_arguments,
             _autotune,
+        ),
+        (
+            "parity",
+            "run a model on every back end here and prove that all give the same answer",
+            parity.add_arguments,
+            parity.run,
         ),
     ):
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")

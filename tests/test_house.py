@@ -18,7 +18,7 @@ PICTURE = """
     __main__
     cli
     doctor
-    chat  autotune  evaluate
+    chat  autotune  evaluate  parity
     checkpoint.embedded
     __init__
     torch_model
@@ -33,8 +33,8 @@ PICTURE = """
 LAYER = {unit: depth for depth, line in enumerate(PICTURE.split("\n")) for unit in line.split()}
 
 FROM_NN_UP = ("nn", "optim", "qat.mlx", "ptq", "checkpoint", "load", "torch_model", "convert", "chat")
-FROM_NN_UP += ("autotune", "evaluate", "doctor")
-TERMINAL = ("checkpoint.summary", "convert", "chat", "autotune", "evaluate", "doctor", "cli")
+FROM_NN_UP += ("autotune", "evaluate", "parity", "doctor")
+TERMINAL = ("checkpoint.summary", "convert", "chat", "autotune", "evaluate", "parity", "doctor", "cli")
 # Which third-party modules may be imported, and where. Besides these, files named for torch may import torch.
 MAY_IMPORT = {
     "numpy": ("",),
