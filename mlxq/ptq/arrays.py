@@ -89,19 +89,17 @@ class Namespace:
         return array.argmin(-1)
 
     def exact_matmul(self, a, b):
-        """Integer products and sums as float32 or float64 of the exact value: (..., M, K) @ (..., K, N).
+        """Sums of products of integers, exact: (..., M, K) @ (..., K, N) as int32 (MLX) or float64.
 
-        a, b   int8 or uint8. Sums stay below 2^31 for K up to 131071.
+        a, b   float32 arrays of integers, -255 to 255 on one side and -128 to 128 on the other
         """
         if self.kind != "mlx":
             return self.cast(a, "float64") @ self.cast(b, "float64")
-        K, total = a.shape[-1], None
-        for start in range(0, K, 512):  # 512 products of 8-bit integers fit the 24 bits of a float32
+        K, total = a.shape[-1], self.full((*a.shape[:-1], b.shape[-1]), 0, self.cast(a[:0], "int32"))
+        for start in range(0, K, 512):  # 512 * 255 * 128 fits the 24 bits of a float32
             part = slice(start, min(K, start + 512))
-            product = self.cast(a[..., part], "float32") @ self.cast(b[..., part, :], "float32")
-            product = self.cast(product, "int32")
-            total = product if total is None else total + product
-        return total if total is not None else self.full((*a.shape[:-1], b.shape[-1]), 0, a)
+            total = total + self.cast(a[..., part] @ b[..., part, :], "int32")
+        return total
 
 
 @functools.cache

@@ -3,7 +3,9 @@
     value = (code - zero_point) * scale
 
 The numerics are those of qwix 0.1.8, operation by operation, for numpy, MLX and torch alike: divide by the
-scale, add the zero point, round half to even, saturate. Named differences, each held by a test:
+scale, add the zero point, round half to even, saturate. XLA makes a division by a broadcast scale, and by a
+constant, a product with the reciprocal; so do we, since an element of largest magnitude lies on a tie, where
+the two round apart. 16-bit arrays are divided in float32 and rounded. Named differences, each held by a test:
 
 1  float16: scales down to 2^-24 are kept (arrays.tiny_scale says why)
 2  mxfp8, mxfp4: the scale is rounded up to a power of two from its bits; qwix takes a rounded log2, which can
@@ -198,23 +200,21 @@ class QArray:
 
 
 def _blocks(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
-    """Runs of axes of both shapes that hold the same elements, as short as can be."""
+    """Runs of axes of both shapes that hold the same elements, as short as can be; axes of 1 alone."""
     blocks, i, j = [], 0, 0
     while i < len(old) or j < len(new):
         a, b = [], []
-        while not (a or b) or math.prod(a) != math.prod(b):
-            if i < len(old) and (math.prod(a) <= math.prod(b) or j == len(new)):
-                a.append(old[i])
-                i += 1
-            else:
-                b.append(new[j])
-                j += 1
-            if a and b and math.prod(a) == math.prod(b):
-                break
-            if not b and math.prod(a) == 1 and i < len(old) and old[i] != 1:
-                break  # an axis of 1 that the new shape does not have
-            if not a and math.prod(b) == 1:
-                break
+        if i < len(old) and (old[i] == 1 or j == len(new)):
+            a, i = [old[i]], i + 1
+        elif j < len(new) and (new[j] == 1 or i == len(old)):
+            b, j = [new[j]], j + 1
+        else:
+            a, b, i, j = [old[i]], [new[j]], i + 1, j + 1
+            while math.prod(a) != math.prod(b):
+                if math.prod(a) < math.prod(b):
+                    a, i = [*a, old[i]], i + 1
+                else:
+                    b, j = [*b, new[j]], j + 1
         blocks.append((a, b))
     return blocks
 
@@ -277,10 +277,8 @@ def calibrate(array, how: HowToQuantize) -> dict[str, Any]:
     return {key: (value if factor is None else value * factor).reshape(shape) for key, value in stats.items()}
 
 
-def scale_and_zero_point(stats: Mapping[str, Any], qtype: str, bound: float | None = None):
+def scale_and_zero_point(stats: Mapping[str, Any], qtype: str):
     """(scale, zero point or None) of calibrated ranges, in their dtype.
-
-    bound   what absmax maps to; None: the type's own
 
     Raises ValueError for types without an asymmetric form.
     """
@@ -288,11 +286,11 @@ def scale_and_zero_point(stats: Mapping[str, Any], qtype: str, bound: float | No
     some = next(iter(stats.values()))
     xp, dtype = namespace(some), dtype_name(some)
     if "absmax" in stats:
-        scale = stats["absmax"] / (bound or kind.bound)
+        scale = _over(stats["absmax"], kind.bound, xp)
     else:
         if not kind.is_integer or kind.bits not in (4, 8):
             raise ValueError(f"{qtype} has no asymmetric form: minmax serves int4 and int8; use absmax")
-        scale = (stats["max"] - stats["min"]) / float(kind.high - kind.low)
+        scale = _over(stats["max"] - stats["min"], kind.high - kind.low, xp)
     scale = xp.where(scale < tiny_scale(dtype), xp.full(scale.shape, 1, scale), scale)
     if kind.name in ("mxfp8", "mxfp4"):
         scale = _power_above(scale, xp)
@@ -304,6 +302,14 @@ def scale_and_zero_point(stats: Mapping[str, Any], qtype: str, bound: float | No
         return scale, None
     zero = xp.clip(xp.round(float(kind.low) - stats["min"] / scale), kind.low, kind.high)
     return scale, xp.cast(zero, "int8")
+
+
+def _over(array, number: float, xp):
+    """array / number as XLA computes it for a constant: times 1 / number, in float32 for 16-bit arrays."""
+    dtype = dtype_name(array)
+    if dtype == "float64":
+        return array * (1.0 / number)
+    return xp.cast(xp.cast(array, "float32") * float(np.float32(1) / np.float32(number)), dtype)
 
 
 def _power_above(scale, xp):
@@ -379,7 +385,8 @@ def quantize_with(array, qtype: str, scale, zero_point=None) -> QArray:
             f"quantize: zero points of shape {tuple(zero_point.shape)}, scales of {tuple(scale.shape)}"
         )
     scale = xp.cast(scale, dtype)
-    ratio = generic(lambda a, b: a / b, array, scale, xp)
+    wide = dtype if dtype == "float64" else "float32"
+    ratio = xp.cast(generic(lambda a, b: a * b, xp.cast(array, wide), 1 / xp.cast(scale, wide), xp), dtype)
     if zero_point is not None:
         ratio = generic(lambda a, b: a + b, ratio, xp.cast(zero_point, dtype), xp)
     if kind.is_integer:
