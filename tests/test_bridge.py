@@ -334,6 +334,10 @@ def test_what_holds_no_values_or_no_counterpart_is_named():
         ops.qmm(torch.zeros(1, 128, dtype=torch.float64), packed)
     with pytest.raises(ValueError, match="qmm: x has K=64 but w holds K=128"):
         ops.qmm(torch.zeros(1, 64), packed)
+    elsewhere = format.Packed(*(a.as_subclass(OnMps) for a in parts(packed)), FMT)
+    for op, x in ((ops.qmm, torch.zeros(1, 128)), (ops.gather_qmm, torch.zeros(1, 1, 128))):
+        with pytest.raises(ValueError, match="qmm: x is on cpu but words on mps:0; move them together"):
+            op(x, elsewhere)
 
 
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])

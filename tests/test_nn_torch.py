@@ -277,6 +277,13 @@ def test_state_dict_goes_round_and_has_the_bytes_of_the_mlx_layer(tmp_path):
     assert np.array_equal(np.array(stock.weight), layer.packed.words.numpy())
     theirs = QuantizedLinear.from_packed(stock.packed, layer.bias)
     assert torch.equal(theirs(x), layer(x))
+    mx.save_safetensors(str(tmp_path / "mlx.safetensors"), dict(stock.parameters()))
+    file = load_file(tmp_path / "mlx.safetensors")
+    assert file["weight"].dtype == torch.uint32 and file["weight"].view(torch.int32).min() < 0
+    for assign in (False, True):
+        fresh = QuantizedLinear(128, 40, bias=False, bits=4, group_size=32, dtype=torch.bfloat16)
+        fresh.load_state_dict(file, assign=assign)
+        assert fresh.weight.dtype == torch.int32 and torch.equal(fresh(x) + layer.bias, layer(x))
 
 
 def copies(layer):

@@ -238,8 +238,11 @@ class _PackedLayer(nn.Module):
         super().__setstate__(state)
         self._share()
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        words = state_dict.get(f"{prefix}weight")
+        if words is not None and words.dtype == torch.uint32:  # from a file of MLX's
+            state_dict[f"{prefix}weight"] = words.view(torch.int32)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._share()
 
     def _hold_packed(self, packed: Packed) -> None:

@@ -28,10 +28,15 @@ def _cuda():
     return cuda
 
 
-def _on_mx(op: str, x):
-    """A torch tensor as an mx.array. Raises TypeError, as native.check does, for dtypes that op lacks."""
+def _on_mx(op: str, x, w: format.Packed):
+    """A torch tensor as an mx.array, to meet w.
+
+    Raises TypeError, as native.check does, for dtypes that op lacks, ValueError for torch weights elsewhere.
+    """
     if (name := format.dtype_name(x)) not in format.STORAGE:
         raise TypeError(f"{op}: x is {name}; wanted float32, float16 or bfloat16")
+    if bridge.kind(w.words) == "torch" and w.words.device != x.device:
+        raise ValueError(f"{op}: x is on {x.device} but words on {w.words.device}; move them together first")
     return bridge.to_mx(x)
 
 
@@ -56,7 +61,7 @@ def qmm(x, w: format.Packed, transpose: bool = True):
         return reference.qmm(x, w, transpose).astype(x.dtype)
     if which == "cupy" or (which == "torch" and x.is_cuda):
         return _cuda().qmm(x, w, transpose)
-    return bridge.to_torch(native.qmm(_on_mx("qmm", x), w, transpose), x.device)
+    return bridge.to_torch(native.qmm(_on_mx("qmm", x, w), w, transpose), x.device)
 
 
 def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpose=True, sorted_indices=False):
@@ -79,7 +84,7 @@ def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpos
         return reference.gather_qmm(x, w, lhs_indices, rhs_indices, transpose).astype(x.dtype)
     if _on_gpu(x):
         return _cuda().gather_qmm(x, w, lhs_indices, rhs_indices, transpose)
-    y = native.gather_qmm(_on_mx("gather_qmm", x), w, lhs_indices, rhs_indices, transpose, sorted_indices)
+    y = native.gather_qmm(_on_mx("gather_qmm", x, w), w, lhs_indices, rhs_indices, transpose, sorted_indices)
     return bridge.to_torch(y, x.device)
 
 
