@@ -1,11 +1,13 @@
 """The Metal shaders, run on this CPU by tools/msl, equal float64, and move the bytes that they say.
 
 MLXQ_SHADERS=all runs every instantiation of the table (about half an hour) and the 10^7 groups of the
-quantizer's golden hash.
+quantizer's golden hash, as tools/msl/golden.py does.
 
 Nothing here says how fast an Apple GPU runs them, or that Apple's compiler takes them.
 """
 
+import hashlib
+import json
 import multiprocessing
 import os
 import re
@@ -292,6 +294,37 @@ def test_quantizer_gives_the_hash_of_rule_affine_over_all_kinds_of_groups(quanti
             assert digest([by_shader(quantizer[SHADER], w, fmt, S[storage])]) == digest(
                 [by_numpy(w, fmt, storage)]
             ), (fmt, kind)
+
+
+def newest_log(name: str) -> dict:
+    return json.loads(max((ROOT / "tools" / "results").glob(f"{name}-*.json")).read_text())
+
+
+def test_the_log_of_ten_million_groups_is_of_this_shader():
+    """`python tools/msl/golden.py` took 18 minutes on a busy core; what it found is committed."""
+    log = newest_log("metal-golden")
+    assert log["groups"] == 10**7 and log["hash"] == log["wanted"] == ALL
+    assert log["shader_sha256"] == hashlib.sha256(SHADER.read_bytes()).hexdigest()
+
+
+def test_the_committed_proxies_are_of_these_shaders_and_meet_the_bars():
+    log = newest_log("metal-proxies")
+    for name, digest_ in log["shader_sha256"].items():
+        assert digest_ == hashlib.sha256((sc.SHADERS / name).read_bytes()).hexdigest(), name
+    products = {(r["kernel"], r["stock_kernel"], r["bits"], r["M"]): r for r in log["products"]}
+    assert len(products) == len(log["products"]) == 27
+    for (kernel, _, bits, M), row in products.items():
+        ours, stock = row["ours"], row["stock"]
+        if kernel == "qmv":
+            assert ours["weight_bytes_over_least"] == 1 <= stock["weight_bytes_over_least"]
+            assert ours["x_bytes_per_multiply_add"] <= stock["x_bytes_per_multiply_add"]
+        else:
+            assert M >= 512
+            read = "read_bytes_per_multiply_add"
+            assert ours[read] <= 0.5 * stock[read]
+            forward = products["qmm", "affine_qmm_t", bits, M]["ours"]
+            for what in (read, "matrix_products_per_512_multiply_adds"):
+                assert ours[what] <= 1.1 * forward[what]
 
 
 def test_quantizer_counts_what_it_cannot_hold(quantizer):

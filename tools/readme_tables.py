@@ -93,8 +93,48 @@ def newest(tool: str) -> list[dict]:
     return [by_cpu[cpu] for cpu in sorted(by_cpu)]
 
 
+def metal_proxies() -> str:
+    """Counts of our Metal kernels beside stock MLX's, and what the bandwidth of each chip allows."""
+    log = json.loads(max(RESULTS.glob("metal-proxies-*.json")).read_text(encoding="utf-8"))
+    head = ["ours / stock MLX", "bits", "M", "weight bytes over the least", "bytes read for a multiply-add"]
+    head += ["threadgroup bytes", "registers on sm_90"]
+    body = []
+    for row in (row for row in log["products"] if row["M"] in (1, 8, 512)):
+        pairs = [(row["ours"][key], row["stock"][key]) for key in PROXIES]
+        shown = [f"{number(a)} / {number(b)}" for a, b in pairs]
+        name = f"{row['what']}: {row['kernel']} / {row['stock_kernel']}"
+        body.append([name, str(row["bits"]), str(row["M"]), *shown])
+    chips = []
+    for row in log["rooflines"]:
+        us = [f"{row[f'least_us_4096x4096_{bits}bit']:.1f}" for bits in (2, 4, 8)]
+        tokens = [number(row[f"most_tokens_per_s_8e9_weights_{bits}bit"]) for bits in (2, 4, 8)]
+        chips.append([row["chip"], f"{row['GB_per_s']:g}", " / ".join(us), " / ".join(tokens)])
+    names = ["chip", "GB/s, published", "least us, 4096 x 4096, M=1, 2 / 4 / 8 bits"]
+    names += ["most tokens/s, 8 * 10^9 weights, 2 / 4 / 8 bits"]
+    return "\n\n".join(
+        [
+            f"**Proxies, not times**: {log['what']}. {log['date']}, mlx {log['mlx']}, commit "
+            f"{log['commit'][:9]}, {log['types']}, groups of {log['group_size']}. `{log['command']}`",
+            "Bytes are those that lanes ask for; a cache may serve what is asked for twice.",
+            table(head, body),
+            "Ceilings by memory bandwidth alone, which no kernel passes:",
+            table(names, chips),
+        ]
+    )
+
+
+PROXIES = (
+    "weight_bytes_over_least",
+    "read_bytes_per_multiply_add",
+    "threadgroup_bytes",
+    "registers_sm_90",
+)
+
+
 def section(tool: str) -> str:
     """All that stands between a tool's markers."""
+    if tool == "metal_proxies":
+        return metal_proxies()
     results = newest(tool)
     if not results:
         return f"No run of `tools/{tool}.py` on a quiet machine is on file."

@@ -5,7 +5,7 @@
 The 100 chunks of 10^5 groups are those of tests/test_quantize.py: ten kinds of weights in each of the three
 storages, plain, tied, subnormal, constant, huge and the like. Words, scales and biases of every chunk are
 hashed in order; the hash must be the one that numpy and the C++ quantizer gave. Writes one JSON file. Exits 1
-when a bit differs. With fewer chunks (10 and more) the hash of the first ten is held.
+when a bit differs. --chunks 10 holds the hash of the first ten.
 """
 
 import argparse
