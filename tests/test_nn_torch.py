@@ -27,11 +27,11 @@ def normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def linear(N=40, K=128, bits=4, group=32, bias=True, scale_dtype=None, learn=True):
+def linear(N=40, K=128, bits=4, group=32, bias=True, scale_dtype=None, learn=True, seed=1):
     """A packed layer with random weights; learn: scales and biases have gradients."""
     float_layer = torch.nn.Linear(K, N, bias)
     with torch.no_grad():
-        float_layer.weight.copy_(normal(N, K, seed=1))
+        float_layer.weight.copy_(normal(N, K, seed=seed))
         if bias:
             float_layer.bias.copy_(normal(N, seed=2))
     layer = QuantizedLinear.from_linear(float_layer, bits, group, scale_dtype=scale_dtype)
@@ -253,6 +253,39 @@ def test_an_exported_layer_can_be_saved_and_takes_other_numbers_of_rows():
     back = torch.export.load(file).module()
     x = normal(9, 128)
     assert torch.equal(back(x), layer(x))
+
+
+def test_vmap_over_inputs_and_over_weights():
+    layers, xs = [linear(seed=seed) for seed in (1, 7, 9)], normal(3, 2, 5, 128)
+    vmapped = torch.vmap(layers[0], in_dims=1)(xs)
+    assert torch.equal(vmapped, torch.stack([layers[0](x) for x in xs.unbind(1)]))
+    stacked = [torch.stack([getattr(a, name) for a in layers]) for name in ("weight", "scales", "biases")]
+
+    def product(x, words, scales, biases):
+        return torch.ops.mlxq.qmm(x, words, scales, biases, 4, 32)
+
+    def weight(words, scales, biases):
+        return torch.ops.mlxq.dequantize(words, scales, biases, 4, 32, torch.float32)
+
+    for x, dim in ((xs, 0), (xs[0], None)):
+        got = torch.vmap(product, in_dims=(dim, 0, 0, 0))(x, *stacked)
+        wanted = [product(xs[i if dim == 0 else 0], *(a[i] for a in stacked)) for i in range(3)]
+        assert torch.equal(got, torch.stack(wanted))
+    words, *others = stacked
+    got = torch.vmap(weight, in_dims=(None, 0, 0))(words[0], *others)
+    assert torch.equal(got, torch.stack([weight(words[0], *(a[i] for a in others)) for i in range(3)]))
+
+
+@pytest.mark.parametrize("names", [("scales", "biases"), ("weight",)])
+def test_tensors_swapped_under_a_layer_are_seen(names):
+    """tensor.data = other keeps the object and its count of changes."""
+    layer, x = linear(bias=False), normal(3, 128)
+    other = linear(bias=False, seed=7)
+    layer(x)
+    for name in names:
+        getattr(layer, name).data = getattr(other, name).data
+    wanted = x.double() @ float64_weight(layer.weight, *leaves(layer), 4).T
+    close(layer(x), wanted)
 
 
 def test_state_dict_goes_round_and_has_the_bytes_of_the_mlx_layer(tmp_path):

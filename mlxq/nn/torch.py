@@ -171,6 +171,27 @@ torch.library.register_autograd(
 )
 
 
+@torch.library.register_vmap("mlxq::qmm", lib=_library)
+def _(info, in_dims, x, words, scales, biases, bits, group_size, transpose=True):
+    settings = bits, group_size, transpose
+    if in_dims[1:4] == (None, None, None):  # rows of x are a batch already
+        return torch.ops.mlxq.qmm(x.movedim(in_dims[0], 0), words, scales, biases, *settings), 0
+    lanes = [
+        (a,) * info.batch_size if dim is None else a.unbind(dim)
+        for a, dim in zip((x, words, scales, biases), in_dims, strict=False)
+    ]
+    return torch.stack([torch.ops.mlxq.qmm(*lane, *settings) for lane in zip(*lanes, strict=True)]), 0
+
+
+@torch.library.register_vmap("mlxq::dequantize", lib=_library)
+def _(info, in_dims, words, scales, biases, bits, group_size, dtype):
+    lanes = (
+        a.expand(info.batch_size, *a.shape) if dim is None else a.movedim(dim, 0)
+        for a, dim in zip((words, scales, biases), in_dims, strict=False)
+    )
+    return torch.ops.mlxq.dequantize(*lanes, bits, group_size, dtype), 0
+
+
 def qmm(x, w: Packed, transpose: bool = True):
     """ops.qmm for torch tensors with gradients for x, w.scales and w.biases, under autocast too.
 
