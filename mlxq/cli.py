@@ -152,6 +152,15 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="text or .jsonl file for gptq (default: a small set that comes with mlxq)",
     )
+    parser.add_argument(
+        "--target-bpw",
+        type=float,
+        metavar="X",
+        help="bits per weight of the whole model: each layer gets bits by the KL divergence its error causes",
+    )
+    parser.add_argument(
+        "--plan", metavar="FILE", help="write what --target-bpw chose as a .json file for --rules"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it is a model folder")
     parser.add_argument(
         "--allow-nonfinite",
@@ -184,6 +193,8 @@ def _convert(args: argparse.Namespace) -> int:
         quantization_rule=args.quantization_rule,
         method=args.method,
         calibration=args.calibration,
+        target_bpw=args.target_bpw,
+        plan=args.plan,
         allow_nonfinite=args.allow_nonfinite,
         overwrite=args.overwrite,
         trust_remote_code=args.trust_remote_code,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Container, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from mlxq.ptq.calibrated import Solved, Spool, quantize_blocks
 from mlxq.ptq.pack import pack, packed_format
 from mlxq.ptq.plan import how_for, operation, site_of
 from mlxq.ptq.qarray import HowToQuantize
+from mlxq.ptq.sensitivity import allocate, plan_rules, sensitivities
 from mlxq.ptq.text import read_text, token_windows
 from mlxq.rules import QuantizationRule, RuleSet
 
@@ -33,6 +35,7 @@ __all__ = ["Report", "convert", "inspect"]
 DEFAULT = Format(4, 64)
 GGUF_DEFAULT = Format(4, 32)
 SHARD_BYTES = 5 << 30  # mlx-lm's
+PROBE_WINDOWS, PROBE_LENGTH = 4, 128  # tokens on which sensitivity is measured: 210 layers, each half a pass
 SLAB_WEIGHTS = 1 << 18  # weights in float32 at once: 1 MB, and about five times that with every temporary
 
 Report = Summary
@@ -93,6 +96,8 @@ def convert(
     quantization_rule: str = "affine",
     method: str | None = None,
     calibration: str | Path | None = None,
+    target_bpw: float | None = None,
+    plan: str | Path | None = None,
     allow_nonfinite: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -114,8 +119,11 @@ def convert(
     quantization_rule "affine" (ours) or "mlx" (the codes of mx.quantize)
     method            "rtn" rounds each weight to the nearest code; "gptq" chooses codes, scales and biases
                       that keep the layers' outputs on calibration text; "auto" is gptq where it helps.
-                      Default: auto with a calibration text, else rtn
+                      Default: auto with a calibration text or target_bpw, else rtn
     calibration       a text or .jsonl file for gptq (default: a small set that comes with mlxq)
+    target_bpw        bits per weight of the whole model: bits and groups of the layers that no rule names are
+                      chosen by the KL divergence that each layer's error causes on the calibration text
+    plan              a .json file for the formats so chosen; given as rules it makes the same files again
     allow_nonfinite   keep layers that hold NaN or Inf in float and list them, instead of refusing
     overwrite         replace dst if it is a model folder; it stays until the new one is complete
 
@@ -129,10 +137,12 @@ def convert(
     """
     begin = time.monotonic()
     _check_arguments(bits, group_size, dtype, embedding_bits, quantization_rule, max_shard_bytes)
-    method = method or ("rtn" if calibration is None else "auto")
+    if plan is not None and target_bpw is None:
+        raise ValueError("convert: a plan is what target_bpw makes; to follow one, give it as rules")
+    method = method or ("rtn" if calibration is None and target_bpw is None else "auto")
     if method not in ("auto", *METHODS):
         raise ValueError(f"convert: no method {method!r}; built: auto, {', '.join(METHODS)}")
-    documents = read_text(calibration) if method != "rtn" else []
+    documents = read_text(calibration) if method != "rtn" or target_bpw is not None else []
     rules = RuleSet(rules, quantization_rule).rules
     dst = Path(dst).expanduser().absolute()
     check_destination(dst, overwrite)
@@ -149,10 +159,16 @@ def convert(
         report = Summary(dst, f"{dst.name}: {checkpoint.config.get('model_type')}")
         broken = planner.nonfinite_layers() if allow_nonfinite else {}
         steps = planner.steps(report, broken)
+        windows = _calibration_windows(checkpoint, documents, workspace) if documents else None
+        if target_bpw is not None:
+            formats = _spend(planner, steps, target_bpw, windows, broken, progress)
+            if plan is not None:
+                text = json.dumps(plan_rules(formats), indent=1)
+                Path(plan).expanduser().write_text(text + "\n", encoding="utf-8")
         if method != "rtn":
-            _calibrate(planner, steps, documents, workspace, report, broken, progress)
-        plan = [planned for step in steps for planned in step.planned()]
-        writer = Writer(folder, plan, max_shard_bytes, parameters=sum(_size(step) for step in steps))
+            _calibrate(planner, steps, windows, workspace, report, broken, progress)
+        stored = [planned for step in steps for planned in step.planned()]
+        writer = Writer(folder, stored, max_shard_bytes, parameters=sum(_size(step) for step in steps))
         _check_space(folder, writer.file_bytes)
         bar = _progress_bar(writer.parameters) if progress else nullcontext()
         with writer, bar as bar:  # nullcontext gives None
@@ -165,25 +181,27 @@ def convert(
     return report
 
 
-def _calibrate(
-    planner: _Planner, steps: list[Step], documents: list[str], workspace: Path, report, broken, progress
-) -> None:
-    """Solve the layers of the blocks on calibration text, and make their steps take over what was found."""
+def _solvable(steps: list[Step], broken: Container[str]) -> list[Step]:
+    """Steps that quantize float weights to a plain format."""
+    return [s for s in steps if s.format and not s.repack and s.how is None and s.name not in broken]
+
+
+def _calibration_windows(checkpoint, documents: list[str], workspace: Path) -> np.ndarray:
+    """Token ids (count, length) of the documents under the model's own tokenizer."""
     from mlx_lm.utils import load_tokenizer, save_config
 
-    wanted = {
-        step.path: (step.format, step.dtype)
-        for step in steps
-        if step.format and not step.repack and step.how is None and step.name not in broken
-    }
-    checkpoint = planner.checkpoint
     folder = workspace / "tokenizer"
     folder.mkdir(parents=True)
     checkpoint.write_tokenizer(folder)
     save_config(dict(checkpoint.config), folder / "config.json")
     tokenizer = load_tokenizer(folder)
     # verbose: transformers else warns that a document is longer than the model's context
-    windows = token_windows(documents, lambda text: tokenizer.encode(text, verbose=False))
+    return token_windows(documents, lambda text: tokenizer.encode(text, verbose=False))
+
+
+@contextmanager
+def _streaming(planner: _Planner, steps: list[Step], wanted, what: str, progress: bool):
+    """(model without weights, reader of its float32 parameters, progress function) for a pass over blocks."""
     skeleton, weights = planner._load()
 
     def read(name: str) -> np.ndarray:
@@ -194,9 +212,8 @@ def _calibrate(
         tensor.release()
         return values
 
-    spool = Spool(workspace / "solved")
     sizes = {step.path: _size(step) for step in steps}
-    bar = _progress_bar(sum(sizes[path] for path in wanted), "calibrating") if progress else nullcontext()
+    bar = _progress_bar(sum(sizes[path] for path in wanted), what) if progress else nullcontext()
     with bar as bar:
 
         def advance(count: int) -> None:
@@ -204,12 +221,42 @@ def _calibrate(
                 bar.advance(bar.task_ids[0], count)
 
         try:
-            solved = quantize_blocks(
-                skeleton.model, read, windows, wanted, spool, rule=planner.grid, advance=advance
-            )
+            yield skeleton.model, read, advance
         except ValueError as error:
-            kind = checkpoint.config.get("model_type")
+            kind = planner.checkpoint.config.get("model_type")
             raise ValueError(f"calibration does not work on {kind}: {error}; --method rtn does") from error
+
+
+def _spend(
+    planner: _Planner, steps: list[Step], target_bpw: float, windows: np.ndarray, broken, progress
+) -> dict[str, Format]:
+    """Give the layers that no rule names formats that fit the target, by measured KL; all formats by path."""
+    named = planner.named_by_rules
+    free = {s.path: s for s in _solvable(steps, broken) if s.path not in named and _size(s)}
+    fixed = sum(p.nbytes for s in steps if s.path not in free for p in s.planned())
+    budget = target_bpw * sum(_size(step) for step in steps) - 8 * fixed
+    probes = min(len(windows), PROBE_WINDOWS)
+    chosen = windows[np.linspace(0, len(windows) - 1, probes).astype(int), :PROBE_LENGTH]
+    dtypes = {path: step.dtype for path, step in free.items()}
+    with _streaming(planner, steps, free, "measuring", progress) as (model, read, advance):
+        costs = sensitivities(model, read, chosen, dtypes, advance=advance)
+    try:
+        formats = allocate(costs, budget)
+    except ValueError as error:
+        raise ValueError(f"convert: {target_bpw:g} bits per weight cannot be met: {error}") from None
+    for path, fmt in formats.items():
+        free[path].format = fmt
+    return {step.path: step.format for step in steps if step.format}
+
+
+def _calibrate(
+    planner: _Planner, steps: list[Step], windows: np.ndarray, workspace: Path, report, broken, progress
+) -> None:
+    """Solve the layers of the blocks on calibration text, and make their steps take over what was found."""
+    wanted = {step.path: (step.format, step.dtype) for step in _solvable(steps, broken)}
+    spool = Spool(workspace / "solved")
+    with _streaming(planner, steps, wanted, "calibrating", progress) as (model, read, advance):
+        solved = quantize_blocks(model, read, windows, wanted, spool, rule=planner.grid, advance=advance)
     for step in steps:
         if step.path in solved:
             step.tensor, step.repack = Solved(step.tensor, spool.load(step.path)), True
@@ -292,6 +339,7 @@ class _Planner:
         self.keeps_vision = any("vision_tower" in name for name in weights)
         slashed = {path: path.replace(".", "/") for path in self.modules}
         chosen = self._chosen(slashed, report)
+        self.named_by_rules = {path for path, slash in slashed.items() if slash in chosen}
         steps = []
         for name in skeleton.shapes():
             tensor, path = weights.pop(name), name.removesuffix(".weight")

@@ -84,8 +84,8 @@ def quantize_blocks(
     outside = [path for path in wanted if f"{path}.weight" in stream.outer]
     for path in outside:
         fmt, dtype = wanted[path]
-        weight = np.array(_parameter(model, path))
-        stream.put(path, format.dequantize(rtn(weight, None, fmt, rule=rule, scale_dtype=dtype)))
+        packed = rtn(stream.weight(path), None, fmt, rule=rule, scale_dtype=dtype)
+        stream.put(path, format.dequantize(packed))
     if outside:
         stream.re_enter()
     solved = []
@@ -111,9 +111,3 @@ def _solve(weight, statistics, fmt: Format, dtype: str, rule: str, options: dict
     ]
     arrays = (np.stack([getattr(e, name) for e in experts]) for name in ("words", "scales", "biases"))
     return Packed(*arrays, fmt)
-
-
-def _parameter(model, path: str):
-    for name in path.split("."):
-        model = model[int(name)] if isinstance(model, list) else model[name]
-    return model["weight"]

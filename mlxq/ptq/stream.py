@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -59,6 +60,13 @@ class Stream:
         self.calls, self.float_states = self._enter()
         self.states = self.float_states
 
+    def weight(self, path: str) -> np.ndarray:
+        """The weights of a layer that is loaded, float32, not copied."""
+        module = self.model
+        for name in path.split("."):
+            module = module[int(name)] if isinstance(module, list) else module[name]
+        return host(module["weight"])
+
     def put(self, path: str, values: np.ndarray) -> None:
         """Give a layer other weights, such as those of its quantized form."""
         self.model.update(tree_unflatten([(f"{path}.weight", mx.array(values))]))
@@ -72,25 +80,56 @@ class Stream:
 
         Before asking for the next stage, `put` the quantized weights: what follows sees their errors.
         """
-        for number, block in enumerate(self.blocks):
-            self._load(self.names[number])
-            layers = {
-                f"{self.paths[number]}.{path}": layer
-                for path, layer in block.named_modules()
-                if isinstance(layer, CALIBRATED) and type(layer).__call__ in _STOCK_CALLS
-            }
+        for number in range(len(self.blocks)):
+            layers = self.enter(number)
             with host_products():
                 seen, self.float_states = self._float_pass(number, layers)
                 for paths in _same_input(seen):
                     yield self._stage(number, paths, layers, seen)
                     for path in paths:
                         seen[path].rows.clear()
-                self.states = [self._run(number, w, state) for w, state in enumerate(self.states)]
-            self._forget(self.names[number])
+                self.states = self.advance(number, self.states)
+            self.leave(number)
+
+    def enter(self, number: int) -> dict[str, nn.Module]:
+        """Load a block, and its layers that can be calibrated, by path."""
+        self._load(self.names[number])
+        return {
+            f"{self.paths[number]}.{path}": layer
+            for path, layer in self.blocks[number].named_modules()
+            if isinstance(layer, CALIBRATED) and type(layer).__call__ in _STOCK_CALLS
+        }
+
+    def leave(self, number: int) -> None:
+        """Drop a block's weights."""
+        self._forget(self.names[number])
+
+    def advance(self, number: int, states: list[mx.array]) -> list[mx.array]:
+        """Each window's state after a block that has been entered."""
+        return [self._run(number, window, state) for window, state in enumerate(states)]
+
+    def watched(
+        self, number: int, layers: dict[str, nn.Module]
+    ) -> tuple[dict[str, Statistics], list[mx.array]]:
+        """(statistics by path, states after the block) of self.states in a block that has been entered."""
+        with _watch(layers, keep=True) as seen:
+            states = self.advance(number, self.states)
+        found = {}
+        for paths in _same_input(seen):
+            sums = _Sums(seen[paths[0]].rows[0].shape[-1], False)
+            for rows in seen[paths[0]].rows:
+                sums.add(rows, None)
+            found |= dict.fromkeys(paths, sums.statistics())
+        return found, states
+
+    def finish(self, window: int, state: mx.array) -> mx.array:
+        """The model's output when `state` leaves its last block."""
+        last = len(self.blocks) - 1
+        return self._dry_run(self.windows[window], lambda s, at: state if at == last else s)[1]
 
     def _float_pass(self, number: int, layers) -> tuple[dict[str, _Seen], list[mx.array]]:
         with _watch(layers, keep=self.drift) as seen:
-            states = [self._run(number, w, state) for w, state in enumerate(self.float_states)]
+            states = self.advance(number, self.float_states)
         return {path: one for path, one in seen.items() if one.first is not None}, states
 
     def _stage(self, number: int, paths: list[str], layers, before: dict[str, _Seen]) -> Stage:
@@ -131,11 +170,11 @@ class Stream:
         """(calls[window][block], states[window]): what blocks are called with, and what enters the first."""
         calls, states = [], []
         for window in self.windows:
-            stands = self._dry_run(window, lambda state: state)
+            stands, _ = self._dry_run(window, lambda state, at: state)
             calls.append([stand.call for stand in stands])
             states.append(stands[0].state.astype(mx.float32))
             mx.eval(states[-1])
-        moved = self._dry_run(self.windows[-1], lambda state: state * 1.5 + 0.25)
+        moved, _ = self._dry_run(self.windows[-1], lambda state, at: state * 1.5 + 0.25)
         entered = states[-1]
         for stand, call in zip(moved, calls[-1], strict=True):
             same = mx.allclose(stand.state, entered.astype(stand.state.dtype))
@@ -144,12 +183,13 @@ class Stream:
             entered = entered * 1.5 + 0.25
         return calls, states
 
-    def _dry_run(self, window, change) -> list[_Stand]:
-        stands = [_Stand(block, change) for block in self.blocks]
+    def _dry_run(self, window, change) -> tuple[list[_Stand], mx.array]:
+        """Stands that noted one pass, and the model's output; block `at` gives change(state, at)."""
+        stands = [_Stand(block, partial(change, at=at)) for at, block in enumerate(self.blocks)]
         try:
             for (holder, index), stand in zip(self.places, stands, strict=True):
                 holder[index] = stand
-            self.model(mx.array(window[None]))
+            out = self.model(mx.array(window[None]))
         except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
             raise ValueError(f"its blocks do not take and give one hidden state ({error})") from error
         finally:
@@ -157,7 +197,7 @@ class Stream:
                 holder[index] = block
         if any(stand.count != 1 for stand in stands):
             raise ValueError("a block does not run exactly once in a pass")
-        return stands
+        return stands, out
 
 
 class _Stand:
