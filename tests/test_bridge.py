@@ -107,7 +107,7 @@ def test_a_shared_tensor_under_another_dtype_or_shape_is_still_shared():
     assert bridge.is_shared(as_int) and bridge.to_mx(as_int).tolist() == [1, 2, 3, 0x80000004 - 2**32]
     as_half = bridge.to_torch(array).view(torch.uint16)
     assert bridge.is_shared(as_half) and bridge.to_mx(as_half).tolist()[1] == [3, 0, 4, 0x8000]
-    for part in (as_int[1:], as_int[:2], as_int[::2]):
+    for part in (as_int[1:], as_int[:2], as_int[::2], as_int.view(2, 2).T):
         assert not bridge.is_shared(part) and bridge.to_mx(part).tolist() == part.tolist()
 
 
