@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from mlxq.checkpoint import awq, bitsandbytes, compressed_tensors, mlx
+from mlxq.checkpoint import awq, bitsandbytes, compressed_tensors, gptq, mlx
 from mlxq.checkpoint.tensors import Tensor
 
 
@@ -22,6 +22,7 @@ _READERS = {
     "bitsandbytes": bitsandbytes.join,
     "compressed-tensors": compressed_tensors.join,
     "fp8": compressed_tensors.join,
+    "gptq": gptq.join,
 }
 
 

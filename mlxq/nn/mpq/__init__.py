@@ -257,6 +257,27 @@ class Canonical:
     owner: np.ndarray
 
 
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """One quantized layer of a checkpoint, as its files hold it.
+
+    path      of the module                        tensors   numpy, those of layout.shapes
+    dtype     "float16", ... of scales and zeros   bias      (N,) or None
+
+    bfloat16 tensors come as float32 of the same values.
+    """
+
+    path: str
+    layout: Layout
+    dtype: str
+    tensors: dict[str, np.ndarray]
+    bias: np.ndarray | None
+
+    def canonical(self) -> Canonical:
+        """The canonical form. Raises ValueError for tensors that disagree with the layout."""
+        return self.layout.decode(self.tensors)
+
+
 def grouping(g_idx: np.ndarray) -> tuple[np.ndarray | None, np.ndarray, int]:
     """(order, owner, group size) that make the groups of g_idx contiguous and of a size that MLX has.
 

@@ -19,7 +19,7 @@ from mlx.utils import tree_unflatten
 from mlxq import bridge, ops
 from mlxq.format import Format, Packed, dtype_name
 from mlxq.nn.mlx import QuantizedLinear
-from mlxq.nn.mpq import Layout, layout_of
+from mlxq.nn.mpq import Layout, QuantizedLayer, layout_of
 
 _format = functools.cache(Format)
 _DTYPES = (mx.float16, mx.bfloat16, mx.float32)
@@ -305,3 +305,25 @@ def freeze_words(model: nn.Module) -> list[str]:
         new.append((path, QuantizedLinear.from_packed(layer.packed, layer.get("bias"))))
     model.update_modules(tree_unflatten(new))
     return [path for path, _ in new]
+
+
+def from_layer(found: QuantizedLayer, *, requires_grad: bool = True) -> MPQLinear:
+    """A prepared MPQLinear of one quantized layer of a checkpoint."""
+    layout = found.layout
+    layer = MPQLinear(
+        layout.in_channels,
+        layout.out_channels,
+        w_bit=layout.w_bit,
+        dtype=getattr(mx, found.dtype),
+        group_size=layout.group_size,
+        use_gba_quant=layout.use_gba_quant,
+        dq_group_size=layout.dq_group_size,
+        dq_mode=layout.dq_mode,
+        disable_bias=found.bias is None,
+        asym=layout.asym,
+        requires_grad=requires_grad,
+        gptq_version=layout.gptq_version,
+    )
+    bias = {} if found.bias is None else {"bias": mx.array(found.bias)}
+    layer.load_checkpoint({name: mx.array(t) for name, t in found.tensors.items()} | bias)
+    return layer

@@ -14,8 +14,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from mlxq import bridge, ops
-from mlxq.format import Format, Packed, quantize
-from mlxq.nn.mpq import Layout, layout_of
+from mlxq.format import Format, Packed, dtype_name, quantize
+from mlxq.nn.mpq import Layout, QuantizedLayer, layout_of
+from mlxq.nn.torch import QuantizedLinear
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _STORED = {"int32": torch.int32, "uint8": torch.uint8}
@@ -392,30 +393,54 @@ def prepare_layers(model: torch.nn.Module) -> torch.nn.Module:
 
 def pack_layers(
     model: torch.nn.Module,
-    fmt: Format,
+    fmt: Format | None = None,
     *,
-    skip: Callable[[str, torch.nn.Linear], bool] = lambda path, layer: False,
+    skip: Callable[[str, torch.nn.Module], bool] = lambda path, layer: False,
     dtype: torch.dtype = torch.float32,
     requires_grad: bool = True,
 ) -> list[str]:
-    """Put an MPQLinear, weights rounded to nearest, in the place of each torch.nn.Linear; their paths.
+    """Put an MPQLinear in the place of each linear layer, float or packed; their paths.
 
-    skip(path, layer) keeps a layer in float. dtype is that of scales and zeros. One layer at a time: a float
-    weight is freed before the next is packed. Raises ValueError, naming the layer, when fmt does not fit.
+    fmt     of torch.nn.Linear, whose weights are rounded to nearest; None leaves such layers alone.
+            mlxq.nn.torch.QuantizedLinear keeps its own words
+    skip(path, layer)   leaves a layer alone        dtype   of scales and zeros
+
+    One layer at a time: a weight is freed before the next is packed. Raises ValueError, naming the layer,
+    when fmt does not fit.
     """
     replaced = []
     for path, layer in list(model.named_modules()):
-        if type(layer) is not torch.nn.Linear or skip(path, layer):
+        is_float = type(layer) is torch.nn.Linear and fmt is not None
+        if not (is_float or isinstance(layer, QuantizedLinear)) or skip(path, layer):
             continue
+        device = layer.weight.device
         try:
-            w = layer.weight.detach()
-            packed = quantize(w.float().cpu().numpy(), fmt, scale_dtype=str(dtype).rpartition(".")[2])
+            if is_float:
+                w = layer.weight.detach().float().cpu().numpy()
+                packed = quantize(w, fmt, scale_dtype=dtype_name(torch.empty(0, dtype=dtype)))
+            else:
+                packed = layer.packed
+            new = MPQLinear.from_packed(packed, layer.bias, dtype=dtype, requires_grad=requires_grad)
         except ValueError as error:
             raise ValueError(f"pack_layers: {path}: {error}") from error
-        new = MPQLinear.from_packed(packed, layer.bias, dtype=dtype, requires_grad=requires_grad)
-        put_layer(model, path, new.to(w.device))
+        put_layer(model, path, new.to(device))
         replaced.append(path)
     return replaced
+
+
+def freeze_words(model: torch.nn.Module) -> list[str]:
+    """Put mlxq.nn.torch.QuantizedLinear in the place of each MPQLinear, on the same words; their paths.
+
+    Its tensors are those of MLX's format. Raises ValueError for act-order layers, whose rows that format
+    cannot reorder.
+    """
+    layers = collect_layers(model)
+    for path, layer in layers.items():
+        if layer.packed and layer.order is not None:
+            raise ValueError(f"freeze_words: {path} has act-order; MLX's format has no order of rows")
+    for path, layer in layers.items():
+        put_layer(model, path, QuantizedLinear.from_packed(layer.packed, layer.bias))
+    return list(layers)
 
 
 def put_layer(model: torch.nn.Module, path: str, layer: torch.nn.Module) -> None:
@@ -425,10 +450,12 @@ def put_layer(model: torch.nn.Module, path: str, layer: torch.nn.Module) -> None
     layer.train(model.training)
 
 
-def load_layers(model: torch.nn.Module, layers: Iterable, *, requires_grad: bool = True) -> list[str]:
+def load_layers(
+    model: torch.nn.Module, layers: Iterable[QuantizedLayer], *, requires_grad: bool = True
+) -> list[str]:
     """Put prepared MPQLinears in the places that quantized layers of a checkpoint name; the paths replaced.
 
-    layers   mlxq.checkpoint.gptq.QuantizedLayer or its like: path, layout, dtype, tensors (numpy), bias
+    layers   of mlxq.checkpoint.gptq.read_layers or mlxq.checkpoint.gba.read_layers
 
     Raises ValueError, naming the layer, when its size is not that of the layer it replaces.
     """
@@ -448,8 +475,8 @@ def load_layers(model: torch.nn.Module, layers: Iterable, *, requires_grad: bool
     return replaced
 
 
-def from_layer(found, *, requires_grad: bool = True) -> MPQLinear:
-    """A prepared MPQLinear of one quantized layer of a checkpoint (mlxq.checkpoint.gptq.QuantizedLayer)."""
+def from_layer(found: QuantizedLayer, *, requires_grad: bool = True) -> MPQLinear:
+    """A prepared MPQLinear of one quantized layer of a checkpoint."""
     layout = found.layout
     layer = MPQLinear(
         layout.in_channels,
