@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlxq.format import GROUP_SIZES, KERNEL_BITS, Format, dtype_name
 from mlxq.ptq.pack import DEFAULT_GROUP, packed_format
 from mlxq.ptq.qarray import HowToQuantize
-from mlxq.rules import QTYPES, QuantizationRule, RuleSet
+from mlxq.rules import QTYPES, QuantizationRule, RuleSet, calibration
 
 # Layers of mlx.nn, mlx-lm and torch.nn, by the name of their class or of one above it.
 _OPERATIONS = {
@@ -52,8 +52,7 @@ class Site:
 
     @property
     def packed(self) -> Format | None:
-        widths = KERNEL_BITS if self.integer else None
-        return packed_format(self.weight, self.shape, *([widths] if widths else []))
+        return packed_format(self.weight, self.shape, *((KERNEL_BITS,) if self.integer else ()))
 
     @property
     def integer(self) -> bool:
@@ -63,10 +62,16 @@ class Site:
             rule.act_qtype == "int8"
             and self.operation == "linear"
             and (rule.tile_size is None or rule.grid is not None)
-            and (rule.act_static_scale or rule.act_calibration_method is None)
+            and (rule.act_calibration_method is None or (rule.act_static_scale and self._symmetric))
             and self.weight.qtype in ("int2", "int3", "int4", "int5", "int6", "int7", "int8")
             and packed_format(self.weight, self.shape, KERNEL_BITS) is not None
         )
+
+    @property
+    def _symmetric(self) -> bool:
+        """Whether the inputs' static range has no zero point."""
+        name, numbers = calibration(self.rule.act_calibration_method or "absmax")
+        return name in ("absmax", "rms") or (name == "fixed" and sum(numbers) == 0)
 
     def act(self, ndim: int) -> HowToQuantize | None:
         """How an input of so many axes is quantized, the last one summed; None keeps it in float."""
@@ -89,6 +94,17 @@ class Site:
         weight = str(self.packed or f"{self.weight.qtype}/{tile or 'row'}")
         static = " static" if self.rule.act_static_scale else ""
         return weight + (f" + {self.rule.act_qtype}{static} inputs" if self.rule.act_qtype else "")
+
+    @property
+    def input_name(self) -> str:
+        """Name of the input's statistics: the module, its operation and that operation's number, the side."""
+        return f"{self.path}/{self.operation}0_lhs"
+
+    def ranges(self, ndim: int) -> HowToQuantize:
+        """How a static input's range is taken: one for each index of act_batch_axes, and of its tiles."""
+        act = self.act(ndim)
+        batch = tuple(a % ndim for a in self.rule.act_batch_axes if -ndim <= a < ndim)
+        return replace(act, channelwise_axes=tuple(a for a in batch if a not in act.tiled_axes))
 
     @property
     def tensor(self) -> str:

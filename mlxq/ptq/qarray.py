@@ -27,7 +27,7 @@ import numpy as np
 
 from mlxq.format import dtype_name
 from mlxq.ptq.arrays import FLOATS, namespace, tiny_scale
-from mlxq.rules import GRIDS, QTYPES, calibration, qtype_of
+from mlxq.rules import GRIDS, QTYPES, QType, calibration, qtype_of
 
 NF4 = np.array(
     # QLoRA (Dettmers et al., 2023), appendix E.
@@ -165,8 +165,11 @@ class QArray:
         return self._map(lambda a: namespace(a).permute(a, order))
 
     def reshape(self, *shape: int) -> QArray:
-        """The array in another shape. Raises ValueError where tiles would be torn apart."""
+        """The array in another shape, -1 for what is left. Raises ValueError where tiles would be torn."""
         shape = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else tuple(shape)
+        if -1 in shape:
+            rest = -math.prod(shape)
+            shape = tuple(math.prod(self.shape) // rest if n == -1 else n for n in shape)
         if math.prod(shape) != math.prod(self.shape):
             raise ValueError(f"QArray: {self.shape} does not fit {shape}")
         blocks = _blocks(self.shape, shape)
@@ -295,7 +298,7 @@ def scale_and_zero_point(stats: Mapping[str, Any], qtype: str):
     if kind.name in ("mxfp8", "mxfp4"):
         scale = _power_above(scale, xp)
     elif kind.name == "nvfp4":
-        codes = _to_small_float(xp.cast(scale, "float32"), QTYPES["float8_e4m3fn"], xp)
+        codes = to_small_float(xp.cast(scale, "float32"), QTYPES["float8_e4m3fn"])
         codes = xp.where(codes == 0, xp.full(codes.shape, 1, codes), codes)
         scale = xp.cast(xp.take(_values_of("float8_e4m3fn"), codes), dtype)
     if "absmax" in stats:
@@ -319,13 +322,13 @@ def _power_above(scale, xp):
     return xp.cast(xp.floats_of(((bits >> 23) + up) << 23), dtype_name(scale))
 
 
-def _to_small_float(x, kind, xp):
+def to_small_float(x, kind: QType):
     """uint8 codes of float32 values in a float type: sign, exponent, mantissa; rounded half to even.
 
     What is too large becomes the largest number. A code counts the numbers of one sign from zero up, so one
     formula serves normals and subnormals: mantissa steps above the smallest exponent.
     """
-    mantissa, least = kind.mantissa
+    xp, (mantissa, least) = namespace(x), kind.mantissa
     bits = xp.bits_of(x)
     size = xp.clip(xp.abs(x), 0.0, kind.bound)
     exponent = ((xp.bits_of(size) >> 23) & 255) - 127
@@ -394,7 +397,7 @@ def quantize_with(array, qtype: str, scale, zero_point=None) -> QArray:
     elif qtype == "nf4":
         codes = _to_nf4(xp.cast(ratio, "float32"), xp)
     else:
-        codes = _to_small_float(xp.cast(ratio, "float32"), kind, xp)
+        codes = to_small_float(xp.cast(ratio, "float32"), kind)
     return QArray(codes, scale, zero_point, qtype)
 
 

@@ -1,0 +1,89 @@
+"""Static ranges of inputs: run data through a float model, and sum what each layer sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from mlxq import bridge
+from mlxq.ptq.arrays import namespace
+from mlxq.ptq.plan import Plan, Site
+from mlxq.ptq.qarray import calibrate as range_of
+from mlxq.ptq.statistics import Statistics
+
+
+def calibrate(
+    model, plan: Plan, inputs: Iterable, run: Callable | None = None, stats: Statistics | None = None
+) -> Statistics:
+    """Statistics of the inputs of every site whose rule has act_static_scale, over all batches.
+
+    model    the float model, of MLX or torch, that the plan was made for; it is the same afterwards
+    inputs   batches: arrays, or tuples of arguments; mlxq.ptq.text cuts text into windows of tokens
+    run      what to call with a batch; None: the model
+    stats    earlier statistics, which go on; None: none
+
+    A batch's range is that of all of it, for each index of act_batch_axes by itself, averaged over these.
+    Raises ValueError when no rule is static, when there are no batches, and where no input came by.
+    """
+    sites = {path: site for path, site in plan.items() if site.rule.act_static_scale}
+    if not sites:
+        raise ValueError("calibrate: no rule has act_static_scale; dynamic scales need no calibration")
+    stats = Statistics() if stats is None else stats
+    for site in sites.values():
+        stats.register(site.input_name)
+    run, batches = run or model, 0
+    with _watching(model, sites, stats):
+        for batch in inputs:
+            y = run(*batch) if isinstance(batch, tuple) else run(batch)
+            _finish(y)
+            batches += 1
+    if not batches:
+        raise ValueError("calibrate: there are no inputs")
+    for site in sites.values():
+        stats.average(site.input_name)
+    return stats
+
+
+def observe(x, site: Site, stats: Statistics) -> None:
+    """Add the range of one input to the statistics."""
+    xp = namespace(x)
+    ranges = range_of(xp.cast(x, "float32"), site.ranges(x.ndim))
+    batch = site.ranges(x.ndim).channelwise_axes
+    stats.update(
+        site.input_name,
+        {key: bridge.to_numpy(xp.reduce("mean", value, batch)).reshape(-1) for key, value in ranges.items()},
+    )
+
+
+def _watching(model, sites, stats: Statistics):
+    if hasattr(model, "state_dict"):
+        from mlxq.ptq.torch import watching
+    else:
+        from mlxq.ptq.mlx import watching
+    return watching(model, sites, lambda x, site: observe(x, site, stats))
+
+
+def _finish(y) -> None:
+    """Evaluate what MLX left lazy, so that memory does not grow over batches."""
+    if not isinstance(y, tuple | list | dict) and bridge.kind(y) == "mlx":
+        import mlx.core as mx
+
+        mx.eval(y)
+
+
+def quantize_model(model, rules, stats: Statistics | None = None, *, allow_unused_rules: bool = False):
+    """The same model, of MLX or torch, its layers replaced as the rules say; norms and all else stay.
+
+    rules   QuantizationRules or their texts, or a Plan
+    stats   of calibrate, for rules with act_static_scale
+
+    One layer is quantized after the other, and its float weight is let go. Raises ValueError for rules that
+    match nothing (unless allow_unused_rules), for shapes, NaN, infinity, and missing statistics.
+    """
+    from mlxq.ptq.plan import plan
+
+    made = rules if isinstance(rules, Plan) else plan(model, rules, allow_unused_rules=allow_unused_rules)
+    if hasattr(model, "state_dict"):
+        from mlxq.ptq.torch import replace_layers
+    else:
+        from mlxq.ptq.mlx import replace_layers
+    return replace_layers(model, made, stats)
