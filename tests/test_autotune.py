@@ -186,6 +186,15 @@ def test_bad_input_is_refused_in_the_same_words_where_stock_serves():
     assert ops.gather_qmm(mx.zeros((0, 1, K)), experts, rhs_indices=nobody).shape == (0, 1, N)
 
 
+def test_indices_out_of_range_read_nothing_outside_where_stock_serves():
+    experts = packed(lead=(3,))
+    store(replace(HERE, op="gather_qmm", rows=4))
+    x, chosen, inside = rows(4, 1, K), mx.array([1, -1, 3, 2**31 - 1]), mx.array([1, 2, 2, 2])
+    side, y = served_by(lambda: ops.gather_qmm(x, experts, mx.array([0, 9, -5, 2]), chosen))
+    assert side == "stock"
+    assert error(y, reference.gather_qmm(x, experts, mx.array([0, 3, 3, 2]), inside)) < 1e-5
+
+
 def test_transformations_work_where_stock_serves():
     """Stock products have no vmap, no jvp of scales and no jvp of experts: a traced call stays ours."""
     w, experts, chosen = packed(), packed(lead=(3,)), mx.array([2, 0, 1])

@@ -72,9 +72,8 @@ def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpos
     result       (*broadcast(lhs_indices, rhs_indices), M, N), or (..., M, K) when transpose is False
 
     sorted_indices promises that rhs_indices ascend; the answer does not depend on it.
-    An index out of range raises on a CPU stream, when the result is evaluated. A GPU cannot raise: there the
-    last block or expert is taken for it, and nothing outside is read. (Where the tuning file gives a product
-    to stock MLX, that reads past the end.) Raises as qmm does.
+    An index out of range raises on a CPU stream, when the result is evaluated. A GPU cannot raise, nor can
+    stock MLX where that serves: there the last block or expert is taken for it. Raises as qmm does.
     """
     which = bridge.kind(x)
     if which == "mlx":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import math
 import os
 import re
 import threading
@@ -276,6 +277,7 @@ def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpos
             parts = (x, words, scales, biases, lhs, rhs)
             return module.gather_qmm(*parts, transpose, group_size, bits, sorted_indices)
         settings = {"group_size": group_size, "bits": bits, "sorted_indices": sorted_indices}
+        lhs, rhs = _inside(lhs, x), _inside(rhs, words)
         try:
             return mx.gather_qmm(x, words, scales, biases, lhs, rhs, transpose, **settings)
         except (ValueError, TypeError):
@@ -292,8 +294,8 @@ def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpos
         words,
         scales.astype(wide),
         biases.astype(wide),
-        lhs_indices=lhs,
-        rhs_indices=rhs,
+        lhs_indices=_inside(lhs, x),
+        rhs_indices=_inside(rhs, words),
         transpose=transpose,
         group_size=group_size,
         bits=bits,
@@ -355,6 +357,16 @@ def check_q8mm(x_codes, x_scales, w: format.Packed, dtype: str) -> None:
             f"q8mm: x_scales have shape {tuple(x_scales.shape)}; wanted one number, or one for each row of "
             f"x of shape {tuple(x_codes.shape)}"
         )
+
+
+def _inside(indices: mx.array | None, of: mx.array) -> mx.array | None:
+    """Integer indices into the flattened leading axes of `of`, the last for what is outside.
+
+    Stock MLX reads whatever memory an index leads to; as unsigned numbers, negative ones are too large.
+    """
+    if indices is None or not mx.issubdtype(indices.dtype, mx.integer):
+        return indices
+    return mx.minimum(indices.astype(mx.uint32), max(math.prod(of.shape[:-2]), 1) - 1)
 
 
 def _stock_serves(tuned, op, x, words, scales, biases, fmt: format.Format, experts=None) -> bool:
