@@ -124,6 +124,34 @@ def test_activations_of_other_dtypes_pass(folders):
             assert max(report.worst(backend) for backend in found["backends"].values()) > 0.1
 
 
+def test_experts_run_and_are_said_not_to_be_compared_by_layer(tmp_path):
+    float_model = make_hf_model("mixtral", tmp_path / "float", "float32", seed=3)
+    mlx_lm.convert(str(float_model), str(tmp_path / "q4"), quantize=True, q_group_size=32)
+    found = parity.certify(tmp_path / "q4", tokens=2)
+    assert found["verdict"] == "PASS", report.faults(found)
+    assert "model.layers.0.block_sparse_moe.switch_mlp.gate_proj" in found["not_compared"]
+    assert len(found["not_compared"]) == 6 and found["layers"] >= 9
+    assert "load_torch: " in found["absent"]["torch"]
+
+
+RESULTS = sorted((ROOT / "tools" / "results").glob("parity-*.json"))
+
+
+@pytest.mark.skipif(not RESULTS, reason="needs tools/results/parity-*.json, of tools/parity_smollm2.py")
+def test_smollm2_passed_with_bounds_near_its_errors_and_a_flipped_bit_was_named():
+    found = json.loads(RESULTS[-1].read_text())
+    assert set(found["kinds"]) == {"2", "4", "8", "w8a8"}
+    for kind, run in found["kinds"].items():
+        assert run["verdict"] == "PASS" and {"torch", "shaders", "scalar"} <= set(run["backends"]), kind
+        runs = [backend for backend in run["backends"].values() if "logits" in backend]
+        worst = [max(b["worst_layer"]["share"], b["worst_layer"]["share_one_row"]) for b in runs]
+        assert 0.1 < max(worst) <= 1, kind
+        shares = [backend["logits"]["max"] / run["bounds"]["max"] for backend in runs]
+        assert 0.1 < max(shares) <= 1, kind
+    layers = {fault.split(": ")[1] for fault in found["flipped"]["faults"]} - {"logits", "other tokens"}
+    assert layers == {f"layer {found['flipped']['layer']}"}
+
+
 # -------------------------------------------------------------------------------------------- one is wrong
 
 
@@ -163,6 +191,21 @@ def test_one_flipped_bit_in_one_back_end_fails_and_names_the_layer(folders, kind
     if kind == "8":  # the table is the head, too
         wanted.add(f"layer {BROKEN[kind]} (head)")
     assert wanted <= named | {f"layer {BROKEN[kind]} (head)"} and named <= wanted | {"other tokens"}
+
+
+def test_a_kernel_that_is_wrong_for_one_row_only_is_found(folders):
+    reference = reference_of(folders["4"])
+    model, _ = mlxq.load(folders["4"])
+    right = backends.mlx_backend("right", model, mx.cpu, "float32")
+
+    def layer(path, kind, x):
+        y = right.layer(path, kind, x)
+        return y * np.float32(1.001) if len(x) == 1 and path.endswith("q_proj") else y
+
+    found = parity.examine(reference, backends.Backend("wrong", layer), 0)
+    assert [fault.split(": ")[1] for fault in found["faults"]] == [
+        f"layer model.layers.{i}.self_attn.q_proj" for i in range(2)
+    ]
 
 
 def test_the_command_exits_with_1_and_names_layer_and_back_end(folders, monkeypatch, capsys, tmp_path):
@@ -234,6 +277,16 @@ def test_checksums_are_of_the_tensors_not_of_the_files(folders, tmp_path):
     changed[names[0]] = changed[names[0]] + 1
     mx.save_safetensors(str(tmp_path / "model-1.safetensors"), changed)
     assert parity.weights_digest(tmp_path) != parity.weights_digest(folders["4"])
+
+
+def test_the_checksum_covers_the_settings_of_activations(folders, tmp_path):
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / name).write_bytes((folders["w8a8 learned"] / name).read_bytes())
+    assert parity.weights_digest(tmp_path) == parity.weights_digest(folders["w8a8 learned"])
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["activation_quantization"][BROKEN["w8a8"]]["scale_a"] *= 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert parity.weights_digest(tmp_path) != parity.weights_digest(folders["w8a8 learned"])
 
 
 # -------------------------------------------------------------------------------------------- bad arguments

@@ -268,5 +268,8 @@ def torch_backend(name: str, folder: Path, device: str, dtype: str) -> Backend:
             raise Absent("torch finds no NVIDIA GPU on this machine")
         if json.loads((folder / "config.json").read_text(encoding="utf-8")).get(q8_files.KEY):
             raise Absent("8-bit activations are not served on NVIDIA GPUs yet")
-    model = on_torch.TorchModel(folder, device, dtype)
+    try:
+        model = on_torch.TorchModel(folder, device, dtype)
+    except ValueError as error:  # mlxq.load took the folder: this is about what transformers has
+        raise Absent(str(error)) from error
     return Backend(name, model.layer, model.forward, note=model.note)
