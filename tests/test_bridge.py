@@ -101,6 +101,14 @@ def test_mlx_to_torch_is_one_memory_in_both_directions(name):
     assert bridge.to_torch(array).data_ptr() == bridge.to_torch(back).data_ptr() == tensor.data_ptr()
 
 
+def test_sharing_an_array_twice_outlives_the_first_tensor():
+    array = mx.arange(6)
+    first, second = bridge.to_torch(array), bridge.to_torch(array)
+    del first
+    gc.collect()
+    assert bridge.is_shared(second) and bridge.to_mx(second) is array
+
+
 def test_a_shared_tensor_under_another_dtype_or_shape_is_still_shared():
     array = mx.array([[1, 2], [3, 0x80000004]], mx.uint32)
     as_int = bridge.to_torch(array).view(torch.int32).view(4)
@@ -168,6 +176,7 @@ def test_results_keep_their_own_memory():
 
 
 def test_nothing_is_kept_when_everybody_let_go():
+    gc.collect()
     before = len(bridge._shared)
     tensors = [bridge.to_torch(mx.zeros((100 + i,))) for i in range(5)]
     assert len(bridge._shared) == before + 5

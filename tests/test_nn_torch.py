@@ -443,7 +443,7 @@ def test_a_layer_is_held_once_and_let_go():
     assert 2 * size <= mx.get_active_memory() - held < 2.2 * size
     del layer, made
     gc.collect()
-    assert mx.get_active_memory() - held < 0.1 * size and len(nn_torch._known) == known
+    assert mx.get_active_memory() - held < 0.1 * size and len(nn_torch._known) <= known
 
 
 @pytest.mark.parametrize("ids", [[[1, 2, 2], [49, 0, 7]], 3, [], [[]]], ids=str)
