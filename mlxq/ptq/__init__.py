@@ -1,10 +1,18 @@
-"""Quantizers: each takes (weight, statistics, format) and returns a Packed. METHODS names them."""
+"""Quantizers and rules. A quantizer takes (weight, statistics, format) and returns a Packed: see METHODS.
+
+By rules: plan says what they make of a model, calibrate measures static ranges of inputs, quantize_model
+replaces layers, quantize_params quantizes a flat dict of parameters. qarray and functional are the numerics.
+"""
 
 from __future__ import annotations
 
+from mlxq.ptq.calibrate import calibrate, quantize_model
 from mlxq.ptq.gptq import gptq
+from mlxq.ptq.plan import plan
 from mlxq.ptq.rtn import rtn
+from mlxq.ptq.statistics import Statistics
+from mlxq.ptq.tensors import quantize_params
 
 METHODS = {"rtn": rtn, "gptq": gptq}
 
-__all__ = ["METHODS", "gptq", "rtn"]
+__all__ = ["Statistics", "calibrate", "plan", "quantize_model", "quantize_params", "METHODS", "gptq", "rtn"]

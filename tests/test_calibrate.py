@@ -1,0 +1,233 @@
+"""Static ranges: running sums, what is refused, and scales that survive save and load."""
+
+import json
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+import pytest
+from tiny_models import VOCAB, make_hf_model
+
+import mlxq
+from mlxq import format
+from mlxq.checkpoint import q8 as files
+from mlxq.convert import convert
+from mlxq.nn.q8.mlx import Q8Linear
+from mlxq.ptq import Statistics, calibrate, plan, quantize_model, quantize_params
+from mlxq.ptq import functional as F
+from mlxq.ptq.qarray import dequantize, quantize_with, scale_and_zero_point
+from mlxq.rules import QuantizationRule
+
+torch = pytest.importorskip("torch", reason="needs the package torch")
+STATIC = QuantizationRule(weight_qtype="int8", act_qtype="int8", act_static_scale=True)
+NAME = "layers/0/linear0_lhs"
+
+
+def linear(kind, K=64, N=32):
+    if kind == "mlx":
+        mx.random.seed(0)
+        return nn.Sequential(nn.Linear(K, N)), mx.array
+    torch.manual_seed(0)
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([torch.nn.Linear(K, N)])
+    model.forward = lambda x: model.layers[0](x)
+    return model, torch.from_numpy
+
+
+def batches(count=3, shape=(2, 5, 64), seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(shape, dtype=np.float32) * (n + 1) for n in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["mlx", "torch"])
+def test_statistics_are_sums_of_each_batchs_range_averaged_over_the_batch_axes(kind):
+    model, to = linear(kind)
+    data = batches()
+    stats = calibrate(model, plan(model, [STATIC]), [to(x) for x in data])
+    want = sum(np.abs(x).max((1, 2)).mean() for x in data) / 3  # axis 0 is the batch
+    assert stats.counts == {NAME: 3}
+    np.testing.assert_allclose(stats.average(NAME)["absmax"], [want], rtol=1e-6)
+    tokens = QuantizationRule(**{"weight_qtype": "int8", "act_qtype": "int8", "act_static_scale": True},
+                              act_batch_axes=(0, 1), act_calibration_method="minmax")  # fmt: skip
+    stats = calibrate(model, plan(model, [tokens]), [to(x) for x in data])
+    for name, reduce in (("min", np.min), ("max", np.max)):
+        want = sum(reduce(x, -1).mean() for x in data) / 3
+        np.testing.assert_allclose(stats.average(NAME)[name], [want], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mlx", "torch"])
+def test_a_static_layer_rounds_by_the_average_range(kind):
+    model, to = linear(kind)
+    data, rule = batches(), STATIC
+    made = plan(model, [rule])
+    stats = calibrate(model, made, [to(x) for x in data])
+    weight, bias = (np.array(a.detach() if kind == "torch" else a) for a in (
+        model.layers[0].weight, model.layers[0].bias))  # fmt: skip
+    scale, _ = scale_and_zero_point(stats.average(NAME), "int8")
+    x = data[2]
+    codes = quantize_with(x, "int8", scale.reshape(1, 1, 1))
+    w = F.store_weight(weight, made["layers/0"])
+
+    want = dequantize(codes).astype(np.float64) @ format.dequantize(w).astype(np.float64).T + bias
+    quantize_model(model, made, stats)
+    got = model(to(x))
+    got = np.array(got.detach() if kind == "torch" else got)
+    assert codes.qvalue.max() == 127 and codes.qvalue.min() == -128  # the largest batch exceeds the mean
+    np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+
+
+def test_asymmetric_and_tiled_static_ranges_reach_the_layer():
+    model, to = linear("mlx")
+    data = [np.abs(x) + 1 for x in batches()]
+    for extra in ({"act_calibration_method": "minmax"}, {"tile_size": 32}):
+        model, to = linear("mlx")
+        rule = QuantizationRule(**(STATIC.settings() | {"module_path": ".*"} | extra))
+        made = plan(model, [rule])
+        stats = calibrate(model, made, [to(x) for x in data])
+        want = np.array(model(to(data[0])))
+        quantize_model(model, made, stats)
+        layer = model.layers[0]
+        assert layer["act_scale"].shape == ((2,) if "tile_size" in extra else (1,))
+        assert ("act_zero_point" in layer) == ("act_calibration_method" in extra)
+        error = np.linalg.norm(np.array(model(to(data[0]))) - want) / np.linalg.norm(want)
+        assert error < 0.02
+
+
+def test_the_model_is_itself_after_calibration_and_nothing_was_quantized():
+    model, to = linear("mlx")
+    layer = model.layers[0]
+    calibrate(model, plan(model, [STATIC]), [to(batches()[0])])
+    assert model.layers[0] is layer
+    with pytest.raises(RuntimeError, match="an error of the data"):
+        calibrate(model, plan(model, [STATIC]), _failing())
+    assert model.layers[0] is layer
+
+
+def _failing():
+    yield mx.zeros((1, 64)) + 1
+    raise RuntimeError("an error of the data")
+
+
+def test_what_has_no_range_is_refused():
+    model, to = linear("mlx")
+    made = plan(model, [STATIC])
+    with pytest.raises(ValueError, match="there are no inputs"):
+        calibrate(model, made, [])
+    with pytest.raises(ValueError, match=f"{NAME} has seen no input"):
+        calibrate(model, made, [to(batches()[0])], run=lambda x: x)
+    with pytest.raises(ValueError, match="no rule has act_static_scale"):
+        calibrate(model, plan(model, [".*=weight_qtype:int8"]), [to(batches()[0])])
+    with pytest.raises(
+        ValueError, match="layers/0: the rule wants a static scale and there are no statistics"
+    ):
+        quantize_model(model, made)
+    empty = Statistics()
+    empty.register(NAME)
+    with pytest.raises(ValueError, match="has seen no input"):
+        quantize_params({"layers.0.weight": model.layers[0].weight}, made, empty)
+    with pytest.raises(ValueError, match="absmax of the inputs is NaN"):
+        calibrate(model, made, [mx.full((1, 64), float("nan"))])
+
+
+def test_ranges_that_change_their_shape_are_refused():
+    stats = Statistics()
+    stats.update("a", {"absmax": np.ones(2)})
+    with pytest.raises(ValueError, match="do not add"):
+        stats.update("a", {"absmax": np.ones(3)})
+    with pytest.raises(ValueError, match="do not add"):
+        stats.update("a", {"min": np.ones(2), "max": np.ones(2)})
+    assert stats.counts == {"a": 1}
+
+
+def test_sums_stay_float32_where_16_bits_would_stop_growing():
+    stats = Statistics()
+    for _ in range(3000):
+        stats.update("a", {"absmax": mx.array([1.0], mx.bfloat16).astype(mx.float32)})
+    assert stats.average("a")["absmax"].item() == 1.0 and stats.sums["a"]["absmax"].dtype == np.float32
+
+
+def test_statistics_go_on_and_survive_the_disk(tmp_path):
+    model, to = linear("mlx")
+    made, data = plan(model, [STATIC]), [mx.array(x) for x in batches(4)]
+    whole = calibrate(model, made, data)
+    part = calibrate(model, made, data[:2])
+    part.save(tmp_path / "stats.npz")
+    both = calibrate(model, made, data[2:], stats=Statistics.load(tmp_path / "stats.npz"))
+    assert both.counts == whole.counts
+    np.testing.assert_array_equal(both.sums[NAME]["absmax"], whole.sums[NAME]["absmax"])
+    np.savez(tmp_path / "other.npz", x=np.ones(2))
+    with pytest.raises(ValueError, match="holds no statistics"):
+        Statistics.load(tmp_path / "other.npz")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_hf_model("llama", tmp_path_factory.mktemp("llama") / "hf", "float32", seed=3)
+
+
+TOKENS = mx.array(np.random.default_rng(2).integers(3, VOCAB, (2, 24)))
+
+
+def test_static_scales_survive_save_and_load_and_stock_mlx_lm_reads_the_weights(folder, tmp_path):
+    from mlx_lm.utils import load_config, load_model, load_tokenizer
+
+    model, _ = load_model(folder)
+    rules = ["(.*/)?(q|k|v|o|gate|up|down)_proj=weight_qtype:int8,act_qtype:int8,act_static_scale:true"]
+    made = plan(model, rules)
+    stats = calibrate(model, made, [TOKENS])
+    quantize_model(model, made, stats)
+    want = model(TOKENS)
+    files.save(model, load_tokenizer(folder), load_config(folder), tmp_path / "mlx")
+    loaded, _ = mlxq.load(tmp_path / "mlx")
+    scales = [layer.scale_a.item() for layer in _q8(loaded)]
+    assert scales == [layer.scale_a.item() for layer in _q8(model)] and len(scales) == len(made) > 0
+    assert mx.array_equal(loaded(TOKENS), want)
+    stock, _ = mlx_lm.load(str(tmp_path / "mlx"))
+    error = mx.linalg.norm(stock(TOKENS) - want) / mx.linalg.norm(want)
+    assert 0 < error.item() < 0.05  # the same weights, inputs not rounded
+
+
+def _q8(model):
+    return [layer for _, layer in sorted(model.named_modules()) if isinstance(layer, Q8Linear)]
+
+
+def test_convert_and_quantize_model_make_the_same_model_of_the_same_rules(folder, tmp_path):
+    """The file of rules, through the converter and through a live model: parameters and outputs agree."""
+    from mlx.utils import tree_flatten
+    from mlx_lm.utils import load_model
+
+    rules = [
+        QuantizationRule(module_path="(.*/)?down_proj", weight_qtype="int4", tile_size=32, act_qtype="int8",
+                         weight_calibration_method="affine"),
+        QuantizationRule(module_path=".*_proj", weight_qtype="int8", act_qtype="int8"),
+        QuantizationRule(module_path=".*", weight_qtype="int6", tile_size=32),
+    ]  # fmt: skip
+    report = convert(folder, tmp_path / "mlx", rules=rules, dtype="float32", progress=False)
+    model = quantize_model(load_model(folder)[0], rules)
+    loaded, _ = mlxq.load(tmp_path / "mlx")
+    have, want = dict(tree_flatten(loaded.parameters())), dict(tree_flatten(model.parameters()))
+    assert have.keys() == want.keys()
+    for name in want:
+        assert mx.array_equal(have[name], want[name]), name
+    assert mx.array_equal(loaded(TOKENS), model(TOKENS))
+    stored = {layer.path: layer.stored for layer in report.layers}
+    made = plan(load_model(folder)[0], rules)
+    for path, site in made.items():
+        assert site.stored.partition(" +")[0] == stored[path]
+    settings = json.loads((tmp_path / "mlx" / "config.json").read_text())["activation_quantization"]
+    assert {path.replace(".", "/") for path in settings} == {p for p, s in made.items() if s.rule.act_qtype}
+
+
+def test_convert_refuses_what_a_file_cannot_hold(folder, tmp_path):
+    for rule, said in (
+        ("(.*/)?up_proj=weight_qtype:nf4,tile_size:32", "has no place in a file of MLX's format|no place"),
+        ("(.*/)?up_proj=weight_qtype:int8,act_qtype:float8_e4m3fn", "quantize_model serves them"),
+        ("(.*/)?up_proj=weight_qtype:int8,act_qtype:int8,act_static_scale:true", "wants a static scale"),
+        ("upp=bits:4", "matches no layer"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            convert(folder, tmp_path / "x", rules=[rule], progress=False)
+        assert not (tmp_path / "x").exists()
+    report = convert(folder, tmp_path / "x", rules=["upp=bits:4"], allow_unused_rules=True, progress=False)
+    assert any("matches no layer" in notice for notice in report.notices)
