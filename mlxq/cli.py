@@ -30,7 +30,9 @@ def main(argv: list[str] | None = None) -> int:
         # The interpreter flushes stdout once more at exit: give it something that accepts the bytes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
+        if str(stopped):
+            print(f"mlxq: {stopped}", file=sys.stderr)
         return 130
     except _BAD_INPUT as error:
         if os.environ.get("MLXQ_TRACEBACK") == "1":
@@ -161,6 +163,15 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plan", metavar="FILE", help="write what --target-bpw chose as a .json file for --rules"
     )
+    parser.add_argument(
+        "--max-memory", metavar="SIZE", help="anonymous memory to stay below, like 3GB: slower, or refused"
+    )
+    parser.add_argument(
+        "--no-resume", action="store_true", help="start anew where an interrupted run of the same left off"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print sizes and estimates of time and memory; write nothing"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it is a model folder")
     parser.add_argument(
         "--allow-nonfinite",
@@ -198,9 +209,21 @@ def _convert(args: argparse.Namespace) -> int:
         allow_nonfinite=args.allow_nonfinite,
         overwrite=args.overwrite,
         trust_remote_code=args.trust_remote_code,
+        max_memory=args.max_memory,
+        resume=not args.no_resume,
+        dry_run=args.dry_run,
     )
     console = Console(highlight=False)
     console.print(report.table())
+    if (plan := report.planned) is not None:
+        from mlxq.checkpoint.summary import human_bytes
+
+        console.print(
+            f"Nothing is written. It would take about {plan.seconds:.0f} s, {human_bytes(plan.memory)} of "
+            f"memory and {human_bytes(plan.disk)} of disk.",
+            markup=False,
+        )
+        return 0
     console.print(
         f"{report.path} is written in {report.seconds:.1f} s. Try: mlxq chat {args.dst}", markup=False
     )

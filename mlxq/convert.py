@@ -6,20 +6,26 @@ import json
 import shutil
 import time
 from collections.abc import Container, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from mlxq import format
+from mlxq.checkpoint import journal
 from mlxq.checkpoint.gguf import GgufCheckpoint
 from mlxq.checkpoint.huggingface import HuggingFaceCheckpoint, resolve
-from mlxq.checkpoint.partial import check_destination, partial_folder
+from mlxq.checkpoint.journal import Journal, identity
+from mlxq.checkpoint.memory import Watch, anonymous_bytes, parse_bytes
+from mlxq.checkpoint.partial import check_destination
 from mlxq.checkpoint.q8 import KEY as ACTIVATIONS
+from mlxq.checkpoint.ranks import Ranks, check_others, from_environment, share, shared_folder
 from mlxq.checkpoint.safetensors import STORED, Planned, Writer, as_stored
 from mlxq.checkpoint.skeleton import Skeleton
-from mlxq.checkpoint.summary import Layer, Summary, human_bytes, inspect
+from mlxq.checkpoint.summary import Estimate, Layer, Summary, human_bytes, inspect
+from mlxq.checkpoint.tensors import ArrayTensor
 from mlxq.format import Format, Packed
 from mlxq.ptq import METHODS
 from mlxq.ptq.calibrated import Solved, Spool, quantize_blocks
@@ -37,6 +43,10 @@ GGUF_DEFAULT = Format(4, 32)
 SHARD_BYTES = 5 << 30  # mlx-lm's
 PROBE_WINDOWS, PROBE_LENGTH = 4, 128  # tokens on which sensitivity is measured: 210 layers, each half a pass
 SLAB_WEIGHTS = 1 << 18  # weights in float32 at once: 1 MB, and about five times that with every temporary
+SLAB_BYTES = 48  # of memory for a weight of a slab, at most: float32 and float64 copies, codes as bits
+MEMORY_MARGIN = 96 << 20  # for imports, headers and the report
+# Arguments that change how a conversion goes and not what it writes.
+_NOT_THE_RESULT = ("src", "dst", "overwrite", "max_memory", "resume", "dry_run", "progress")
 
 Report = Summary
 
@@ -102,6 +112,9 @@ def convert(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     max_shard_bytes: int = SHARD_BYTES,
+    max_memory: int | str | None = None,
+    resume: bool = True,
+    dry_run: bool = False,
     progress: bool = True,
 ) -> Report:
     """Write the model src in MLX format, quantized, as the new folder dst, and report what was done.
@@ -126,6 +139,9 @@ def convert(
     plan              a .json file for the formats so chosen; given as rules it makes the same files again
     allow_nonfinite   keep layers that hold NaN or Inf in float and list them, instead of refusing
     overwrite         replace dst if it is a model folder; it stays until the new one is complete
+    max_memory        bytes of anonymous memory, or "3GB": less is held at once, or the conversion is refused
+    resume            go on with what an interrupted conversion with these arguments left beside dst
+    dry_run           write nothing; the report has sizes and estimates of time and memory
 
     A layer whose K its group size does not divide stays in float and is listed, as in mlx-lm. Integer codes
     of the source are repacked, not quantized again, where the wanted format holds them: as many bits or more,
@@ -135,6 +151,7 @@ def convert(
     Raises FileExistsError, FileNotFoundError, ValueError, ImportError or OSError with one sentence;
     nothing is left under dst then.
     """
+    arguments = {name: value for name, value in locals().items() if name not in _NOT_THE_RESULT}
     begin = time.monotonic()
     _check_arguments(bits, group_size, dtype, embedding_bits, quantization_rule, max_shard_bytes)
     if plan is not None and target_bpw is None:
@@ -149,10 +166,19 @@ def convert(
     src = resolve(src)
     if dst.resolve() in (src.resolve(), *src.resolve().parents):
         raise ValueError(f"{dst} is or holds the source {src}: choose another folder")
+    limit = parse_bytes(max_memory) if max_memory is not None else None
+    if limit is not None and anonymous_bytes() is None:
+        raise ValueError("convert: this system does not tell how much memory is anonymous; omit max_memory")
+    digest = identity(src, arguments)
     checkpoint = _open(src)
-    with partial_folder(dst, overwrite) as folder:
-        workspace = folder / "workspace"
-        checkpoint.prepare(workspace)
+    group = Ranks() if dry_run else from_environment()
+    wanted = digest if resume else None
+    place = TemporaryDirectory() if dry_run else shared_folder(group, dst, overwrite, wanted)
+    with place as folder, Watch(limit) as memory:
+        folder = Path(folder)
+        workspace = folder / f"workspace-{group.rank}"
+        shutil.rmtree(workspace, ignore_errors=True)
+        checkpoint.prepare(workspace, values=not dry_run)
         dtype = dtype or checkpoint.float_dtype()
         planner = _Planner(checkpoint, bits, group_size, dtype, rules, embedding_bits, trust_remote_code)
         planner.grid, planner.allow_unused_rules = quantization_rule, allow_unused_rules
@@ -162,22 +188,35 @@ def convert(
         windows = _calibration_windows(checkpoint, documents, workspace) if documents else None
         if target_bpw is not None:
             formats = _spend(planner, steps, target_bpw, windows, broken, progress)
-            if plan is not None:
+            if plan is not None and group.rank == 0:
                 text = json.dumps(plan_rules(formats), indent=1)
                 Path(plan).expanduser().write_text(text + "\n", encoding="utf-8")
-        if method != "rtn":
+        if method != "rtn" and not dry_run:
             _calibrate(planner, steps, windows, workspace, report, broken, progress)
         stored = [planned for step in steps for planned in step.planned()]
         writer = Writer(folder, stored, max_shard_bytes, parameters=sum(_size(step) for step in steps))
+        slab = _slab_weights(steps, limit)
+        if dry_run:
+            return _estimated(report, steps, writer, slab)
         _check_space(folder, writer.file_bytes)
-        bar = _progress_bar(writer.parameters) if progress else nullcontext()
-        with writer, bar as bar:  # nullcontext gives None
-            for step in steps:
-                report.layers.append(_write(step, writer, broken, bar))
-        _write_config(checkpoint.config, planner, steps, dtype, folder)
-        report.notices += checkpoint.write_tokenizer(folder)
+        done = journal.read(folder, digest) or {}
+        group.gather("")  # nobody writes a journal before everybody has read them
+        bar = _progress_bar(writer.parameters) if progress and group.rank == 0 else nullcontext()
+        # nullcontext gives None
+        with closing(Journal(folder, digest, group.rank)) as log, writer, bar as bar:
+            mine = share(group, {s.name: _size(s) for s in steps}, writer.weight_map)
+            lines = _write_steps(steps, done, mine, writer, log, slab, memory, broken, bar)
+        for text in group.gather(json.dumps(lines)):
+            lines |= json.loads(text)
+        report.layers = [Layer(**lines[step.name]) for step in steps]
         shutil.rmtree(workspace, ignore_errors=True)
-    report.seconds = time.monotonic() - begin
+        if group.rank == 0:
+            _write_config(checkpoint.config, planner, steps, dtype, folder)
+            report.notices += checkpoint.write_tokenizer(folder)
+    report.seconds, report.peak_memory = time.monotonic() - begin, memory.peak
+    if limit is not None:
+        used, allowed = human_bytes(memory.peak), human_bytes(limit)
+        report.notices.append(f"at most {used} of anonymous memory were in use; {allowed} were allowed")
     return report
 
 
@@ -266,6 +305,73 @@ def _calibrate(
         + (f"; rounded to nearest: {', '.join(rounded[:3])}" if rounded else "")
         + (f" and {len(rounded) - 3} more" if len(rounded) > 3 else "")
     )
+
+
+def _slab_weights(steps: list[Step], limit: int | None) -> int:
+    """How many weights to hold in float32 at once. Raises ValueError when the limit allows too few."""
+    if limit is None:
+        return SLAB_WEIGHTS
+    used = anonymous_bytes() or 0
+    held = {step.path: _held(step) for step in steps}
+    largest = max(held, key=held.get)
+    row = max(step.tensor.K for step in steps)
+    room = limit - used - held[largest] - MEMORY_MARGIN
+    if room < SLAB_BYTES * max(row, 1 << 12):
+        needed = used + held[largest] + MEMORY_MARGIN + SLAB_BYTES * max(row, 1 << 12)
+        what = f"{largest} is computed whole" if held[largest] else f"rows have {row} weights"
+        short = f"{human_bytes(limit)} of memory are too little, {human_bytes(needed)} are needed"
+        raise ValueError(f"convert: {short}: {what}")
+    return min(SLAB_WEIGHTS, room // SLAB_BYTES)
+
+
+def _held(step: Step) -> int:
+    """Bytes that reading a tensor holds whatever the slab: itself and what mlx-lm computes it from."""
+    return 3 * 4 * _size(step) if isinstance(step.tensor, ArrayTensor) else 0
+
+
+def _estimated(report: Report, steps: list[Step], writer: Writer, slab: int) -> Report:
+    """The report with planned sizes, and with the time that a sample of the largest tensor lets expect."""
+    for step in steps:
+        size = sum(planned.nbytes for planned in step.planned())
+        stored = str(step.format or step.dtype)
+        report.layers.append(Layer(step.path.replace(".", "/"), stored, _size(step), size))
+    step = max(steps, key=_size)
+    begin, sampled = time.monotonic(), 0
+    for start, stop in _bounds(step.tensor, slab):
+        if isinstance(step.tensor, ArrayTensor) or time.monotonic() - begin > 0.5:
+            break
+        values = step.tensor.read(start, stop)
+        if step.format is not None and np.isfinite(values).all():
+            format.dequantize(_pack(step, values, start, stop))
+        sampled += values.size
+    rate = sampled / (time.monotonic() - begin) if sampled else 2e7
+    memory = (anonymous_bytes() or 0) + MEMORY_MARGIN + SLAB_BYTES * slab + max(map(_held, steps))
+    report.planned = Estimate(writer.parameters / rate, memory, writer.file_bytes)
+    return report
+
+
+def _write_steps(steps, done, mine, writer: Writer, log: Journal, slab, memory, broken, bar) -> dict:
+    """Write the tensors of this process that no earlier run has written; lines of the report by name."""
+    lines = {}
+    try:
+        for step in steps:
+            check_others(writer.folder)
+            names = [planned.name for planned in step.planned()]
+            if step.name in done and all(writer.holds(name) for name in names):
+                lines[step.name] = done[step.name]
+            elif step.name in mine:
+                lines[step.name] = asdict(_write(step, writer, broken, bar, slab, memory))
+                log.add(step.name, lines[step.name], lines[step.name]["bytes"], writer.files.values())
+                continue
+            for name in names:
+                writer.skip(name)
+            if bar is not None:
+                bar.advance(bar.task_ids[0], _size(step))
+    except KeyboardInterrupt:
+        log.flush(writer.files.values())
+        raise
+    log.flush(writer.files.values())
+    return lines
 
 
 def _check_arguments(bits, group_size, dtype, embedding_bits, quantization_rule, max_shard_bytes) -> None:
@@ -498,20 +604,20 @@ def _size(step: Step) -> int:
     return int(np.prod(step.tensor.shape, dtype=np.int64))
 
 
-def _bounds(tensor) -> Iterator[tuple[int, int]]:
+def _bounds(tensor, slab: int) -> Iterator[tuple[int, int]]:
     K = tensor.shape[-1] if tensor.shape else 1
     rows = int(np.prod(tensor.shape[:-1], dtype=np.int64))
-    height = max(1, SLAB_WEIGHTS // K)
+    height = max(1, slab // K)
     for start in range(0, rows, height):
         yield start, min(rows, start + height)
 
 
 def _slabs(tensor) -> Iterator[np.ndarray]:
-    for start, stop in _bounds(tensor):
+    for start, stop in _bounds(tensor, SLAB_WEIGHTS):
         yield tensor.read(start, stop)
 
 
-def _write(step: Step, writer: Writer, broken: Container[str], bar) -> Layer:
+def _write(step: Step, writer: Writer, broken: Container[str], bar, slab: int, memory: Watch) -> Layer:
     """Read, quantize and write one tensor slab by slab; its line of the report."""
     tensor, stored = step.tensor, step.planned()
     layer = Layer(
@@ -521,7 +627,8 @@ def _write(step: Step, writer: Writer, broken: Container[str], bar) -> Layer:
         sum(p.nbytes for p in stored),
     )
     error = norm = 0.0
-    for start, stop in _bounds(tensor):
+    for start, stop in _bounds(tensor, slab):
+        memory.check()
         if not _is_float(tensor.dtype):
             writer.write(step.name, tensor.read_raw(start, stop))
             continue
@@ -610,6 +717,8 @@ def _write_config(config: dict, planner: _Planner, steps: list[Step], dtype: str
 
 def _check_space(folder: Path, wanted: int) -> None:
     free = shutil.disk_usage(folder).free
+    # what an earlier run has written already
+    wanted -= sum(512 * file.stat().st_blocks for file in folder.glob("model*.safetensors"))
     if wanted > free:
         raise OSError(f"{folder.parent}: {human_bytes(wanted)} are needed and {human_bytes(free)} are free")
 

@@ -394,6 +394,6 @@ def test_a_signal_half_way_leaves_nothing_under_the_final_name(number, llama, tm
     assert time.monotonic() - begin < 30
     process.stdout.close()
     assert not (out / "q").exists()
-    assert [path.name for path in out.iterdir()] == ([partial[0].name] if number == signal.SIGKILL else [])
-    convert(llama, out / "q", progress=False)  # the next run works and clears what the dead one left
+    assert [path.name for path in out.iterdir()] == [partial[0].name]
+    convert(llama, out / "q", bits=3, progress=False)  # another conversion clears what the dead one left
     assert [path.name for path in out.iterdir()] == ["q"]

@@ -40,8 +40,8 @@ MAY_IMPORT = {
     "numpy": ("",),
     "mlx": ("bridge", "ops.native", *FROM_NN_UP),
     "mlx_lm": FROM_NN_UP,
-    # checkpoint.huggingface reads PyTorch's own .bin files
-    "torch": ("bridge", "ops.cuda", "torch_model", "checkpoint.huggingface"),
+    # .bin files are PyTorch's own, and so are the processes of torchrun
+    "torch": ("bridge", "ops.cuda", "torch_model", "checkpoint.huggingface", "checkpoint.ranks"),
     "cupy": ("bridge", "ops.cuda"),
     "transformers": ("checkpoint", "torch_model"),
     "tokenizers": ("checkpoint",),

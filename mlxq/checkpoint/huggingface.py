@@ -134,6 +134,7 @@ class HuggingFaceCheckpoint:
             raise ValueError(f"{self.path}: {error}") from None
         self.workspace: Path | None = None
         self._tensors: dict[str, Tensor] | None = None
+        self._computed: dict[str, mx.array] | None = None
         self.pickled = False
         self.weight_map: dict[str, str] = {}
         self.files = self._find_files()
@@ -197,17 +198,18 @@ class HuggingFaceCheckpoint:
             raise ValueError(f"{self.path}: zero-size tensors: {', '.join(empty[:5])}")
         return entries
 
-    def prepare(self, workspace: Path) -> None:
+    def prepare(self, workspace: Path, values: bool = True) -> None:
         """Name the folder for what must be written to be read; pickled files become safetensors in it.
 
-        They are written one tensor at a time, so that they load lazily. Raises ImportError without torch,
+        They are written one tensor at a time, so that they load lazily; without values, for a plan, they are
+        holes. Raises ImportError without torch,
         ValueError for pickles that hold anything but tensors.
         """
-        self.workspace = workspace
+        self.workspace = workspace if values else None
         if not self.pickled:
             return
         workspace.mkdir(exist_ok=True)
-        self.files = [unpickle(file, workspace / f"{file.stem}.safetensors") for file in self.files]
+        self.files = [unpickle(file, workspace / f"{file.stem}.safetensors", values) for file in self.files]
         self.entries = self._read_headers(self.files)
         if "lm_head.weight" in self.entries:
             self.config.setdefault("tie_word_embeddings", False)
@@ -274,8 +276,10 @@ class HuggingFaceCheckpoint:
             if left and any(isinstance(tensor, ArrayTensor) for tensor in found.values()):
                 if self.workspace is not None:
                     self.workspace.mkdir(exist_ok=True)
-                    chosen = {name: tensors[name] for name in sorted(left)}
-                    missing |= materialized(chosen, self.workspace / "computed.safetensors")
+                    if self._computed is None:
+                        chosen = {name: tensors[name] for name in sorted(left)}
+                        self._computed = materialized(chosen, self.workspace / "computed.safetensors")
+                    missing |= self._computed
         return arrange(skeleton, tensors, {name: (lazy | missing)[name] for name in tensors})[0]
 
     def write_tokenizer(self, folder: Path) -> list[str]:
@@ -296,7 +300,7 @@ class HuggingFaceCheckpoint:
         return []
 
 
-def unpickle(source: Path, target: Path) -> Path:
+def unpickle(source: Path, target: Path, values: bool = True) -> Path:
     """Write the tensors of a .bin file as safetensors, one at a time, and return target.
 
     Only tensors are unpickled (weights_only). Raises ImportError without torch, ValueError for anything else.
@@ -342,7 +346,8 @@ def unpickle(source: Path, target: Path) -> Path:
     text = json.dumps(header).encode()
     with open(target, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in state.values():
+        file.truncate(8 + len(text) + offset)
+        for tensor in state.values() if values else ():
             flat = tensor.contiguous().reshape(-1)
             file.write(flat.view(torch.uint8).numpy().data if math.prod(tensor.shape) else b"")
     return target

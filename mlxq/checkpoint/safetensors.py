@@ -139,9 +139,11 @@ class Writer:
 
     with Writer(folder, plan, max_shard_bytes, parameters) as writer:
         writer.write(name, array)        any number of times per tensor, in order of the bytes
+        writer.skip(name)                the bytes are there from an earlier run, or another process writes
+                                         them
 
-    Leaving the block without an exception checks that every byte came, writes the index and syncs to the
-    disk.
+    Files that are there are gone on with. Leaving the block without an exception checks that every byte came,
+    writes the index and syncs to the disk.
     """
 
     def __init__(self, folder: Path, plan: Iterable[Planned], max_shard_bytes: int, parameters: int):
@@ -188,11 +190,18 @@ class Writer:
 
     def __enter__(self) -> Writer:
         for file_name, header in self.headers.items():
-            self.files[file_name] = os.open(
-                self.folder / file_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644
-            )
+            self.files[file_name] = os.open(self.folder / file_name, os.O_WRONLY | os.O_CREAT, 0o644)
             _write_all(self.files[file_name], header, 0)
         return self
+
+    def holds(self, name: str) -> bool:
+        """Whether the file that an earlier run left is long enough to hold the tensor."""
+        file = self.folder / self.weight_map[name]
+        return file.exists() and file.stat().st_size >= self.last_byte[name]
+
+    def skip(self, name: str) -> None:
+        """Count the tensor as written."""
+        self.next_byte[name] = self.last_byte[name]
 
     def write(self, name: str, array: np.ndarray) -> None:
         """Append the array's bytes to the tensor."""

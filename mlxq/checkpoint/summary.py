@@ -32,11 +32,23 @@ class Layer:
     norm: float = 0.0
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """What a conversion will take: seconds, bytes of anonymous memory, bytes of files."""
+
+    seconds: float
+    memory: int
+    disk: int
+
+
 @dataclass
 class Summary:
     """Layers of a model, their sizes, and remarks for the user.
 
     kept_float   layers that could be quantized and are not, with the reason
+    peak_memory  anonymous bytes that the conversion had in use at most, None where nobody knows
+    planned      what is still to be done: estimated seconds, bytes of memory and of files; None when it is
+                 done
     """
 
     path: Path
@@ -45,6 +57,8 @@ class Summary:
     kept_float: dict[str, str] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     seconds: float | None = None
+    peak_memory: int | None = None
+    planned: Estimate | None = None
 
     @property
     def total_bytes(self) -> int:
