@@ -1,9 +1,10 @@
-"""A checkpoint larger than the memory it may use, converted, killed twice and resumed: bit for bit the whole run.
+"""A checkpoint larger than the memory it may use: killed twice and resumed, it equals the whole run.
 
     python tools/big_convert.py --gigabytes 6 --max-memory 3GB
 
-The model is a llama of random float16 blocks repeated to size, in shards of 1 GB. Every process of a conversion is
-watched from outside: RssAnon of /proc, a hundred times a second. Writes tools/results/big-convert-<date>.json.
+The model is a llama of random float16 blocks repeated to size, in shards of 1 GB. Every process of a conversion
+is watched from outside: RssAnon of /proc, a hundred times a second. Writes
+tools/results/big-convert-<date>.json.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def shapes(layers: int, hidden: int, width: int, vocabulary: int) -> dict[str, t
     return found
 
 
-def make(folder: Path, size: int, hidden=HIDDEN, width=WIDTH, vocabulary=VOCABULARY, shard=SHARD_BYTES) -> int:
+def make(
+    folder: Path, size: int, hidden=HIDDEN, width=WIDTH, vocabulary=VOCABULARY, shard=SHARD_BYTES
+) -> int:
     """Write the model, about `size` bytes of float16; the bytes written."""
     tiny_models.make_hf_model("llama", folder)
     (folder / "model.safetensors").unlink()
@@ -54,8 +57,9 @@ def make(folder: Path, size: int, hidden=HIDDEN, width=WIDTH, vocabulary=VOCABUL
     layers = max(1, round((size - 4 * vocabulary * hidden) / layer))
     config = json.loads((folder / "config.json").read_text())
     config |= {
-        "hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": layers, "head_dim": hidden // 16,
-        "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": vocabulary, "torch_dtype": "float16",
+        "hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": layers,
+        "head_dim": hidden // 16, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "vocab_size": vocabulary, "torch_dtype": "float16",
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     block = (np.random.default_rng(0).standard_normal((1 << 20) + 7919) / 45).astype(np.float16)
@@ -145,7 +149,8 @@ def experiment(folder: Path, size: int, max_memory: str, **dimensions) -> dict:
     if digests(folder / "whole") != resumed:
         raise SystemExit("the resumed conversion differs from the uninterrupted one")
     written = sum(path.stat().st_size for path in (folder / "whole").rglob("*") if path.is_file())
-    return {"source_bytes": source_bytes, "written_bytes": written, "runs": runs, "equal": True, "sha256": resumed}
+    sizes = {"source_bytes": source_bytes, "written_bytes": written}
+    return sizes | {"runs": runs, "equal": True, "sha256": resumed}
 
 
 def main() -> None:
@@ -158,11 +163,12 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         result = experiment(Path(folder), int(args.gigabytes * 1e9), args.max_memory)
-    commit = subprocess.run(["git", "rev-parse", "--short=9", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    revision = ["git", "rev-parse", "--short=9", "HEAD"]
+    commit = subprocess.run(revision, cwd=ROOT, capture_output=True, text=True)
     today = datetime.date.today().isoformat()
     result = {
         "tool": "big_convert", "date": today, "commit": commit.stdout.strip(),
-        "command": f"python tools/big_convert.py --gigabytes {args.gigabytes:g} --max-memory {args.max_memory}",
+        "command": " ".join(["python", *sys.argv]),
         "max_memory_bytes": parse_bytes(args.max_memory),
     } | result  # fmt: skip
     path = ROOT / "tools" / "results" / f"big-convert-{today}.json"
