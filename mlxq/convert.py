@@ -357,8 +357,10 @@ def _write_steps(steps, done, mine, writer: Writer, log: Journal, slab, memory, 
         for step in steps:
             check_others(writer.folder)
             names = [planned.name for planned in step.planned()]
-            if step.name in done and all(writer.holds(name) for name in names):
-                lines[step.name] = done[step.name]
+            line = done.get(step.name, {})
+            same = line.get("stored") == str(step.format or step.dtype)
+            if same and all(writer.holds(name) for name in names):
+                lines[step.name] = line
             elif step.name in mine:
                 lines[step.name] = asdict(_write(step, writer, broken, bar, slab, memory))
                 log.add(step.name, lines[step.name], lines[step.name]["bytes"], writer.files.values())

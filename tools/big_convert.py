@@ -2,8 +2,8 @@
 
     python tools/big_convert.py --gigabytes 6 --max-memory 3GB
 
-The model is a llama of random float16 blocks repeated to size, in shards of 1 GB. Every process of a conversion
-is watched from outside: RssAnon of /proc, a hundred times a second. Writes
+The model is a llama of random float16 blocks repeated to size, in shards of 1 GB. Every process of a
+conversion is watched from outside: RssAnon of /proc, a hundred times a second. Writes
 tools/results/big-convert-<date>.json.
 """
 
@@ -173,8 +173,8 @@ def main() -> None:
     } | result  # fmt: skip
     path = ROOT / "tools" / "results" / f"big-convert-{today}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
-    peaks = [run["peak_anonymous_bytes"] for run in result["runs"]]
-    print(f"{result['source_bytes'] / 1e9:.2f} GB: peaks {[f'{p / 1e6:.0f} MB' for p in peaks]}, equal; {path}")
+    peaks = ", ".join(f"{run['peak_anonymous_bytes'] / 1e6:.0f} MB" for run in result["runs"])
+    print(f"{result['source_bytes'] / 1e9:.2f} GB: peaks {peaks}, equal; {path}")
 
 
 if __name__ == "__main__":
