@@ -1,4 +1,4 @@
-"""The command line: `mlxq convert | inspect | chat | doctor | autotune | parity`.
+"""The command line: `mlxq convert | train | inspect | chat | doctor | autotune | parity`.
 
 Only argparse and the modules that declare flags are imported before a command runs, so `mlxq --help` answers
 at once. Exit codes: 0 done, 1 doctor or parity found something wrong, 2 bad input (one line on stderr, no
@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 
-from mlxq import __version__, chat, doctor, parity
+from mlxq import __version__, chat, doctor, parity, train
 
 # What bad input raises. Anything else is our own mistake and keeps its traceback.
 _BAD_INPUT = (ValueError, TypeError, OSError, ImportError)
@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         ("chat", "talk to a model in this terminal, or answer one --prompt", chat.add_arguments, chat.run),
         ("convert", "quantize a Hugging Face or GGUF model to MLX format", _convert_arguments, _convert),
         ("inspect", "show layers, bits, sizes and bits per weight of a model", _inspect_arguments, _inspect),
+        ("train", "train scales or weights for the codes they have", train.add_arguments, train.run),
         ("eval", "measure quality, size and speed of a model on text", _eval_arguments, _eval),
         (
             "doctor",
@@ -145,9 +146,9 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--method",
-        choices=("auto", "rtn", "gptq"),
-        help="rtn: round to nearest; gptq: keep the layers' outputs on calibration text; auto: gptq where it "
-        "helps (default: auto with --calibration, else rtn)",
+        choices=("auto", "rtn", "gptq", "awq", "awq+gptq"),
+        help="rtn: round to nearest; gptq: keep the layers' outputs on calibration text; awq: scale input "
+        "channels, then round; auto: gptq where it helps (default: auto with --calibration, else rtn)",
     )
     parser.add_argument(
         "--calibration",

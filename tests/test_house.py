@@ -18,7 +18,7 @@ PICTURE = """
     __main__
     cli
     doctor
-    chat  autotune  evaluate  parity
+    chat  autotune  evaluate  parity  train
     checkpoint.embedded
     __init__
     torch_model
@@ -33,8 +33,8 @@ PICTURE = """
 LAYER = {unit: depth for depth, line in enumerate(PICTURE.split("\n")) for unit in line.split()}
 
 FROM_NN_UP = ("nn", "optim", "qat.mlx", "ptq", "checkpoint", "load", "torch_model", "convert", "chat")
-FROM_NN_UP += ("autotune", "evaluate", "parity", "doctor")
-TERMINAL = ("checkpoint.summary", "convert", "chat", "autotune", "evaluate", "parity", "doctor", "cli")
+FROM_NN_UP += ("autotune", "evaluate", "parity", "train", "doctor")
+TERMINAL = ("checkpoint.summary", "convert", "chat", "autotune", "evaluate", "parity", "train", "doctor", "cli")
 # Which third-party modules may be imported, and where. Besides these, files named for torch may import torch.
 MAY_IMPORT = {
     "numpy": ("",),
@@ -43,7 +43,7 @@ MAY_IMPORT = {
     # .bin files are PyTorch's own, and so are the processes of torchrun
     "torch": ("bridge", "ops.cuda", "torch_model", "checkpoint.huggingface", "checkpoint.ranks"),
     "cupy": ("bridge", "ops.cuda"),
-    "transformers": ("checkpoint", "torch_model"),
+    "transformers": ("checkpoint", "torch_model", "train.torch"),
     "tokenizers": ("checkpoint",),
     "jinja2": ("chat",),
     "gguf": ("checkpoint.gguf",),

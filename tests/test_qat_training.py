@@ -23,6 +23,18 @@ VOCAB, DIM = 48, 64
 FRAMEWORKS = ["torch", "mlx"]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Waiting threads cost tiny models more than they give."""
+    torch = sys.modules.get("torch")
+    threads = torch and torch.get_num_threads()
+    if torch:
+        torch.set_num_threads(1)
+    yield
+    if torch:
+        torch.set_num_threads(threads)
+
+
 class MlxModel(nn.Module):
     """Two tables, a hidden layer: logits (B, T, VOCAB) of the token and the one before."""
 
