@@ -1,6 +1,8 @@
 """Optimisers over packed words: the issue's numbers, and the formulas written out in float64 numpy."""
 
 import io
+import subprocess
+import sys
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from mlx.utils import tree_flatten, tree_unflatten
+from test_house import readme_block, readme_output
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlxq.optim
@@ -482,3 +485,10 @@ def test_options_that_cannot_be_are_refused(options, said):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], **options})
     with pytest.raises(ValueError, match=said):
         mlxq.optim.mlx.MPQAdamW(options.pop("lr", 1e-3), **options)
+
+
+def test_the_readme_example_of_training_runs_as_it_stands():
+    command = [sys.executable, "-c", readme_block("Training packed weights")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == readme_output("Training packed weights")

@@ -27,6 +27,8 @@ from torch import nn
 
 from mlxq import bridge, ops
 from mlxq.format import STORAGE, Format, Packed
+from mlxq.nn.mpq.torch import MPQLinear as MPQLinear
+from mlxq.nn.mpq.torch import MPQWeight as MPQWeight
 
 _FLOATS = tuple(getattr(torch, name) for name in STORAGE)
 _ROWS_AT_ONCE = 1 << 22  # weights of which dW and the codes exist at a time, 32 MiB in float32

@@ -18,7 +18,6 @@ from mlx.utils import tree_unflatten
 
 from mlxq import bridge, ops
 from mlxq.format import Format, Packed, dtype_name
-from mlxq.nn.mlx import QuantizedLinear
 from mlxq.nn.mpq import Layout, QuantizedLayer, layout_of
 
 _format = functools.cache(Format)
@@ -298,6 +297,8 @@ def freeze_words(model: nn.Module) -> list[str]:
     So a trained model is saved as an MLX checkpoint. Raises ValueError for act-order layers, whose rows MLX's
     format cannot reorder.
     """
+    from mlxq.nn.mlx import QuantizedLinear  # which offers this module's layer under its own name
+
     new = []
     for path, layer in collect_layers(model).items():
         if "_order" in layer:

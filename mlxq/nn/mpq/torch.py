@@ -16,7 +16,6 @@ from torch.autograd.function import once_differentiable
 from mlxq import bridge, ops
 from mlxq.format import Format, Packed, dtype_name, quantize
 from mlxq.nn.mpq import Layout, QuantizedLayer, layout_of
-from mlxq.nn.torch import QuantizedLinear
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _STORED = {"int32": torch.int32, "uint8": torch.uint8}
@@ -408,6 +407,8 @@ def pack_layers(
     One layer at a time: a weight is freed before the next is packed. Raises ValueError, naming the layer,
     when fmt does not fit.
     """
+    from mlxq.nn.torch import QuantizedLinear  # which offers this module's layer under its own name
+
     replaced = []
     for path, layer in list(model.named_modules()):
         is_float = type(layer) is torch.nn.Linear and fmt is not None
@@ -434,6 +435,8 @@ def freeze_words(model: torch.nn.Module) -> list[str]:
     Its tensors are those of MLX's format. Raises ValueError for act-order layers, whose rows that format
     cannot reorder.
     """
+    from mlxq.nn.torch import QuantizedLinear
+
     layers = collect_layers(model)
     for path, layer in layers.items():
         if layer.packed and layer.order is not None:
