@@ -93,7 +93,8 @@ class _WeightsOnMeta(TorchFunctionMode):
 
 
 def _empty_model(folder: Path, config: dict) -> nn.Module:
-    own = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
+    ours = ("quantization", "quantization_config", q8.KEY)
+    own = {key: value for key, value in config.items() if key not in ours}
     name = own.pop("model_type")
     if name not in transformers.CONFIG_MAPPING:
         version = transformers.__version__
