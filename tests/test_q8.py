@@ -490,6 +490,18 @@ def test_torch_optimisers_and_compiled_mlx_training_steps_train():
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiled_torch_layers_give_the_same_bits_and_gradients(packed):
+    layer = make(FRAMEWORKS["torch"], normal(24, 64, seed=83), activation="learned", bias_a=True)
+    layer = layer.pack() if packed else layer
+    compiled = torch.compile(layer, backend="aot_eager")
+    inputs = [torch.from_numpy(normal(4, 64, seed=84)).requires_grad_() for _ in range(2)]
+    outputs = [run(x) for run, x in zip((layer, compiled), inputs, strict=True)]
+    for y in outputs:
+        y.square().sum().backward()
+    assert torch.equal(*outputs) and torch.equal(inputs[0].grad, inputs[1].grad)
+
+
 def test_half_inputs_give_half_outputs(fw):
     layer = make(fw, normal(24, 64, seed=91), normal(24, seed=92))
     x = normal(4, 64, seed=93)

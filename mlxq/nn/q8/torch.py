@@ -154,11 +154,15 @@ class Q8Linear(nn.Module):
         learning = self.training and self.settings.activation == "learned"
         if self._observing or (learning and not self._has_scale):
             self._observe(wide.detach())
-        weight = None if self.is_packed else self.weight
-        y = _Product.apply(wide, self._scale(), weight, self.packed, self.settings, self.per_row)
+        y = self._product(wide)
         if self.bias is not None:
             y = y + self.bias.float()
         return y.to(x.dtype)
+
+    @torch.compiler.disable  # a graph break: the product is MLX's, which dynamo cannot trace
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        weight = None if self.is_packed else self.weight
+        return _Product.apply(x, self._scale(), weight, self.packed, self.settings, self.per_row)
 
     def _scale(self) -> torch.Tensor | None:
         """The activation scale; None for "token"."""
@@ -176,6 +180,7 @@ class Q8Linear(nn.Module):
             self._has_scale = True
         return self.scale_a
 
+    @torch.compiler.disable
     @torch.no_grad()
     def _observe(self, x: torch.Tensor) -> None:
         """Take the scale from a batch: the first one for "learned", the largest of all for "static"."""
