@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from mlxq import bridge, format, ops
@@ -10,6 +12,7 @@ from mlxq.ptq.qarray import HowToQuantize, QArray, quantize
 from mlxq.rules import GRIDS, QTYPES, calibration
 
 DEFAULT_GROUP = 64  # of affine and mlx where a rule names none
+SLAB_WEIGHTS = 1 << 20  # weights in float32 at once, so that memory stays near the weight and its codes
 
 
 def grid_of(how: HowToQuantize) -> str | None:
@@ -60,18 +63,32 @@ def pack(
         )
     if grid := grid_of(how):
         return ops.quantize(weight, fmt, rule=grid, scale_dtype=scale_dtype)
-    format.check_finite("pack", bridge.to_numpy(weight))
-    return pack_qarray(quantize(weight, how), fmt, scale_dtype)
+    flat = weight.reshape(-1, weight.shape[-1])
+    tile = how.tiles(tuple(weight.shape)).get(weight.ndim - 1)
+    rows = replace(how, channelwise_axes=(0,), tiled_axes={1: tile} if tile else {})
+    step, parts = max(1, SLAB_WEIGHTS // flat.shape[1]), []
+    for start in range(0, flat.shape[0], step):
+        slab = flat[start : start + step]
+        format.check_finite("pack", bridge.to_numpy(slab))
+        parts.append(_pack_codes(quantize(slab, rows), fmt, scale_dtype))
+    words, scales, biases, dtype = (list(column) for column in zip(*parts, strict=True))
+    leading = tuple(weight.shape[:-1])
+
+    def whole(slabs: list[np.ndarray], name: str | None):
+        return bridge.like(np.concatenate(slabs).reshape(*leading, -1), weight, name)
+
+    words_name = "uint32" if bridge.kind(weight) == "torch" else None
+    return Packed(whole(words, words_name), whole(scales, dtype[0]), whole(biases, dtype[0]), fmt)
 
 
-def pack_qarray(array: QArray, fmt: Format, scale_dtype: str | None = None) -> Packed:
-    """Integer codes (..., N, K) in the packed format: code + 2^(bits-1), bias = -(2^(bits-1) + zero) * scale.
+def _pack_codes(array: QArray, fmt: Format, scale_dtype: str | None):
+    """(words, scales, biases, dtype of these) of integer codes (N, K), in numpy.
 
-    The bias of symmetric codes is exact in every dtype. fmt must hold the codes and divide their tiles.
+    code + 2^(bits-1), bias = -(2^(bits-1) + zero) * scale. The bias of symmetric codes is exact in every
+    dtype. fmt must hold the codes and divide their tiles.
     """
     zero = 1 << (fmt.bits - 1)
-    codes = bridge.to_numpy(array.qvalue).astype(np.int16) + zero
-    words = format.pack(codes.astype(np.uint8), fmt.bits)
+    codes = (bridge.to_numpy(array.qvalue).astype(np.int16) + zero).astype(np.uint8)
     dtype = scale_dtype or (array.dtype if array.zero_point is None else "float32")
     groups = fmt.groups(array.shape[-1])
 
@@ -86,6 +103,4 @@ def pack_qarray(array: QArray, fmt: Format, scale_dtype: str | None = None) -> P
             f"pack: {dtype} cannot hold {zero} times the largest scale, {np.abs(scales).max():g}; "
             "use bfloat16 or float32 weights"
         )
-    like = array.qvalue
-    words = bridge.like(words, like, "uint32" if bridge.kind(like) == "torch" else None)
-    return Packed(words, bridge.like(scales, like, dtype), bridge.like(biases, like, dtype), fmt)
+    return format.pack(codes, fmt.bits), scales, biases, dtype
