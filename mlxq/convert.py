@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from mlxq import format
+from mlxq import __version__, format
 from mlxq.checkpoint import journal
 from mlxq.checkpoint.gguf import GgufCheckpoint
 from mlxq.checkpoint.huggingface import HuggingFaceCheckpoint, resolve
@@ -28,7 +28,7 @@ from mlxq.checkpoint.summary import Estimate, Layer, Summary, human_bytes, inspe
 from mlxq.checkpoint.tensors import ArrayTensor
 from mlxq.format import Format, Packed
 from mlxq.ptq import METHODS
-from mlxq.ptq.calibrated import Solved, Spool, quantize_blocks
+from mlxq.ptq.calibrated import Changed, Solved, Spool, quantize_blocks
 from mlxq.ptq.pack import pack, packed_format
 from mlxq.ptq.plan import how_for, operation, site_of
 from mlxq.ptq.qarray import HowToQuantize
@@ -131,7 +131,8 @@ def convert(
     embedding_bits    width of the token embedding and of the output head
     quantization_rule "affine" (ours) or "mlx" (the codes of mx.quantize)
     method            "rtn" rounds each weight to the nearest code; "gptq" chooses codes, scales and biases
-                      that keep the layers' outputs on calibration text; "auto" is gptq where it helps.
+                      that keep the layers' outputs on calibration text; "awq" scales input channels by how
+                      much they matter and rounds; "awq+gptq" does both; "auto" is gptq where it helps.
                       Default: auto with a calibration text or target_bpw, else rtn
     calibration       a text or .jsonl file for gptq (default: a small set that comes with mlxq)
     target_bpw        bits per weight of the whole model: bits and groups of the layers that no rule names are
@@ -157,8 +158,8 @@ def convert(
     if plan is not None and target_bpw is None:
         raise ValueError("convert: a plan is what target_bpw makes; to follow one, give it as rules")
     method = method or ("rtn" if calibration is None and target_bpw is None else "auto")
-    if method not in ("auto", *METHODS):
-        raise ValueError(f"convert: no method {method!r}; built: auto, {', '.join(METHODS)}")
+    if method not in _METHOD_WORDS:
+        raise ValueError(f"convert: no method {method!r}; built: {', '.join(_METHOD_WORDS)}")
     documents = read_text(calibration) if method != "rtn" or target_bpw is not None else []
     rules = RuleSet(rules, quantization_rule).rules
     dst = Path(dst).expanduser().absolute()
@@ -192,7 +193,8 @@ def convert(
                 text = json.dumps(plan_rules(formats), indent=1)
                 Path(plan).expanduser().write_text(text + "\n", encoding="utf-8")
         if method != "rtn" and not dry_run:
-            _calibrate(planner, steps, windows, workspace, report, broken, progress)
+            how = "gptq" if method == "auto" else method
+            _calibrate(planner, steps, windows, workspace, how, report, broken, progress)
         stored = [planned for step in steps for planned in step.planned()]
         writer = Writer(folder, stored, max_shard_bytes, parameters=sum(_size(step) for step in steps))
         slab = _slab_weights(steps, limit)
@@ -210,13 +212,16 @@ def convert(
             lines |= json.loads(text)
         report.layers = [Layer(**lines[step.name]) for step in steps]
         shutil.rmtree(workspace, ignore_errors=True)
+        report.seconds, report.peak_memory = time.monotonic() - begin, memory.peak
+        if limit is not None:
+            used, allowed = human_bytes(memory.peak), human_bytes(limit)
+            report.notices.append(f"at most {used} of anonymous memory were in use; {allowed} were allowed")
         if group.rank == 0:
             _write_config(checkpoint.config, planner, steps, dtype, folder)
             report.notices += checkpoint.write_tokenizer(folder)
-    report.seconds, report.peak_memory = time.monotonic() - begin, memory.peak
-    if limit is not None:
-        used, allowed = human_bytes(memory.peak), human_bytes(limit)
-        report.notices.append(f"at most {used} of anonymous memory were in use; {allowed} were allowed")
+            text = "the set that comes with mlxq" if calibration is None else Path(calibration).name
+            tokens = 0 if windows is None else windows.size
+            _write_card(report, src, method, f"{tokens} tokens of {text}" if tokens else "", folder)
     return report
 
 
@@ -289,19 +294,26 @@ def _spend(
 
 
 def _calibrate(
-    planner: _Planner, steps: list[Step], windows: np.ndarray, workspace: Path, report, broken, progress
-) -> None:
+    planner: _Planner, steps: list[Step], windows: np.ndarray, workspace: Path, method: str, report, broken,
+    progress,
+) -> None:  # fmt: skip
     """Solve the layers of the blocks on calibration text, and make their steps take over what was found."""
     wanted = {step.path: (step.format, step.dtype) for step in _solvable(steps, broken)}
     spool = Spool(workspace / "solved")
     with _streaming(planner, steps, wanted, "calibrating", progress) as (model, read, advance):
-        solved = quantize_blocks(model, read, windows, wanted, spool, rule=planner.grid, advance=advance)
+        solved, remarks = quantize_blocks(
+            model, read, windows, wanted, spool, method=method, rule=planner.grid, storage=planner.dtype,
+            advance=advance,
+        )  # fmt: skip
     for step in steps:
+        if step.name in spool.changes:
+            step.tensor = Changed(step.tensor, spool.changes[step.name])
         if step.path in solved:
             step.tensor, step.repack = Solved(step.tensor, spool.load(step.path)), True
     rounded = [path for path in wanted if path not in solved]
+    report.notices += remarks
     report.notices.append(
-        f"gptq on {windows.size} tokens: {len(solved)} layers"
+        f"{method} on {windows.size} tokens: {len(solved)} layers"
         + (f"; rounded to nearest: {', '.join(rounded[:3])}" if rounded else "")
         + (f" and {len(rounded) - 3} more" if len(rounded) > 3 else "")
     )
@@ -715,6 +727,37 @@ def _write_config(config: dict, planner: _Planner, steps: list[Step], dtype: str
         if key in config:
             config[key] = dtype
     save_config(config, folder / "config.json", keep_vision_config=planner.keeps_vision)
+
+
+def _write_card(report: Summary, src: Path, method: str, calibration: str, folder: Path) -> None:
+    """README.md: what was done, how, and what is known of the result."""
+    lines = [
+        "---", "library_name: mlx", "tags: [mlx, mlxq]", "---", "", f"# {report.path.name}", "",
+        f"{src.name}, quantized to MLX format by mlxq {__version__} in {report.seconds:.0f} s. It loads in "
+        "mlx-lm and in mlxq.", "",
+        f"Method: {_METHOD_WORDS[method]}" + (f", on {calibration}." if calibration else "."), "",
+        f"{human_bytes(report.total_bytes)}: {report.bits_per_weight:.3f} bits per weight, all included.", "",
+        "| layers | count | stored | weights | relative weight error |",
+        "| --- | ---: | --- | ---: | ---: |",
+    ]  # fmt: skip
+    for pattern, count, stored, weights, _, error in report.groups():
+        shown = "-" if error is None else f"{error:.4f}"
+        lines.append(f"| `{pattern}` | {count} | {stored} | {weights} | {shown} |")
+    lines += ["", *(f"- {notice}" for notice in report.notices)]
+    if calibration:
+        lines += ["", "A method that keeps outputs may well change weights more than rounding does."]
+    measure = f"mlxq eval {report.path.name} --against FLOAT --card"
+    lines += ["", f"Nothing else was measured: `{measure}` does it."]
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+_METHOD_WORDS = {
+    "rtn": "every weight rounded to the nearest code of its group",
+    "gptq": "codes, scales and biases that keep each layer's outputs (GPTQ, grids fitted under the Hessian)",
+    "awq": "input channels scaled by how much they matter (AWQ), then weights rounded to the nearest code",
+}
+_METHOD_WORDS["awq+gptq"] = f"input channels scaled by how much they matter (AWQ); {_METHOD_WORDS['gptq']}"
+_METHOD_WORDS["auto"] = _METHOD_WORDS["gptq"]
 
 
 def _check_space(folder: Path, wanted: int) -> None:

@@ -212,7 +212,7 @@ def test_what_belongs_to_the_model_travels_along(llama, tmp_path):
     assert names == {
         "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json",
         "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "LICENSE",
-        "additional_chat_templates/tool.jinja",
+        "additional_chat_templates/tool.jinja", "README.md",
     }  # fmt: skip
 
 

@@ -242,7 +242,7 @@ def test_statistics_are_the_mean_products_of_the_inputs_in_float64(tmp_path):
         for path, weight in stage.weights.items():
             seen[path] = stage
             moved[path] = weight + 0.05 * rng.standard_normal(weight.shape).astype(np.float32)
-            stream.put(path, moved[path])
+            stream.put_weight(path, moved[path])
     assert order == 2 * [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
 
     def rows_of(path):
@@ -292,7 +292,7 @@ def test_a_whole_model_is_solved_and_comes_back_from_its_files(tmp_path):
         if path.endswith("_proj") or path.endswith("embed_tokens")
     }
     spool = Spool(tmp_path / "spool")
-    solved = quantize_blocks(model, read, WINDOWS, wanted, spool, options={"rounds": 1})
+    solved, _ = quantize_blocks(model, read, WINDOWS, wanted, spool, options={"rounds": 1})
     assert sorted(solved) == sorted(path for path in wanted if "embed" not in path)
     for path in solved:
         packed = spool.load(path)
@@ -353,6 +353,9 @@ def test_convert_with_calibration_is_nearer_to_the_float_model_and_loads_in_stoc
         model.set_dtype(mx.float32)
         errors[name] = np.linalg.norm(np.array(model(tokens)) - want)
     assert errors["gptq"] < 0.8 * errors["rtn"]
+    card = (tmp_path / "gptq" / "README.md").read_text()
+    assert "keep each layer's outputs" in card and "tokens of text.txt" in card and "2-bit/32" in card
+    assert "rounded to the nearest code" in (tmp_path / "rtn" / "README.md").read_text()
     sizes = {name: (tmp_path / name / "model.safetensors").stat().st_size for name in errors}
     assert sizes["rtn"] == sizes["gptq"]
 

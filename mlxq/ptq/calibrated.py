@@ -10,6 +10,7 @@ import numpy as np
 
 from mlxq import format
 from mlxq.format import Format, Packed
+from mlxq.ptq.awq import Change, fold_block
 from mlxq.ptq.gptq import gptq
 from mlxq.ptq.rtn import rtn
 from mlxq.ptq.stream import Stream
@@ -36,11 +37,31 @@ class Solved:
         return Packed(*(a.reshape(-1, a.shape[-1])[start:stop] for a in arrays), fmt)
 
 
+@dataclass
+class Changed:
+    """A tensor of a checkpoint with a change made to it as it is read."""
+
+    tensor: object
+    change: Change
+
+    def __getattr__(self, name):
+        return getattr(self.tensor, name)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows as float32."""
+        values = self.tensor.read(start, stop)
+        return self.change.cut(start, stop).apply(values)
+
+
 class Spool:
-    """Packed layers in a folder, so that a model's worth of them needs no memory."""
+    """Packed layers in a folder, so that a model's worth of them needs no memory.
+
+    changes  what has to be done to parameters before they are stored, by name
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.changes: dict[str, Change] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, path: str, packed: Packed) -> None:
@@ -65,14 +86,18 @@ def quantize_blocks(
     wanted: dict[str, tuple[Format, str]],
     spool: Spool,
     *,
+    method: str = "gptq",
     rule: str = "affine",
+    storage: str = "float32",
     advance: Callable[[int], None] = lambda weights: None,
     options: dict | None = None,
-) -> list[str]:
-    """Solve the layers that stand in blocks, save them in spool, and return the paths of those that were.
+) -> tuple[list[str], list[str]]:
+    """Solve the layers that stand in blocks, save them in spool; (their paths, remarks).
 
     model    an mlx-lm model without weights        read     see Stream
     windows  token ids, (count, length)             wanted   path -> (format, dtype of scales and biases)
+    method   "gptq"; "awq": scaled channels, then rounding to nearest; "awq+gptq": scaled, then solved
+    storage  dtype of what stays in float
     advance  called with the number of weights whenever a layer is done
     options  keyword arguments of gptq
 
@@ -80,28 +105,38 @@ def quantize_blocks(
     part of what later layers see, like the embedding. Raises ValueError for models that cannot be streamed.
     """
     options = options or {}
-    stream = Stream(model, read, windows, drift=bool(options.get("drift", 1.0)))
+    solves = "gptq" in method
+    stream = Stream(model, read, windows, drift=solves and bool(options.get("drift", 1.0)))
     outside = [path for path in wanted if f"{path}.weight" in stream.outer]
     for path in outside:
         fmt, dtype = wanted[path]
         packed = rtn(stream.weight(path), None, fmt, rule=rule, scale_dtype=dtype)
-        stream.put(path, format.dequantize(packed))
+        stream.put_weight(path, format.dequantize(packed))
     if outside:
         stream.re_enter()
-    solved = []
-    for stage in stream.stages():
+    solved, reasons = [], {}
+
+    def fold(number: int, layers: dict) -> None:
+        changes, skipped = fold_block(stream, number, layers, wanted, storage)
+        spool.changes |= changes
+        for path, reason in skipped.items():
+            reasons.setdefault(reason, []).append(path)
+
+    for stage in stream.stages(fold if "awq" in method else None):
         for path, weight in stage.weights.items():
             if path in wanted:
-                packed = _solve(weight, stage.statistics, *wanted[path], rule, options)
+                statistics = stage.statistics if solves else None
+                packed = _solve(weight, statistics, *wanted[path], rule, options)
                 spool.save(path, packed)
-                stream.put(path, format.dequantize(packed))
+                stream.put_weight(path, format.dequantize(packed))
                 solved.append(path)
                 advance(weight.size)
-    return solved
+    remarks = [f"awq, not scaled: {len(paths)} layers ({paths[0]}, ...): {r}" for r, paths in reasons.items()]
+    return solved, remarks
 
 
 def _solve(weight, statistics, fmt: Format, dtype: str, rule: str, options: dict) -> Packed:
-    if fmt.bits > SEARCHED_BITS:
+    if fmt.bits > SEARCHED_BITS or statistics is None:
         return rtn(weight, None, fmt, rule=rule, scale_dtype=dtype)
     if not isinstance(statistics, list):
         return gptq(weight, statistics, fmt, scale_dtype=dtype, **options)

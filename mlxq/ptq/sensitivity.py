@@ -86,10 +86,10 @@ def sensitivities(
         if f"{path}.weight" in stream.outer:
             original = np.array(stream.weight(path))
             outer[path] = probed(path, original, None)
-            stream.put(path, outer[path])
+            stream.put_weight(path, outer[path])
             stream.re_enter()
             moved[path], stream.states = stream.states, clean
-            stream.put(path, original)
+            stream.put_weight(path, original)
     for number in range(len(stream.blocks)):
         layers = stream.enter(number)
         with host_products():
@@ -99,9 +99,9 @@ def sensitivities(
                 if path in wanted and path in statistics:
                     original = np.array(host(layer.weight))
                     stacked = isinstance(layer, switch_layers.SwitchLinear)
-                    stream.put(path, probed(path, original, None if stacked else statistics[path]))
+                    stream.put_weight(path, probed(path, original, None if stacked else statistics[path]))
                     moved[path] = stream.advance(number, stream.states)
-                    stream.put(path, original)
+                    stream.put_weight(path, original)
         stream.leave(number)
         stream.states = after
     with host_products():
@@ -109,12 +109,12 @@ def sensitivities(
         for path, states in moved.items():
             if path in outer:
                 original = np.array(stream.weight(path))
-                stream.put(path, outer[path])
+                stream.put_weight(path, outer[path])
             costs[path].kl = float(
                 np.mean([_divergence(truth[w], stream.finish(w, state)) for w, state in enumerate(states)])
             )
             if path in outer:
-                stream.put(path, original)
+                stream.put_weight(path, original)
     return costs
 
 

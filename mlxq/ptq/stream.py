@@ -60,29 +60,44 @@ class Stream:
         self.calls, self.float_states = self._enter()
         self.states = self.float_states
 
-    def weight(self, path: str) -> np.ndarray:
-        """The weights of a layer that is loaded, float32, not copied."""
-        module = self.model
-        for name in path.split("."):
-            module = module[int(name)] if isinstance(module, list) else module[name]
-        return host(module["weight"])
+    def parameter(self, name: str) -> np.ndarray:
+        """A parameter that is loaded, float32, not copied."""
+        found = self.model
+        for part in name.split("."):
+            found = found[int(part)] if isinstance(found, list) else found[part]
+        return host(found)
 
-    def put(self, path: str, values: np.ndarray) -> None:
-        """Give a layer other weights, such as those of its quantized form."""
-        self.model.update(tree_unflatten([(f"{path}.weight", mx.array(values))]))
+    def has(self, name: str) -> bool:
+        """Whether the model has a parameter of this name."""
+        return any(name in names for names in self.names) or name in self.outer
+
+    def put(self, name: str, values: np.ndarray) -> None:
+        """Give a parameter other values, such as those of its quantized form."""
+        self.model.update(tree_unflatten([(name, mx.array(values))]))
+
+    def weight(self, path: str) -> np.ndarray:
+        """The weights of a layer that is loaded."""
+        return self.parameter(f"{path}.weight")
+
+    def put_weight(self, path: str, values: np.ndarray) -> None:
+        """Give a layer other weights."""
+        self.put(f"{path}.weight", values)
 
     def re_enter(self) -> None:
         """Take the quantized stream's first states from the outer layers as they are now."""
         _, self.states = self._enter()
 
-    def stages(self) -> Iterator[Stage]:
+    def stages(self, prepare: Callable[[int, dict], None] | None = None) -> Iterator[Stage]:
         """Each stage of each block, in the order of computation, until the last.
 
-        Before asking for the next stage, `put` the quantized weights: what follows sees their errors.
+        Before asking for the next stage, `put_weight` the quantized weights: what follows sees their errors.
+        prepare(number, layers by path) is called when a block is loaded, and may change it.
         """
         for number in range(len(self.blocks)):
             layers = self.enter(number)
             with host_products():
+                if prepare is not None:
+                    prepare(number, layers)
                 seen, self.float_states = self._float_pass(number, layers)
                 for paths in _same_input(seen):
                     yield self._stage(number, paths, layers, seen)
@@ -121,6 +136,18 @@ class Stream:
                 sums.add(rows, None)
             found |= dict.fromkeys(paths, sums.statistics())
         return found, states
+
+    def inputs(self, number: int, layers: dict[str, nn.Module]):
+        """(paths, Hessian, mean magnitude of each channel) of layers that share an input of self.states."""
+        with _watch(layers, keep=True) as seen:
+            self.advance(number, self.states)
+        for paths in _same_input(seen):
+            rows = np.concatenate(seen[paths[0]].rows)
+            yield paths, rows.T @ rows / np.float32(len(rows)), np.abs(rows).mean(0)
+
+    def trial(self, number: int) -> np.ndarray:
+        """What a block that has been entered gives for the first window."""
+        return np.array(host(self._run(number, 0, self.states[0])))
 
     def finish(self, window: int, state: mx.array) -> mx.array:
         """The model's output when `state` leaves its last block."""
