@@ -243,12 +243,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - max(before, pe
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 def test_no_float_copy_of_the_model_is_ever_made():
-    """SmolLM2 packed is 99 MB, in float32 538 MB: loading and one step stay below twice the packed size."""
+    """SmolLM2 takes 98 MB packed, 269 MB in float16. Loading it and one step took 198 MB at the peak, with the
+    tokenizer and transformers' modules; with a float16 copy of the weights 482 MB.
+    """
     command = [sys.executable, "-c", MEMORY, str(embedded_model())]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     grown, stored = map(int, result.stdout.split()[-2:])
-    assert grown < 2 * stored
+    assert grown < 3 * stored
 
 
 @pytest.mark.parametrize("arch", ["qwen3_moe", "mixtral", "deepseek_v2"])
