@@ -30,15 +30,17 @@ class Problem:
     x is the identity, so that the layer's output is its weight and P = dloss/dW.
     """
 
-    def __init__(self, framework, w_bit=4, noise=0.02, zero=7.5, **layout):
+    def __init__(self, framework, w_bit=4, noise=0.02, zero=7.5, words=None, g_idx=None, **layout):
         layout = dict(group_size=32, dq_mode=0) | layout
         random = np.random.default_rng(0)
         self.torch, self.levels, self.zero = framework == "torch", 2**w_bit - 1, zero
         kind, dtype = (MPQLinear, torch.float32) if self.torch else (MlxLinear, mx.float32)
         self.layer = kind(K, N, w_bit=w_bit, dtype=dtype, **layout)
         shapes = self.layer.layout.shapes
-        words = random.integers(-(2**31), 2**31, shapes["qweight"][0], dtype=np.int64).astype(np.int32)
-        self._set("qweight", words)
+        drawn = random.integers(-(2**31), 2**31, shapes["qweight"][0], dtype=np.int64).astype(np.int32)
+        self._set("qweight", drawn if words is None else words)
+        if g_idx is not None:
+            self._set("g_idx", g_idx)
         self._set("scales", np.full(shapes["scales"][0], SCALE, np.float32))
         if "qzeros" in shapes:
             zeros = np.full((shapes["scales"][0]), round(zero), np.float32)
@@ -239,6 +241,23 @@ def test_trained_zeros_are_saved_as_they_decode(framework, kind):
     assert not np.array_equal(fresh.biases(), np.full((N, 1), -0.07, np.float32))
     assert np.array_equal(fresh.weight(), problem.weight())
     assert not fresh.layer.layout.double_quantized
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_layer_in_act_order_trains_as_the_same_layer_in_order(framework):
+    g_idx = np.random.default_rng(3).permutation(np.arange(K) // 32).astype(np.int32)
+    shuffled = Problem(framework, g_idx=g_idx)
+    words = shuffled.layer.layout.encode_qweight(shuffled.words().view(np.uint32), None)
+    ordered, order = Problem(framework, words=words), np.argsort(g_idx, kind="stable")
+    assert np.array_equal(shuffled.weight()[order], ordered.weight())
+    optimizers = [problem.optimizer(lr=5e-3, zeros_every=2) for problem in (shuffled, ordered)]
+    before = ordered.words()
+    for seed in range(4):
+        P = np.random.default_rng(seed).standard_normal((K, N)).astype(np.float32)
+        shuffled.apply(optimizers[0], P)
+        ordered.apply(optimizers[1], P[order])
+    assert np.array_equal(shuffled.words(), ordered.words()) and not np.array_equal(before, ordered.words())
+    assert np.array_equal(shuffled.weight()[order], ordered.weight())
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
