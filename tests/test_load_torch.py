@@ -206,6 +206,7 @@ def test_stored_dtypes_stay_unless_another_is_asked_for(tmp_path):
     assert np.array_equal(model.model.layers[0].self_attn.q_proj.packed.words.numpy(), np.array(stored))
     wide, _ = mlxq.load_torch(folder, dtype=torch.float32)
     assert {a.dtype for a in wide.state_dict().values()} == {torch.float32, torch.int32}
+    assert wide.dtype == wide.config.dtype == torch.float32
     # some 30 roundings to bfloat16, of 2^-9 each, in two layers
     assert relative(logits(model).float(), logits(wide).numpy()) < 0.05
 
@@ -243,8 +244,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - max(before, pe
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 def test_no_float_copy_of_the_model_is_ever_made():
-    """SmolLM2 takes 98 MB packed, 269 MB in float16. Loading it and one step took 198 MB at the peak, with the
-    tokenizer and transformers' modules; with a float16 copy of the weights 482 MB.
+    """SmolLM2 takes 98 MB packed, 269 MB in float16. Loading it and one step took 198 MB at the peak, with
+    the tokenizer and transformers' modules; with a float16 copy of the weights 482 MB.
     """
     command = [sys.executable, "-c", MEMORY, str(embedded_model())]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
