@@ -131,10 +131,37 @@ PROXIES = (
 )
 
 
+def training() -> str:
+    """Held-out quality before and after packed training, newest run of each machine; a busy one is as good."""
+    newest_of: dict[str, dict] = {}
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("mpq-*.json")]
+    for result in sorted(results, key=lambda result: result["machine"]["date"]):
+        newest_of[result["machine"]["cpu"]] = result
+    parts = []
+    for result in newest_of.values():
+        rows = []
+        for run in result["runs"]:
+            pairs = [(run["before"][key], run["after"][key]) for key in ("kl", "perplexity", "agreement")]
+            counts = [str(run[key]) for key in ("bits", "steps", "tokens")]
+            moved = f"{100 * run['codes_changed']:.1f} %"
+            rows.append([*counts, moved, *(f"{number(a)} -> {number(b)}" for a, b in pairs)])
+        head = ["bits", "steps", "tokens", "codes that moved", "held-out KL", "perplexity", "agreement"]
+        parts += [f"**train_mpq**: {where(result)}", table(head, rows)]
+        if result["memory"]:
+            full = next(row for row in result["memory"] if row["what"] == "float32 AdamW")["peak_bytes"]
+            rows = [
+                [row["what"], str(row["bits"]) if row["what"] != "float32 AdamW" else "32"]
+                + [number(row["peak_bytes"] / 2**20), number(row["peak_bytes"] / full)]
+                for row in result["memory"]
+            ]
+            parts.append(table(["peak memory of two steps", "bits", "MiB", "/ float32 AdamW"], rows))
+    return "\n\n".join(parts) or "No run of `tools/train_mpq.py` is on file."
+
+
 def section(tool: str) -> str:
     """All that stands between a tool's markers."""
-    if tool == "metal_proxies":
-        return metal_proxies()
+    if tool in WHOLE:
+        return WHOLE[tool]()
     results = newest(tool)
     if not results:
         return f"No run of `tools/{tool}.py` on a quiet machine is on file."
@@ -143,6 +170,9 @@ def section(tool: str) -> str:
         missing = [f"Not timed: {sentence}" for sentence in result.get("missing", ())]
         parts += [f"**{tool}**: {where(result)}", bars(result), DETAILS[tool](result), *missing]
     return "\n\n".join(part for part in parts if part)
+
+
+WHOLE = {"metal_proxies": metal_proxies, "train_mpq": training}  # each writes its section itself
 
 
 def rewritten(text: str) -> str:
