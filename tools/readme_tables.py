@@ -132,7 +132,7 @@ PROXIES = (
 
 
 def training() -> str:
-    """Held-out quality before and after packed training, newest run of each machine; a busy one is as good."""
+    """Held-out quality before and after packed training: of each machine the newest run, busy or quiet."""
     newest_of: dict[str, dict] = {}
     results = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("mpq-*.json")]
     for result in sorted(results, key=lambda result: result["machine"]["date"]):
