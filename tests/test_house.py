@@ -18,6 +18,7 @@ PICTURE = """
     __main__
     cli
     doctor
+    tune
     chat  autotune  evaluate  parity  train
     checkpoint.embedded
     __init__

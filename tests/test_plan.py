@@ -329,6 +329,30 @@ def test_mlx_lms_adapters_wrap_and_train_every_kind_of_layer(rule):
             up.fuse()
 
 
+@pytest.mark.parametrize("rule", [W8A8, "layers/.*=weight_qtype:nf4,tile_size:16", "layers/.*=bits:4"])
+def test_adapters_of_peft_wrap_and_train_every_kind_of_layer(rule):
+    peft = pytest.importorskip("peft", reason="needs the package peft")
+    from mlxq.ptq.torch import lora_config
+
+    base = quantize_model(Torch(), [rule]).requires_grad_(False)
+    ids = torch.from_numpy(IDS)
+    before = base(ids)
+    config = lora_config(peft.LoraConfig(r=4, target_modules=["layers.0", "layers.1"]))
+    model = peft.get_peft_model(base, config)
+    assert bool((model(ids) == before).all())  # an adapter starts as nothing
+    model(ids).square().mean().backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 4 and all("lora_" in name and grad is not None for name, grad in trained.items())
+    assert max(grad.abs().max() for name, grad in trained.items() if "lora_B" in name) > 0
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p += 0.1
+    assert (model(ids) - before).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="codes cannot take an adapter in"):
+        model.merge_and_unload()
+
+
 def test_a_rule_set_serves_torch_and_mlx_alike():
     """The same weights by the same rules give the same codes and scales in both frameworks."""
     w = np.random.default_rng(5).standard_normal((32, 64), dtype=np.float32)

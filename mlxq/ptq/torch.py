@@ -7,6 +7,8 @@ codes and dequantize them for each product.
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 from collections.abc import Callable, Mapping
 
 import torch
@@ -139,3 +141,28 @@ def watching(model: nn.Module, sites: Mapping[str, Site], see: Callable):
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def lora_config(config):
+    """The same peft.LoraConfig, which now wraps our linear layers too: adapters over frozen codes.
+
+    Adapters train; merging one into codes is refused with a ValueError, as these cannot hold it.
+    """
+    config._register_custom_module(dict.fromkeys((QuantizedLinear, Q8Linear, RuleLinear), _adapter_class()))
+    return config
+
+
+@functools.cache
+def _adapter_class() -> type:
+    """peft's own adapter around a linear layer, but for merging; whoever has a LoraConfig has imported it."""
+    linear = sys.modules["peft"].tuners.lora.layer.Linear
+
+    class PackedLoraLinear(linear):
+        """An adapter beside a layer whose weight is codes."""
+
+        def merge(self, safe_merge=False, adapter_names=None):
+            raise ValueError(
+                "merge: codes cannot take an adapter in; keep it beside them, or start from float"
+            )
+
+    return PackedLoraLinear
