@@ -146,7 +146,14 @@ class Writer:
     writes the index and syncs to the disk.
     """
 
-    def __init__(self, folder: Path, plan: Iterable[Planned], max_shard_bytes: int, parameters: int):
+    def __init__(
+        self,
+        folder: Path,
+        plan: Iterable[Planned],
+        max_shard_bytes: int,
+        parameters: int,
+        made_for: str = "mlx",
+    ):
         self.folder, self.parameters = Path(folder), parameters
         shards: list[list[Planned]] = [[]]
         filled = 0
@@ -166,7 +173,7 @@ class Writer:
             file_name = (
                 "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
             )
-            header: dict[str, object] = {"__metadata__": {"format": "mlx"}}
+            header: dict[str, object] = {"__metadata__": {"format": made_for}}
             offset = 0
             for tensor in shard:
                 span = [offset, offset + tensor.nbytes]
