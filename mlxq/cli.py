@@ -169,6 +169,11 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         "--plan", metavar="FILE", help="write what --target-bpw chose as a .json file for --rules"
     )
     parser.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="write float weights under Hugging Face's names instead, for transformers; takes --dtype",
+    )
+    parser.add_argument(
         "--max-memory", metavar="SIZE", help="anonymous memory to stay below, like 3GB: slower, or refused"
     )
     parser.add_argument(
@@ -194,6 +199,8 @@ def _convert(args: argparse.Namespace) -> int:
     chat.quiet_transformers(args.src)
     from rich.console import Console
 
+    if args.dequantize:
+        return _dequantize(args)
     from mlxq.convert import convert
     from mlxq.rules import read_rules
 
@@ -239,6 +246,19 @@ def _convert(args: argparse.Namespace) -> int:
     console.print(
         f"{report.path} is written in {report.seconds:.1f} s. Try: mlxq chat {args.dst}", markup=False
     )
+    return 0
+
+
+def _dequantize(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from mlxq.checkpoint.plain import dequantize
+
+    options = {"dtype": args.dtype, "overwrite": args.overwrite, "trust_remote_code": args.trust_remote_code}
+    report = dequantize(args.src, args.dst, **options)
+    console = Console(highlight=False)
+    console.print(report.table())
+    console.print(f"{report.path} is written in {report.seconds:.1f} s, for transformers", markup=False)
     return 0
 
 

@@ -1,8 +1,9 @@
-"""Act-order that costs nothing: columns put in the order of their groups, rows in front put in that order too.
+"""Act-order that costs nothing: columns sorted by their groups, and the rows in front in the same order.
 
-A layer of act-order has its columns spread over groups. MLX's groups are runs of columns, so they must be sorted,
-and the input with them. Between the two halves of a gated MLP every column of the second layer is a row of the first
-ones and nothing else, so there the order is free: the product is the same. Everywhere else it is not.
+A layer of act-order has its columns spread over groups. MLX's groups are runs of columns, so they must be
+sorted, and the input with them. Between the two halves of a gated MLP every column of the second layer is a
+row of the first ones and nothing else, so there the order is free: the product is the same. Everywhere else
+it is not.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ _FRONT = {"down_proj": (("gate_proj", "up_proj"), ("gate_up_proj",)), "w2": (("w
 
 
 def absorb(tensors: dict[str, Tensor]) -> None:
-    """Sort the columns of every second layer of an MLP that has act-order, and the rows before it, in place."""
+    """Sort the columns of each second layer of an MLP that has act-order, and the rows before, in place."""
     for name, tensor in tensors.items():
         parent, _, layer = name.removesuffix(".weight").rpartition(".")
         if layer not in _FRONT or not isinstance(tensor, CodesTensor) or tensor.group_of is None:

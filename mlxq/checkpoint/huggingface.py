@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlxq.checkpoint import sources
+from mlxq.checkpoint.actorder import absorb
 from mlxq.checkpoint.arrange import arrange, materialized, stand_in
 from mlxq.checkpoint.safetensors import STORED, Entry, Planned, read_header
 from mlxq.checkpoint.tensors import ArrayTensor, FileTensor, Tensor, map_file
@@ -139,6 +140,7 @@ class HuggingFaceCheckpoint:
         self.weight_map: dict[str, str] = {}
         self.files = self._find_files()
         self.entries = {} if self.pickled else self._read_headers(self.files)
+        self.method = self.method or sources.unnamed(self.path, self.entries)
         if "lm_head.weight" in self.entries:
             self.config.setdefault("tie_word_embeddings", False)  # mlx-lm would drop the head
 
@@ -211,6 +213,7 @@ class HuggingFaceCheckpoint:
         workspace.mkdir(exist_ok=True)
         self.files = [unpickle(file, workspace / f"{file.stem}.safetensors", values) for file in self.files]
         self.entries = self._read_headers(self.files)
+        self.method = self.method or sources.unnamed(self.path, self.entries)
         if "lm_head.weight" in self.entries:
             self.config.setdefault("tie_word_embeddings", False)
 
@@ -250,6 +253,7 @@ class HuggingFaceCheckpoint:
                     found = self.method.join(found, self.method.settings)
                 except ValueError as error:
                     raise ValueError(f"{self.path}: {error}") from None
+                absorb(found)
             self._tensors = found
         return self._tensors
 
