@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         ("chat", "talk to a model in this terminal, or answer one --prompt", chat.add_arguments, chat.run),
         ("convert", "quantize a Hugging Face or GGUF model to MLX format", _convert_arguments, _convert),
         ("inspect", "show layers, bits, sizes and bits per weight of a model", _inspect_arguments, _inspect),
-        ("train", "train scales or weights for the codes they have", train.add_arguments, train.run),
+        ("train", "train scales or weights for the codes they have", train.add_arguments, _train),
         ("eval", "measure quality, size and speed of a model on text", _eval_arguments, _eval),
         (
             "doctor",
@@ -146,13 +146,9 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--method",
-        choices=("auto", "rtn", "gptq", "awq", "awq+gptq", "tune"),
+        choices=("auto", "rtn", "gptq", "awq", "awq+gptq"),
         help="rtn: round to nearest; gptq: keep the layers' outputs on calibration text; awq: scale input "
-        "channels, then round; tune: gptq, then train scales and biases; auto: gptq where it helps, and tune "
-        "in what is left of --minutes (default: auto with --calibration or --minutes, else rtn)",
-    )
-    parser.add_argument(
-        "--minutes", type=float, metavar="M", help="time for auto or tune, training included (tune: 10)"
+        "channels, then round; auto: gptq where it helps (default: auto with --calibration, else rtn)",
     )
     parser.add_argument(
         "--calibration",
@@ -204,13 +200,6 @@ def _convert(args: argparse.Namespace) -> int:
     from mlxq.convert import convert
     from mlxq.rules import read_rules
 
-    options = {"method": args.method}
-    if args.method == "tune" or (args.minutes is not None and args.method in (None, "auto")):
-        from mlxq.tune import convert_and_tune as convert
-
-        options = {"method": args.method or "auto", "minutes": args.minutes}
-    elif args.minutes is not None:
-        raise ValueError(f"convert: --minutes is for --method auto and tune, not for {args.method}")
     report = convert(
         args.src,
         args.dst,
@@ -221,7 +210,7 @@ def _convert(args: argparse.Namespace) -> int:
         allow_unused_rules=args.allow_unused_rules,
         embedding_bits=args.embedding_bits,
         quantization_rule=args.quantization_rule,
-        **options,
+        method=args.method,
         calibration=args.calibration,
         target_bpw=args.target_bpw,
         plan=args.plan,
@@ -247,6 +236,11 @@ def _convert(args: argparse.Namespace) -> int:
         f"{report.path} is written in {report.seconds:.1f} s. Try: mlxq chat {args.dst}", markup=False
     )
     return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    chat.quiet_transformers(args.model)
+    return train.run(args)
 
 
 def _dequantize(args: argparse.Namespace) -> int:

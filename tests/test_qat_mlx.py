@@ -295,3 +295,64 @@ def test_what_cannot_be_trained_is_refused_by_name():
         prepared(nn.Sequential(Own(64, 8)), CONFIGS["int4"])
     with pytest.raises(ValueError, match="prepare it first"):
         qm.quantize_(model, qat.QATConfig(step="convert"))
+
+
+def test_mlx_lms_trainer_trains_a_prepared_model(tmp_path):
+    from mlx_lm.models import llama
+    from mlx_lm.tuner.datasets import CacheDataset
+    from mlx_lm.tuner.trainer import TrainingArgs, train
+
+    arguments = llama.ModelArgs(
+        model_type="llama",
+        hidden_size=64,
+        num_hidden_layers=1,
+        intermediate_size=128,
+        num_attention_heads=2,
+        rms_norm_eps=1e-6,
+        vocab_size=32,
+        tie_word_embeddings=True,
+    )
+    model = llama.Model(arguments)
+    report = qm.quantize_(model, qat.QATConfig(qat.IntxWeightOnlyConfig("int4", qat.PerGroup(32))))
+    assert len(report.changed) == 8 and not report.left
+
+    class Rows:
+        def __getitem__(self, i):
+            return [(3 * i + j) % 32 for j in range(16)]
+
+        def __len__(self):
+            return 8
+
+        def process(self, row):
+            return row, 0
+
+    losses = []
+
+    class Listener:
+        def on_train_loss_report(self, told):
+            losses.append(told["train_loss"])
+
+        def on_val_loss_report(self, told):
+            pass
+
+    train(
+        model,
+        Adam(3e-3),
+        CacheDataset(Rows()),
+        CacheDataset(Rows()),
+        TrainingArgs(
+            batch_size=4,
+            iters=30,
+            val_batches=1,
+            steps_per_report=10,
+            steps_per_eval=100,
+            max_seq_length=32,
+            adapter_file=str(tmp_path / "weights.safetensors"),
+        ),
+        training_callback=Listener(),
+    )
+    assert losses[-1] < 0.8 * losses[0]
+    ids = mx.arange(16)[None]
+    y = model(ids)
+    qm.quantize_(model, qat.QATConfig(step="convert"))
+    assert sqnr(y, model(ids)) >= 45

@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--float-rate", type=float, default=1e-3)
-    parser.add_argument("--qat-rate", type=float, default=1e-4)
+    parser.add_argument("--qat-rate", type=float, default=3e-5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--tiny", action="store_true", help="2 layers of 128, little text")
@@ -250,8 +250,9 @@ def main() -> None:
     result = {"tool": "train_small", "machine": about, "model": summary}
     result |= {"rows": table, "curves": curves, "bars": bars}
     name = "train_small-tiny" if args.tiny else "train_small"
-    path = bench_common.result_path(name, about | ({"cpu": about["gpu"], "family": ""} if "gpu" in about else {}),
-                                    args.out)  # fmt: skip
+    if "gpu" in about:
+        about |= {"cpu": about["gpu"], "family": ""}
+    path = bench_common.result_path(name, about, args.out)
     bench_common.write(path, result)
     if args.plot:
         plot(path.with_suffix(".png"), result)
