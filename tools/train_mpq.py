@@ -43,7 +43,9 @@ from mlxq.nn.mpq.torch import collect_layers, pack_layers
 from mlxq.optim.torch import clip_grad_norm_
 from mlxq.torch_model import load_torch
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+ROOT = Path(__file__).resolve().parent.parent
+# beside the checkout, or in it where the checkout was copied to another machine
+DATA = next((p for p in (ROOT.parent, ROOT) if (p / "shared" / "data").is_dir()), ROOT) / "shared" / "data"
 GROUP = 64
 MEASURED = ("packed", "packed, step in backward", "float32 AdamW")
 
