@@ -301,7 +301,7 @@ def examine(reference: Reference, backend, start: int, say=lambda text: None) ->
     layers, digest = {}, hashlib.sha256()
     for path, kind in backend.only or reference.answers:
         say(f"{backend.name}: {path}")
-        answer, x = reference.answers[path, kind], reference.inputs[path, kind]
+        answer, x = reference.answers[path, kind], reference.inputs[path, kind][-(backend.rows or 0) :]
         y = backend.layer(path, kind, x)
         one = backend.layer(path, kind, x[-1:])
         digest.update(y.tobytes())

@@ -22,6 +22,7 @@ from mlxq.nn.q8.mlx import Q8Linear
 from mlxq.parity import bounds
 
 LINEAR, HEAD, EMBEDDING, W8A8 = "linear", "head", "embedding", "w8a8"
+SLOW_ROWS = 8  # of each layer through the scalar kernels, which take a minute for all of a small model's
 
 
 class Absent(Exception):
@@ -35,6 +36,7 @@ class Backend:
     forward      ids -> logits float32 (T, V); None where only single layers run
     layer        (path, kind, x (T, K) or ids (T,)) -> y float32 (T, N); KeyError for a layer that it lacks
     only         the layers that it runs, (path, kind); None: all
+    rows         how many of a layer's last rows it is given; None: all
     note         what the report says of it
     """
 
@@ -42,6 +44,7 @@ class Backend:
     layer: Callable
     forward: Callable | None = None
     only: list[tuple[str, str]] | None = None
+    rows: int | None = None
     note: str = ""
 
 
@@ -164,7 +167,8 @@ def mlx_backend(name: str, model: nn.Module, device: mx.Device, dtype: str, fami
             mx.eval(logits)
             return np.array(logits)
 
-    return Backend(name, layer, forward, note=f"MLX {mx.__version__}")
+    rows = SLOW_ROWS if family == "scalar" else None
+    return Backend(name, layer, forward, rows=rows, note=f"MLX {mx.__version__}")
 
 
 def cpu_backends(model: nn.Module, dtype: str) -> dict[str, Callable[[], Backend]]:

@@ -29,15 +29,18 @@ An embedding is scale * code + bias with two roundings: K = 2.
 Logits.  Which errors reach the logits is a property of the model, so it is measured: the reference runs once
 more with normal noise of the typical deviation (and r |y| / sqrt(3)) on every packed product, which changes
 the logits by `noise`.  A device has such errors in its other operations too (norms, rotations, attention,
-activations and residual sums: about as many roundings), and the reference has its own; 4 times the variance:
+activations and residual sums: about as many roundings, a factor of sqrt(2)), and it may have longer chains,
+or its largest error be less lucky than the noise's (a factor of 2, together LOGITS):
 
-    largest error, mean error   LOGITS = 2 times those of the noise
+    largest error, mean error   LOGITS times those of the noise
     mean KL                     LOGITS^2 times that of the noise: KL is quadratic in small errors
     tokens                      another choice than the reference's must be one between logits that differ by
                                 less than two largest errors
 
 With 8-bit activations a difference of any size flips some codes and comes out as steps of 1/127; noise in the
-reference flips codes just so, which is why it is injected rather than multiplied through.
+reference flips codes just so, which is why it is injected rather than multiplied through.  Two right devices
+then differ by about as much as the quantization does: there the layers are the proof, and the logits are only
+plausible.
 """
 
 from __future__ import annotations
@@ -52,7 +55,7 @@ from mlxq import bridge, format
 UNIT = 2.0**-24
 ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 LANES = 16
-LOGITS = 2.0
+LOGITS = 3.0
 _ROWS = 4096  # of a weight that are decoded to float64 at a time
 
 
