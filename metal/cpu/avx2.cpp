@@ -8,6 +8,7 @@
 // their x are 16-bit integers: vpmaddwd. Sums of a group are int32 and start at -z * (sum of x's codes).
 #include <immintrin.h>
 
+#include "fields.h"
 #include "float_kernels.h"
 
 namespace mlxq {
@@ -113,7 +114,7 @@ constexpr int q8_rows = 4;      // rows of x that they serve
 constexpr int q8_segment = 64;  // groups whose scales are widened at a time
 
 // A prepared row: codes in the order of a block's bytes, per group where the int32 sum starts, per group the sum of codes
-// as float, then x_scale and where the sum of all starts.
+// as float, each padded to eights (sums with zeros), then x_scale and where the sum of all starts.
 struct Codes {
   char* codes;
   int32_t* starts;
@@ -124,40 +125,61 @@ struct Codes {
 
 size_t code_bytes(const Qmm& q) { return size_t(q.K) * (q.bits == 8 ? 2 : 1); }
 
-size_t q8_row_bytes(const Qmm& q) { return (code_bytes(q) + size_t(q.K / q.group_size) * 8 + 8 + 63) / 64 * 64; }
+int padded_groups(const Qmm& q) { return (q.K / q.group_size + 7) / 8 * 8; }
+
+size_t q8_row_bytes(const Qmm& q) { return (code_bytes(q) + size_t(padded_groups(q)) * 8 + 8 + 63) / 64 * 64; }
 
 Codes codes_of(const Qmm& q, const char* row) {
   char* at = const_cast<char*>(row);
-  int groups = q.K / q.group_size;
+  int groups = padded_groups(q);
   auto* starts = reinterpret_cast<int32_t*>(at + code_bytes(q));
   auto* sums = reinterpret_cast<float*>(starts + groups);
   return {at, starts, sums, sums + groups, reinterpret_cast<int32_t*>(sums + groups + 1)};
 }
 
+MLXQ_INLINE int32_t sum_of(__m256i v) {
+  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+}
+
+template <int B>
+void q8_prepare_row(const Qmm& q, const int8_t* x, float x_scale, const Codes& row) {
+  uint32_t whole = 0;
+  for (int g = 0; g < q.K / q.group_size; ++g) {
+    __m256i total = _mm256_setzero_si256();
+    for (int k = g * q.group_size; k < (g + 1) * q.group_size; k += block) {
+      __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + k));
+      __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), codes);
+      total = _mm256_add_epi32(total, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+      if constexpr (B == 8) {
+        auto* to = reinterpret_cast<__m256i*>(row.codes + 2 * k);
+        _mm256_storeu_si256(to, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(codes)));
+        _mm256_storeu_si256(to + 1, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(codes, 1)));
+      } else {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(row.codes + k), by_field<B>(codes));
+      }
+    }
+    int sum = sum_of(total);
+    row.starts[g] = -sum * (1 << (B - 1));
+    row.sums[g] = float(sum);
+    whole += uint32_t(row.starts[g]);
+  }
+  for (int g = q.K / q.group_size; g < padded_groups(q); ++g) {
+    row.sums[g] = 0;
+  }
+  *row.x_scale = x_scale;
+  *row.start = int32_t(whole);
+}
+
 void q8_prepare(const Qmm& q, char* prepared, int row_begin, int row_end) {
-  const int fields = 8 / q.bits, each = block / fields;
+  auto prepare = q.bits == 2 ? q8_prepare_row<2> : q.bits == 4 ? q8_prepare_row<4> : q8_prepare_row<8>;
   for (int m = row_begin; m < row_end; ++m) {
     int64_t from = q.x_rows ? q.x_rows[m] : m;
-    const int8_t* x = static_cast<const int8_t*>(q.x) + from * q.K;
-    Codes row = codes_of(q, prepared + m * q8_row_bytes(q));
-    uint32_t whole = 0;
-    for (int g = 0; g < q.K / q.group_size; ++g) {
-      int sum = 0;
-      for (int k = g * q.group_size; k < (g + 1) * q.group_size; ++k) {
-        sum += x[k];
-        if (q.bits == 8) {
-          reinterpret_cast<int16_t*>(row.codes)[k] = x[k];
-        } else {
-          row.codes[k / block * block + k % fields * each + k % block / fields] = x[k];
-        }
-      }
-      row.starts[g] = -sum * (1 << (q.bits - 1));
-      row.sums[g] = float(sum);
-      whole += uint32_t(row.starts[g]);
-    }
-    *row.x_scale = q.x_scales[from];
-    *row.start = int32_t(whole);
+    prepare(q, static_cast<const int8_t*>(q.x) + from * q.K, q.x_scales[from],
+            codes_of(q, prepared + m * q8_row_bytes(q)));
   }
+  _mm256_zeroupper();
 }
 
 // Adds 32 products to each row's sums.
@@ -189,10 +211,10 @@ MLXQ_INLINE void add_block(const char* words, const char* const* x, __m256i* sum
   }
 }
 
-MLXQ_INLINE int32_t sum_of(__m256i v) {
-  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-  __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+MLXQ_INLINE float sum_of(__m256 v) {
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
 MLXQ_INLINE __m256i starting(int32_t at) { return _mm256_zextsi128_si256(_mm_cvtsi32_si128(at)); }
@@ -231,16 +253,24 @@ void q8_columns(const Qmm& q, const char* prepared, int first, int begin, int en
       }
     } else {
       __m256 totals[Rows];
-      float rest[Rows];
       for (int r = 0; r < Rows; ++r) {
         totals[r] = _mm256_setzero_ps();
-        rest[r] = 0;
       }
       for (int g0 = 0; g0 < groups; g0 += q8_segment) {
         const int here = groups - g0 < q8_segment ? groups - g0 : q8_segment;
-        float scales[q8_segment], biases[q8_segment];
+        alignas(32) float scales[q8_segment], biases[q8_segment];
         Avx2::widen(q.scales, q.scale_dtype, int64_t(n) * groups + g0, scales, here);
         Avx2::widen(q.biases, q.scale_dtype, int64_t(n) * groups + g0, biases, here);
+        for (int g = here; g % 8; ++g) {
+          scales[g] = biases[g] = 0;
+        }
+        for (int g = 0; g < here; g += 8) {
+          __m256 scale = _mm256_load_ps(scales + g);
+          __m256 bias = _mm256_fmadd_ps(_mm256_set1_ps(1 << (B - 1)), scale, _mm256_load_ps(biases + g));
+          for (int r = 0; r < Rows; ++r) {
+            totals[r] = _mm256_fmadd_ps(bias, _mm256_loadu_ps(rows[r].sums + g0 + g), totals[r]);
+          }
+        }
         for (int g = 0; g < here; ++g) {
           for (int r = 0; r < Rows; ++r) {
             sums[r] = starting(rows[r].starts[g0 + g]);
@@ -252,17 +282,13 @@ void q8_columns(const Qmm& q, const char* prepared, int first, int begin, int en
               x[r] += x_step;
             }
           }
-          const float bias = biases[g] + float(1 << (B - 1)) * scales[g];
           for (int r = 0; r < Rows; ++r) {
             totals[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[r]), _mm256_set1_ps(scales[g]), totals[r]);
-            rest[r] += bias * rows[r].sums[g0 + g];
           }
         }
       }
       for (int r = 0; r < Rows; ++r) {
-        __m128 four = _mm_add_ps(_mm256_castps256_ps128(totals[r]), _mm256_extractf128_ps(totals[r], 1));
-        __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-        y[r] = (_mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two))) + rest[r]) * *rows[r].x_scale;
+        y[r] = sum_of(totals[r]) * *rows[r].x_scale;
       }
     }
     for (int r = 0; r < Rows; ++r) {

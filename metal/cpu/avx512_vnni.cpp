@@ -27,6 +27,7 @@
 #include <cstring>
 
 #include "avx512_common.h"
+#include "fields.h"
 #include "kernel.h"
 #include "numeric.h"
 
@@ -61,23 +62,6 @@ size_t row_bytes(const Qmm& q) {
 }
 
 const Header& header(const char* row) { return *reinterpret_cast<const Header*>(row); }
-
-// 32 plane bytes in the order of k, regrouped by field: all of field 0, then field 1 ...
-template <int BITS>
-__m256i by_field(__m256i bytes) {
-  if constexpr (BITS == 8) {
-    return bytes;
-  } else if constexpr (BITS == 4) {
-    const __m256i order = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
-    return _mm256_permute4x64_epi64(_mm256_shuffle_epi8(bytes, order), 0b11011000);
-  } else {
-    const __m256i order = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    return _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(bytes, order),
-                                       _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-  }
-}
 
 // What by_field gives, each field to its 64 bytes of a chunk.
 template <int FIELDS>
