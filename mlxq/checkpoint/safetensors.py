@@ -92,7 +92,8 @@ def _entry(path: Path, name: str, fields: object, data_begin: int, size: int) ->
     def is_list_of_counts(value: object) -> bool:
         return isinstance(value, list) and all(type(v) is int and 0 <= v < 2**63 for v in value)
 
-    if not isinstance(fields, dict) or fields.get("dtype") not in BYTES:
+    known = isinstance(fields, dict) and isinstance(fields.get("dtype"), str) and fields["dtype"] in BYTES
+    if not known:
         dtype = fields.get("dtype") if isinstance(fields, dict) else fields
         raise ValueError(f"{path}: tensor {name} has dtype {dtype!r}; known: {', '.join(BYTES)}")
     shape, span = fields.get("shape"), fields.get("data_offsets")
