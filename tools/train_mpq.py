@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import resource
 import subprocess
 import sys
@@ -151,8 +152,11 @@ def peak_of(device: str, before: int) -> int:
 
 
 def resident_peak() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    """The largest resident set of this process; Linux's getrusage would count its parent's, before exec."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def train(args, bits: int, teacher_folder: Path, teacher) -> tuple[dict, list[dict]]:
@@ -340,6 +344,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--teacher", type=Path, default=cache_folder() / "smollm2-permuted-0")
+    parser.add_argument(
+        "--memory-into", type=Path, help="only measure memory, for a result file that is there"
+    )
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
     parser.add_argument("--plot", action="store_true", help="also write the curve as PNG")
     parser.add_argument("--out", type=Path, default=bench_common.RESULTS)
@@ -357,6 +364,12 @@ def main() -> None:
     permuted_teacher(args.teacher, 0)
     if args.measure:
         measure(args)
+        return
+
+    if args.memory_into:
+        result = json.loads(args.memory_into.read_text(encoding="utf-8"))
+        result["memory"] = measured_memory(args)
+        bench_common.write(args.memory_into, result | {"bars": bars_of(result["runs"], result["memory"])})
         return
 
     about = bench_common.machine()
