@@ -20,11 +20,10 @@ from mlxq.checkpoint.huggingface import HuggingFaceCheckpoint, resolve
 from mlxq.checkpoint.journal import Journal, identity
 from mlxq.checkpoint.memory import Watch, anonymous_bytes, parse_bytes
 from mlxq.checkpoint.partial import check_destination
-from mlxq.checkpoint.q8 import KEY as ACTIVATIONS
 from mlxq.checkpoint.ranks import Ranks, check_others, from_environment, share, shared_folder
 from mlxq.checkpoint.safetensors import STORED, Planned, Writer, as_stored
 from mlxq.checkpoint.skeleton import Skeleton
-from mlxq.checkpoint.summary import Estimate, Layer, Summary, human_bytes, inspect
+from mlxq.checkpoint.summary import ACTIVATIONS, Estimate, Layer, Summary, human_bytes, inputs_shown, inspect
 from mlxq.checkpoint.tensors import ArrayTensor
 from mlxq.format import Format, Packed
 from mlxq.ptq import METHODS
@@ -60,6 +59,7 @@ class Step:
     grid          the quantizer that chooses codes, scales and biases: a name of rules.GRIDS
     how           another quantizer than those of rules.GRIDS
     dtype         of scales and biases, or of the tensor itself
+    inputs        "" or " + int8 inputs": what mlxq.load shall do with them
     """
 
     name: str
@@ -69,6 +69,12 @@ class Step:
     repack: bool = False
     grid: str = "affine"
     how: HowToQuantize | None = None
+    inputs: str = ""
+
+    @property
+    def stored(self) -> str:
+        """The format, as `inspect` shows it."""
+        return str(self.format or self.dtype) + self.inputs
 
     @property
     def path(self) -> str:
@@ -345,8 +351,7 @@ def _estimated(report: Report, steps: list[Step], writer: Writer, slab: int) -> 
     """The report with planned sizes, and with the time that a sample of the largest tensor lets expect."""
     for step in steps:
         size = sum(planned.nbytes for planned in step.planned())
-        stored = str(step.format or step.dtype)
-        report.layers.append(Layer(step.path.replace(".", "/"), stored, _size(step), size))
+        report.layers.append(Layer(step.path.replace(".", "/"), step.stored, _size(step), size))
     step = max(steps, key=_size)
     begin, sampled = time.monotonic(), 0
     for start, stop in _bounds(step.tensor, slab):
@@ -579,7 +584,8 @@ class _Planner:
 
     def _quantizing(self, step: Step, wanted: Format, report: Summary) -> Step:
         repack = step.how is None and step.tensor.packs_into(wanted)
-        step = Step(step.name, step.tensor, self.dtype, wanted, repack, step.grid, step.how)
+        inputs = inputs_shown(self.activations.get(step.name.removesuffix(".weight")))
+        step = Step(step.name, step.tensor, self.dtype, wanted, repack, step.grid, step.how, inputs)
         if step.how is not None and step.how.calibration_method.startswith("minmax"):
             step.dtype = "float32"  # a bias with a zero point is a product that 16 bits round
         if not step.repack:
@@ -636,7 +642,7 @@ def _write(step: Step, writer: Writer, broken: Container[str], bar, slab: int, m
     tensor, stored = step.tensor, step.planned()
     layer = Layer(
         step.path.replace(".", "/"),
-        str(step.format or step.dtype),
+        step.stored,
         _size(step),
         sum(p.nbytes for p in stored),
     )

@@ -20,11 +20,11 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlxq.checkpoint.partial import partial_folder
+from mlxq.checkpoint.summary import ACTIVATIONS as KEY
 from mlxq.format import KERNEL_BITS, Format, Packed
 from mlxq.nn.q8 import Settings
 from mlxq.nn.q8 import mlx as q8
 
-KEY = "activation_quantization"
 SHIFTS = "activations.safetensors"
 
 

@@ -13,6 +13,8 @@ from mlxq.checkpoint.huggingface import read_json, read_weight_map
 from mlxq.checkpoint.safetensors import read_header
 from mlxq.format import BITS, GROUP_SIZES
 
+ACTIVATIONS = "activation_quantization"  # of config.json: layers whose inputs are rounded; see checkpoint.q8
+
 
 @dataclass
 class Layer:
@@ -193,6 +195,9 @@ def inspect(path: str | Path) -> Summary:
     settings = config.get("quantization") or {}
     if not isinstance(settings, dict):
         raise ValueError(f"{path}/config.json: quantization is {settings!r}, not a JSON object")
+    activations = config.get(ACTIVATIONS) or {}
+    if not isinstance(activations, dict):
+        raise ValueError(f"{path}/config.json: {ACTIVATIONS} is {activations!r}, not a JSON object")
     summary = Summary(path, f"{path}: {config.get('model_type', 'unknown architecture')}")
     parts: dict[str, dict] = {}
     for name, entry in entries.items():
@@ -211,8 +216,16 @@ def inspect(path: str | Path) -> Summary:
         if "weight" not in tensors:
             raise ValueError(f"{path}: {name} has scales but no weight")
         stored, weights = _packed(name, tensors, settings)
-        summary.layers.append(Layer(slashed, stored, weights, size))
+        summary.layers.append(Layer(slashed, stored + inputs_shown(activations.get(name)), weights, size))
     return summary
+
+
+def inputs_shown(settings: object) -> str:
+    """What a layer's entry under ACTIVATIONS says, behind its format: "", " + int8 inputs", ..."""
+    if not isinstance(settings, dict):
+        return ""
+    kind = settings.get("activation")
+    return " + int8 inputs" if kind == "token" else f" + int8 {kind} inputs"
 
 
 _FLOAT_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
