@@ -146,9 +146,13 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--method",
-        choices=("auto", "rtn", "gptq", "awq", "awq+gptq"),
+        choices=("auto", "rtn", "gptq", "awq", "awq+gptq", "tune"),
         help="rtn: round to nearest; gptq: keep the layers' outputs on calibration text; awq: scale input "
-        "channels, then round; auto: gptq where it helps (default: auto with --calibration, else rtn)",
+        "channels, then round; tune: gptq, then train scales and biases; auto: gptq where it helps, and tune "
+        "in what is left of --minutes (default: auto with --calibration or --minutes, else rtn)",
+    )
+    parser.add_argument(
+        "--minutes", type=float, metavar="M", help="time for auto or tune, training included (tune: 10)"
     )
     parser.add_argument(
         "--calibration",
@@ -200,6 +204,13 @@ def _convert(args: argparse.Namespace) -> int:
     from mlxq.convert import convert
     from mlxq.rules import read_rules
 
+    options = {"method": args.method}
+    if args.method == "tune" or (args.minutes is not None and args.method in (None, "auto")):
+        from mlxq.tune import convert_and_tune as convert
+
+        options = {"method": args.method or "auto", "minutes": args.minutes}
+    elif args.minutes is not None:
+        raise ValueError(f"convert: --minutes is for --method auto and tune, not for {args.method}")
     report = convert(
         args.src,
         args.dst,
@@ -210,7 +221,7 @@ def _convert(args: argparse.Namespace) -> int:
         allow_unused_rules=args.allow_unused_rules,
         embedding_bits=args.embedding_bits,
         quantization_rule=args.quantization_rule,
-        method=args.method,
+        **options,
         calibration=args.calibration,
         target_bpw=args.target_bpw,
         plan=args.plan,
