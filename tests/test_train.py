@@ -109,7 +109,8 @@ def command(models, dst):
         "--steps 30 --length 24 --evaluate 4 --learning-rate 2e-3 --backend torch --device cpu".split()
     )
     script = (
-        "import sys, mlxq.train as t; from functools import partial; t.train = partial(t.train, save_every=0.0);"
+        "import sys, mlxq.train as t; from functools import partial;"
+        "t.train = partial(t.train, save_every=0.0);"
         "from mlxq.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     return [sys.executable, "-c", script, *arguments]
@@ -164,6 +165,17 @@ def test_a_damaged_state_is_refused(models, tmp_path):
     (tmp_path / "out.training" / "state.npz").write_bytes(b"PK\x03\x04 half a file")
     with pytest.raises(ValueError, match="damaged"):
         train(settings(models[1], models[2], teacher=str(models[0])), tmp_path / "out", resume=True)
+
+
+def test_the_readme_example_of_fake_quantization_runs_as_it_stands(tmp_path):
+    text = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    section = text.split("\n## Training for the codes\n", 1)[1]
+    _, commands, _, example, _, printed, *_ = section.split("```")
+    assert "mlxq train" in commands
+    run = [sys.executable, "-c", example.removeprefix("python\n")]
+    result = subprocess.run(run, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == printed.strip()
 
 
 # Data.
