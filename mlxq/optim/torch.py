@@ -346,7 +346,7 @@ class _Moments:
             return stored
         levels, power, _ = _codec(name)
         codes = stored.float().view(len(stored), -1, self.block) / levels
-        values = codes.sign() * codes.abs() ** power
+        values = codes * codes.abs() if power == 2 else codes.square().square_()
         return (values * self.state[name + "_max"][self.rows][..., None]).view(stored.shape)
 
     def store(self) -> None:
@@ -357,9 +357,10 @@ class _Moments:
             values = values.view(len(values), -1, self.block)
             largest = values.abs().amax(-1)
             share = (values.abs() / torch.where(largest == 0, 1, largest)[..., None]).clamp_(max=1)
-            code = (share ** (1 / power) * levels).floor_().clamp_(max=levels - 1)
-            below, above = (code / levels) ** power, ((code + 1) / levels) ** power
-            chance = (share - below) / (above - below)
+            root = share.sqrt() if power == 2 else share.sqrt().sqrt_()
+            code = root.mul_(levels).floor_().clamp_(max=levels - 1)
+            below, above = (c.square() if power == 2 else c.square().square_() for c in (code, code + 1))
+            chance = share.mul_(float(levels) ** power).sub_(below).div_(above.sub_(below))
             code += torch.rand(code.shape, generator=self.random, device=code.device) < chance
             if dtype == torch.uint8:
                 code.clamp_(min=1)  # a variance of 0 would let eps alone divide
