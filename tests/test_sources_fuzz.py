@@ -1,4 +1,4 @@
-"""Damaged files of every quantized source: one sentence or some weights, no crash, no hang, no memory that is not there."""
+"""Damaged files of quantized sources: one sentence or some weights; no crash, no hang, no great allocation."""
 
 import json
 import subprocess
