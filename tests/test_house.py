@@ -35,7 +35,8 @@ LAYER = {unit: depth for depth, line in enumerate(PICTURE.split("\n")) for unit 
 
 FROM_NN_UP = ("nn", "optim", "qat.mlx", "ptq", "checkpoint", "load", "torch_model", "convert", "chat")
 FROM_NN_UP += ("autotune", "evaluate", "parity", "train", "doctor")
-TERMINAL = ("checkpoint.summary", "convert", "chat", "autotune", "evaluate", "parity", "train", "doctor", "cli")
+TERMINAL = ("checkpoint.summary", "convert", "chat", "autotune", "evaluate", "parity", "train")
+TERMINAL += ("doctor", "cli")
 # Which third-party modules may be imported, and where. Besides these, files named for torch may import torch.
 MAY_IMPORT = {
     "numpy": ("",),
