@@ -79,12 +79,24 @@ def decode_rates(result: dict) -> str:
     return "Tokens per second:\n\n" + table(["contender", "threads", *whats], body)
 
 
-DETAILS = {"bench_qmm": qmm_times, "bench_decode": decode_rates}
+def quality(result: dict) -> str:
+    """KL divergence, perplexity, agreement, size and cost of each contender."""
+    head = ["contender", "MB", "bits/weight", "KL", "/ rounding", "perplexity", "top-1", "seconds", "peak MB"]
+    rows = []
+    for r in result["rows"]:
+        numbers = [r["bytes"] / 1e6, r["bits_per_weight"], r["kl"], r["ratio"], r["perplexity"]]
+        shown = [number(value) for value in numbers]
+        rows.append([r["name"], *shown, f"{r['top1']:.1%}", number(r["seconds"]), number(r["peak_mb"])])
+    about = f"KL in nats per token; text: {', '.join(result['text'])}; calibration: {result['calibration']}."
+    return f"{about}\n\n{table(head, rows)}"
+
+
+DETAILS = {"bench_qmm": qmm_times, "bench_decode": decode_rates, "eval_quality": quality}
 
 
 def newest(tool: str) -> list[dict]:
     """The newest quiet result of a tool on each machine."""
-    files = RESULTS.glob(f"{tool.removeprefix('bench_')}-*.json")
+    files = RESULTS.glob(f"{tool.removeprefix('bench_').removeprefix('eval_')}-*.json")
     results = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     quiet = [result for result in results if not result["machine"]["noisy"]]
     by_cpu = {}

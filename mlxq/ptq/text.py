@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-WINDOWS, LENGTH = 24, 512
+WINDOWS, LENGTH = 16, 512
 SHIPPED = Path(__file__).with_name("calibration.txt")
 EVALUATION = Path(__file__).with_name("evaluation.txt")  # none of it is in the other
 
