@@ -454,7 +454,12 @@ def _hint(rule: QuantizationRule, paths: list[str]) -> str:
         return "; module paths are written with '/' between components"
     plain = re.sub(r"\\d[+*]?|\[0-9\][+*]?", "0", rule.module_path).replace("\\", "")
     near = difflib.get_close_matches(plain, paths, n=3, cutoff=0.5)
-    near = near or [path for path in paths if plain.rpartition("/")[2] in path][:3] or paths[:3]
+    ends: dict[str, str] = {}
+    for path in paths:
+        ends.setdefault(path.rpartition("/")[2], path)
+    end = re.sub(r"[^\w]", "", plain.rpartition("/")[2])
+    near = near or [ends[name] for name in difflib.get_close_matches(end, ends, n=3, cutoff=0.6)]
+    near = near or [path for path in paths if end and end in path][:3] or paths[:3]
     if not near:
         return "; the model has no layer that can be quantized"
     return "; layers are named like " + ", ".join(near) + " and the pattern must match the whole path"

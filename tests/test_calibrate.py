@@ -1,6 +1,8 @@
 """Static ranges: running sums, what is refused, and scales that survive save and load."""
 
 import json
+import sys
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,7 +12,7 @@ import pytest
 from tiny_models import VOCAB, make_hf_model
 
 import mlxq
-from mlxq import format
+from mlxq import cli, format
 from mlxq.checkpoint import q8 as files
 from mlxq.convert import convert, inspect
 from mlxq.nn.q8.mlx import Q8Linear
@@ -218,6 +220,25 @@ def test_convert_and_quantize_model_make_the_same_model_of_the_same_rules(folder
     assert {layer.path: layer.stored for layer in inspect(tmp_path / "mlx").layers} == stored
     settings = json.loads((tmp_path / "mlx" / "config.json").read_text())["activation_quantization"]
     assert {path.replace(".", "/") for path in settings} == {p for p, s in made.items() if s.rule.act_qtype}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="needs Python 3.11 for tomllib")
+def test_the_rules_of_the_readme_convert_a_model(folder, tmp_path, capsys):
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    rules = readme.split("\n## Rules\n", 1)[1].split("```toml\n", 1)[1].split("```", 1)[0]
+    (tmp_path / "rules.toml").write_text(rules)
+    line = ["convert", str(folder), str(tmp_path / "mlx"), "--rules", str(tmp_path / "rules.toml")]
+    assert cli.main(line) == 0 and cli.main(["inspect", str(tmp_path / "mlx")]) == 0
+    stored = {layer.path: layer.stored for layer in inspect(tmp_path / "mlx").layers}
+    assert stored["model/layers/0/mlp/down_proj/weight"] == "float32"
+    assert stored["model/layers/1/mlp/down_proj"] == "4-bit/32 + int8 inputs"
+    assert stored["model/layers/1/self_attn/q_proj"] == "8-bit/128 + int8 inputs"
+    assert stored["model/embed_tokens"] == "6-bit/32"
+    (tmp_path / "rules.toml").write_text(rules.replace("down_proj", "down_prog"))
+    line[2] = str(tmp_path / "other")
+    capsys.readouterr()
+    assert cli.main(line) == 2 and "down_proj" in capsys.readouterr().err
+    assert cli.main([*line, "--allow-unused-rules"]) == 0
 
 
 def test_convert_refuses_what_a_file_cannot_hold(folder, tmp_path):

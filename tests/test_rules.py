@@ -185,6 +185,11 @@ def test_a_rule_that_matches_nothing_is_named_with_paths_that_look_like_it():
     assert list(assign(rules, PATHS, allow_unused=True)) == ["lm_head"]
 
 
+def test_the_nearest_path_is_found_by_its_last_component_too():
+    with pytest.raises(ValueError, match="layers are named like model/layers/0/mlp/down_proj and"):
+        assign([bits_rule(".*/down_prog", 8)], PATHS)
+
+
 def test_dots_between_components_are_recognised():
     with pytest.raises(ValueError, match="'/' between components"):
         assign([bits_rule(r"model\.layers\.\d+\.mlp\.down_proj", 8)], PATHS)
