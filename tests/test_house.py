@@ -164,7 +164,8 @@ def test_a_misplaced_third_party_import_would_be_seen(module, name):
 def test_the_declared_packages_are_the_imported_ones():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     required = text.split("\ndependencies = [", 1)[1].split("\n]", 1)[0]
-    declared = set(re.findall(r'^ *"([A-Za-z0-9_-]+)', required, re.M)) | {"torch", "cupy", "matplotlib"}  # extras
+    declared = set(re.findall(r'^ *"([A-Za-z0-9_-]+)', required, re.M))
+    declared |= {"torch", "cupy", "matplotlib"}  # extras
     for extra in ("torch==", "cupy-", "matplotlib"):
         assert re.search(rf'\n\w+ = \["{extra}', text)
     imported = {n.split(".")[0] for names in IMPORTS.values() for n in names}
