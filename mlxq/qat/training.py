@@ -239,9 +239,21 @@ def is_range(name: str) -> bool:
     return name.rpartition(".")[2] in ("scales", "biases", "scale", "zero_point")
 
 
-def range_rate(trainable: str) -> float:
-    """What the learning rate of ranges is multiplied by: where they train alone it is their own."""
-    return RANGE_RATE if trainable == "all" else 1.0
+def times_of(name: str, owner, trainable: str) -> float:
+    """What the learning rate is multiplied by for a parameter of this module.
+
+    Ranges that train with weights have RANGE_RATE, alone 1. A step of a scale moves the weight of the largest
+    code that many times as far, so its rate falls with the codes: 3 / (codes - 1), which is 1 at 2 bits.
+    """
+    if not is_range(name):
+        return 1.0
+    times = RANGE_RATE if trainable == "all" else 1.0
+    if name.rpartition(".")[2] not in ("scales", "scale"):
+        return times
+    if hasattr(owner, "bits"):
+        return times * 3 / (2**owner.bits - 1)
+    low, high = owner.config.bounds
+    return times * 3 / (high - low)
 
 
 def trainer_progress(trainer: Trainer, progress: float) -> float:

@@ -8,7 +8,7 @@ import mlx.optimizers as optimizers
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxq.qat.training import Batch, is_range, range_rate
+from mlxq.qat.training import Batch, times_of
 
 BETAS, EPS, CLIP = [0.9, 0.98], 1e-8, 1.0
 
@@ -44,8 +44,12 @@ class MlxTrainer:
             name: value.dtype for name, value in tree_flatten(student.parameters()) if name in self.masters
         }
         self.adams = []  # (names, times the learning rate, Adam)
-        for ranges, times in ((False, 1.0), (True, range_rate(trainable))):
-            names = [name for name in self.masters if is_range(name) == ranges]
+        owners = dict(student.named_modules())
+        groups: dict[float, list[str]] = {}
+        for name in self.masters:
+            times = times_of(name, owners[name.rpartition(".")[0]], trainable)
+            groups.setdefault(times, []).append(name)
+        for times, names in groups.items():
             adam = optimizers.Adam(1.0, BETAS, EPS, bias_correction=True)
             adam.init({name: self.masters[name] for name in names})
             self.adams.append((names, times, adam))

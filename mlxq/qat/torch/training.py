@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from mlxq.qat.training import Batch, is_range, range_rate
+from mlxq.qat.training import Batch, times_of
 
 BETAS, EPS, CLIP = (0.9, 0.98), 1e-8, 1.0
 
@@ -49,13 +49,13 @@ class TorchTrainer:
             teacher.eval()
         self.names = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
         self.masters = [p.detach().float().clone() for _, p in self.names]
-        named = [(name, master) for (name, _), master in zip(self.names, self.masters, strict=True)]
-        groups = [
-            {"params": [m for name, m in named if is_range(name) == ranges], "times": times}
-            for ranges, times in ((False, 1.0), (True, range_rate(trainable)))
-        ]
-        groups = [group for group in groups if group["params"]]
-        self.optimizer = torch.optim.Adam(groups, lr=1.0, betas=BETAS, eps=EPS)
+        groups: dict[float, list] = {}
+        for (name, _), master in zip(self.names, self.masters, strict=True):
+            times = times_of(name, student.get_submodule(name.rpartition(".")[0]), trainable)
+            groups.setdefault(times, []).append(master)
+        self.optimizer = torch.optim.Adam(
+            [{"params": params, "times": times} for times, params in groups.items()], 1.0, BETAS, EPS
+        )
         self.rank, self.ranks, self.model = 0, 1, student
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
