@@ -170,6 +170,31 @@ def training() -> str:
     return "\n\n".join(parts) or "No run of `tools/train_mpq.py` is on file."
 
 
+def w8a8() -> str:
+    """Quality of 8-bit inputs by their rules; of each machine the newest run, and speed if it was quiet."""
+    newest_of: dict[str, dict] = {}
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("w8a8-*.json")]
+    for result in sorted(results, key=lambda result: result["machine"]["date"]):
+        newest_of[result["machine"]["cpu"]] = result
+    parts = []
+    for result in newest_of.values():
+        rows = [
+            [name, f"{row['kl']:.4f} +- {row['kl_standard_error']:.4f}", f"{100 * row['top1']:.1f} %",
+             number(row["perplexity"]), str(row["tokens"])]
+            for name, row in result["quality"].items()
+        ]  # fmt: skip
+        head = ["SmolLM2-135M, all linear layers", "KL", "same first choice", "perplexity", "tokens"]
+        parts += [f"**eval_w8a8**: {where(result)}", bars(result), table(head, rows)]
+        if result["speed"] and not result["machine"]["noisy"]:
+            head = ["what", "W8A16 ms", "W8A8 ms", "W8A16 / W8A8"]
+            rows = [
+                [row["what"], *(number(1e3 * row[name]) for name in ("W8A16", "W8A8")), number(row["ratio"])]
+                for row in result["speed"]
+            ]
+            parts.append(table(head, rows))
+    return "\n\n".join(parts) or "No run of `tools/eval_w8a8.py` is on file."
+
+
 def section(tool: str) -> str:
     """All that stands between a tool's markers."""
     if tool in WHOLE:
@@ -184,7 +209,7 @@ def section(tool: str) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-WHOLE = {"metal_proxies": metal_proxies, "train_mpq": training}  # each writes its section itself
+WHOLE = {"metal_proxies": metal_proxies, "train_mpq": training, "w8a8": w8a8}  # each writes its section
 
 
 def rewritten(text: str) -> str:
