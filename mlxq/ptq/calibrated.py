@@ -11,7 +11,7 @@ import numpy as np
 from mlxq import format
 from mlxq.format import Format, Packed
 from mlxq.ptq.awq import Change, fold_block
-from mlxq.ptq.gptq import gptq
+from mlxq.ptq.gptq import DRIFT, gptq
 from mlxq.ptq.rtn import rtn
 from mlxq.ptq.stream import Stream
 
@@ -106,7 +106,7 @@ def quantize_blocks(
     """
     options = options or {}
     solves = "gptq" in method
-    stream = Stream(model, read, windows, drift=solves and bool(options.get("drift", 1.0)))
+    stream = Stream(model, read, windows, drift=solves and bool(options.get("drift", DRIFT)))
     outside = [path for path in wanted if f"{path}.weight" in stream.outer]
     for path in outside:
         fmt, dtype = wanted[path]

@@ -26,6 +26,9 @@ from mlxq import format
 from mlxq.format import Format, Packed
 
 DAMPING = 0.01
+# Six blocks of SmolLM2 on 6144 tokens: at 4 bits KL 0.0245 with 1 and 0.0212 with a half, at 2 bits 0.353 and
+# 0.361: following all of the drift follows the noise of so little text too.
+DRIFT = 0.5
 BLOCK = 64  # columns whose errors are spread one by one; those behind them get a product per block
 F32 = np.float32
 
@@ -54,7 +57,7 @@ def gptq(
     damping: float = DAMPING,
     rounds: int = 3,
     sweeps: int = 2,
-    drift: float = 1.0,
+    drift: float = DRIFT,
 ) -> Packed:
     """Packed weights, numpy, whose outputs on the calibration rows are near those of the float layer.
 
