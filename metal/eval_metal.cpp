@@ -9,13 +9,10 @@
 //
 // None of this was run on Apple hardware. On Linux, tests/metal gives this file a device that runs the shaders on the
 // CPU; what else was checked, and how, is in the README under "What has run where".
-#include <sys/sysctl.h>
-
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <climits>
-#include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <stdexcept>
@@ -86,16 +83,17 @@ struct Gpu {
   bool nax;
 };
 
-// "26.2" -> {26, 2}
-std::pair<int, int> os_version() {
-  char text[64] = "";
-  size_t bytes = sizeof(text) - 1;
-  if (sysctlbyname("kern.osproductversion", text, &bytes, nullptr, 0) != 0) {
-    return {0, 0};
+// Whether the system has MLX's matrix-unit kernels. Asked as MLX asks: sysctl and the like give 16.x for macOS 26 to a
+// Python that was linked for an older one.
+bool system_has_matrix_kernels() {
+#ifdef MLXQ_FAKE_METAL
+  return mx::metal::fake_os_version() >= std::pair(26, 2);
+#else
+  if (__builtin_available(macOS 26.2, *)) {
+    return true;
   }
-  char* rest = text;
-  int major = int(std::strtol(rest, &rest, 10));
-  return {major, *rest == '.' ? int(std::strtol(rest + 1, nullptr, 10)) : 0};
+  return false;
+#endif
 }
 
 // MLX's own test for its matrix-unit kernels (is_nax_available), which libmlx does not export.
@@ -105,7 +103,7 @@ Gpu describe_gpu() {
   if (!gpu.architecture.empty()) {
     gpu.size = gpu.architecture.back();
   }
-  gpu.nax = gpu.generation >= (gpu.size == 'p' ? 18 : 17) && os_version() >= std::pair(26, 2);
+  gpu.nax = gpu.generation >= (gpu.size == 'p' ? 18 : 17) && system_has_matrix_kernels();
   return gpu;
 }
 
