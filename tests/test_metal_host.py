@@ -24,7 +24,7 @@ from shader_cases import KERNELS, SHADERS, TILES, geometry  # noqa: E402
 import metal  # noqa: E402
 from mlxq import format as fm  # noqa: E402
 from mlxq.ops import native  # noqa: E402
-from tools.msl import source  # noqa: E402
+from tools.msl import harness, source  # noqa: E402
 
 # What a float32 sum of up to 1,100 terms loses, as a share of the sum of |x * W|: their roundings, 2^-24 at
 # most each and of either sign, add up to sqrt(1100) / 2 = 16 of them. And rounding to the result's type.
@@ -34,8 +34,8 @@ ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 @pytest.fixture(scope="module")
 def device():
-    if not sys.platform.startswith("linux"):
-        pytest.skip("the fake Metal device is built on Linux only")
+    if reason := harness.absent():
+        pytest.skip(f"the fake Metal device runs shaders: {reason}")
     if not (metal.tool("cmake") and metal.tool("ninja")):
         pytest.skip("needs cmake and ninja to build the fake Metal device")
     return metal.Device()

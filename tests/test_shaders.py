@@ -30,6 +30,7 @@ import mlx_kernels  # noqa: E402
 from tools.msl import harness, source  # noqa: E402
 from tools.msl.golden import SHADER, by_shader  # noqa: E402
 
+pytestmark = pytest.mark.skipif(harness.absent() is not None, reason=str(harness.absent()))
 EVERYTHING = os.environ.get("MLXQ_SHADERS") == "all"
 CASES = sc.every() if EVERYTHING else sc.core()
 SEEDS = (0, 3) if EVERYTHING else (0, 1, 2, 5)
