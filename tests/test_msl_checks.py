@@ -75,11 +75,11 @@ def test_a_front_end_sees(what):
 
 def test_apples_clang_is_not_taken_for_one_with_opencl(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    here = str(tmp_path / "clang++")
-    for version, found in {"Apple clang version 21.0.0 (clang-2100.1)": None, "clang version 21.1.0": here}.items():
+    taken = {"Apple clang version 21.0.0 (clang-2100.1)": None, "clang version 21.1.0": "clang++"}
+    for version, found in taken.items():
         (tmp_path / "clang++").write_text(f"#!/bin/sh\necho '{version}'\n")
         (tmp_path / "clang++").chmod(0o755)
-        assert checks.clang.__wrapped__() == found
+        assert checks.clang.__wrapped__() == (found and str(tmp_path / found))
 
 
 @needs_harness
