@@ -21,8 +21,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 BACKENDS = ("torch", "mlx")
 LOSSES = ("teacher", "text")
 RANGES = ("learned", "dynamic")
@@ -201,6 +199,8 @@ def _fingerprint(settings: Settings) -> dict:
 
 def _read_state(folder: Path, settings: Settings, resume: bool):
     """(arrays, facts) of a run that was stopped, or None. Raises ValueError when it is not to be touched."""
+    import numpy as np  # here, because `mlxq --help` reads this module's flags
+
     path = folder / STATE
     if not path.exists():
         return None
@@ -222,6 +222,8 @@ def _read_state(folder: Path, settings: Settings, resume: bool):
 
 def _write_state(folder: Path, settings: Settings, arrays: dict, facts: dict) -> None:
     """One file, replaced whole, so that a kill at any moment leaves the older one or the newer one."""
+    import numpy as np
+
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(facts | {"settings": _fingerprint(settings)}).encode()
     handle, name = tempfile.mkstemp(prefix=".state-", dir=folder)
