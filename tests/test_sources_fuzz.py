@@ -1,4 +1,4 @@
-"""Damaged files of quantized sources: one sentence or some weights; no crash, no hang, no great allocation."""
+"""Damaged files of quantized sources: one sentence or some weights; no crash, no hang, no great memory."""
 
 import json
 import subprocess
