@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -143,6 +145,7 @@ def _machine() -> dict[str, str]:
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "libc": " ".join(platform.libc_ver()).strip() or "-",
+        **({"macOS": _output("sw_vers", "-productVersion")} if sys.platform == "darwin" else {}),
         "cpu": _cpu_name(),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         "python": sys.executable.replace(str(Path.home()), "~"),
@@ -286,7 +289,7 @@ def _self_test(ops):
 
 
 def _metal(ops):
-    """Our Metal kernels on this GPU, every format and orientation, against float64; nothing without Metal."""
+    """Our Metal kernels on this GPU against float64, each of them and every format; nothing without Metal."""
     from mlxq import format
     from mlxq.ops import native
 
@@ -294,9 +297,9 @@ def _metal(ops):
         return {}, []
     results: dict[str, dict] = {}
     with native.untuned():
-        for case in _cases(format.KERNEL_BITS):
-            if case.dtypes == ("float16", "float16"):
-                _run_case(ops, case, results, [], None, lambda: ops.metal_status()["kernels"])
+        cases = (case for case in _cases(format.KERNEL_BITS) if case.dtypes == ("float16", "float16"))
+        for case in itertools.chain(cases, _metal_cases()):
+            _run_case(ops, case, results, [], None, lambda: ops.metal_status()["kernels"])
     differ = _differing_bits(ops) if ops.metal_status()["error"] is None else []
     status = ops.metal_status()
     wrong = status["error"] or "".join(r["wrong"] for r in results.values()).lstrip("; ")
@@ -308,7 +311,48 @@ def _metal(ops):
     if status["error"] is None:  # stock MLX promises no bits
         detail = f"not numpy's: {', '.join(differ)}" if differ else same
         checks.append(_check("Metal bits", not differ, detail))
+        kinds = {re.sub(r"_(float|half|bfloat)(_.*)?$", "", name.removeprefix("mlxq_")) for name in results}
+        wanted = _METAL_VECTOR if status["nax"] else (*_METAL_VECTOR, *_METAL_MATRIX)
+        if idle := [kind for kind in wanted if kind not in kinds]:
+            checks.append(_check("Metal coverage", False, f"no case reached {', '.join(idle)}"))
     return {"metal": status}, checks
+
+
+# Kernels of products. Where MLX has matrix units it serves what the second ones are for.
+_METAL_VECTOR = ("qmv", "qvm", "qvm_split", "sum_splits", "gather_qmv", "gather_qvm")
+_METAL_MATRIX = ("qmm", "qmm_split", "qmm_n", "qmm_n_split", "gather_qmm", "gather_qmm_n")
+_METAL_MATRIX += ("gather_qmm_sorted", "gather_qmm_n_sorted", "schedule_tiles")
+
+
+def _metal_cases():
+    """Shapes that reach every kernel of products, in what most models are: bfloat16, 4 bits, groups of 64."""
+    import mlx.core as mx
+    import numpy as np
+
+    from mlxq import format
+    from mlxq.ops import reference
+
+    rng = np.random.default_rng(4)
+
+    def weight(N: int, K: int):
+        values = rng.standard_normal((N, K)).astype(np.float32)
+        return _to_mx(format.quantize(values, format.Format(4, 64), "affine", "bfloat16"), "bfloat16")
+
+    def rows(*shape: int):
+        return mx.array(rng.standard_normal(shape).astype(np.float32)).astype(mx.bfloat16)
+
+    for transpose in (True, False):
+        for M, inner in ((2, 256), (20, 256), (2, 1024), (12, 1024)):
+            w = weight(OUTPUTS, inner) if transpose else weight(inner, 128)
+            x = rows(M, inner)
+            yield _Case(w, x, transpose, reference.qmm(x, w, transpose))
+        w = weight(3 * OUTPUTS, 128)
+        parts = (a.reshape(3, OUTPUTS, -1) for a in (w.words, w.scales, w.biases))
+        w = format.Packed(*parts, w.format)
+        for M, experts in ((2, (2, 0, 1, 2)), (18, (1, 0)), (1, (0,) * 5 + (2,) * 20)):
+            x = rows(len(experts), M, 128 if transpose else OUTPUTS)
+            want = reference.gather_qmm(x, w, rhs_indices=mx.array(experts), transpose=transpose)
+            yield _Case(w, x, transpose, want, experts, list(experts) == sorted(experts))
 
 
 def _differing_bits(ops) -> list[str]:
@@ -391,17 +435,19 @@ def _percent_of_bar(share: float) -> str:
 class _Case:
     """One product: operands as mx.arrays and its float64 answer, which serves every family.
 
-    x is (M, inner), or (2, M, inner) for experts in the order _EXPERTS.
+    x is (M, inner), or (blocks, M, inner) with an expert for each block.
     """
 
     packed: object
     x: object
     transpose: bool
     want: object
+    experts: tuple[int, ...] = ()
+    ascending: bool = False  # the experts, and the kernels are told
 
     @property
     def gather(self) -> bool:
-        return self.x.ndim == 3
+        return bool(self.experts)
 
     @property
     def M(self) -> int:
@@ -418,7 +464,7 @@ class _Case:
         return f"{op} {self.packed.format} M={self.M} x={x} scales={scales} transpose={self.transpose}"
 
 
-_EXPERTS = [1, 0]
+_EXPERTS = (1, 0)
 
 
 def _cases(widths, rows=ROWS):
@@ -455,7 +501,7 @@ def _cases(widths, rows=ROWS):
                             want = reference.gather_qmm(
                                 blocks, stacked, rhs_indices=experts, transpose=transpose
                             )
-                            yield _Case(stacked, blocks, transpose, want)
+                            yield _Case(stacked, blocks, transpose, want, _EXPERTS)
 
 
 def _to_mx(packed, storage: str):
@@ -477,7 +523,8 @@ def _run_case(ops, case: _Case, results: dict, wrong: list[str], family: str | N
     calls = calls or ops.kernel_calls
     before = calls()
     if case.gather:
-        y = ops.gather_qmm(case.x, case.packed, rhs_indices=mx.array(_EXPERTS), transpose=case.transpose)
+        given = {"rhs_indices": mx.array(case.experts), "sorted_indices": case.ascending}
+        y = ops.gather_qmm(case.x, case.packed, transpose=case.transpose, **given)
     else:
         y = ops.qmm(case.x, case.packed, transpose=case.transpose)
     with mx.stream(mx.cpu):

@@ -618,7 +618,13 @@ def test_doctor_runs_the_metal_kernels_and_is_1_when_they_were_refused(device):
         native._load = lambda: (device.module, None)
         native._ext = lambda: device.module
         format.GROUP_SIZES, format.KERNEL_BITS = (64,), (4,)
+        with device.on("applegpu_g17s", 17, "26.2"):
+            units = doctor._metal(ops)[1]
+        prefill = sorted(set(device.ran()))
         with device.on():
+            cases, doctor._metal_cases = doctor._metal_cases, lambda: []
+            bare = doctor._metal(ops)[1]
+            doctor._metal_cases = cases
             fine = doctor._metal(ops)[1] + [doctor._devices(mx, ops)["GPU streams of MLX"]]
             ran = set(device.ran())
             fine.append(doctor._differing_bits(ops))
@@ -630,13 +636,19 @@ def test_doctor_runs_the_metal_kernels_and_is_1_when_they_were_refused(device):
             warnings.simplefilter("ignore")
             ops.qmm(mx.ones((5, 64)), ops.quantize(mx.ones((8, 64)), format.Format(4, 64)))
             bad = doctor._metal(ops)[1] + [doctor._devices(mx, ops)["GPU streams of MLX"]]
-        print(json.dumps([fine, bad, sorted(ran)]))
+        print(json.dumps([fine, bad, sorted(ran), units, prefill, bare]))
     """)
-    fine, bad, ran = answer
-    assert fine[0]["ok"] and fine[0]["name"] == "Metal kernels"
-    assert "8 kernels on applegpu_g15s" in fine[0]["detail"]
+    fine, bad, ran, units, prefill, bare = answer
+    assert ran == sorted(KERNELS), "a Mac owner's one command runs every kernel that there is"
+    # Here stock MLX is its CPU operation, which sums float16 in float16: only what was reached counts.
+    assert [check["name"] for check in units] == ["Metal kernels", "Metal bits"]
+    assert not {"qmm", "qmm_n", "gather_qmm"} & set(prefill)
+    idle = "qvm_split, sum_splits, qmm_split, qmm_n_split, gather_qmm, gather_qmm_n, gather_qmm_sorted, "
+    detail = f"no case reached {idle}gather_qmm_n_sorted, schedule_tiles"
+    assert bare[2] == {"name": "Metal coverage", "ok": False, "detail": detail}
+    assert fine[0]["ok"] and fine[0]["name"] == "Metal kernels" and len(fine) == 2 + 3
+    assert " kernels on applegpu_g15s" in fine[0]["detail"]
     assert fine[1]["ok"] and fine[1]["name"] == "Metal bits"
-    assert {"quantize", "dequantize", "q8_rows", "q8_mv", "q8_mm"} < set(ran)
     assert fine[2] == "mlxq's Metal shaders"
     assert fine[3:] == [[], ["quantize 4-bit/64", "dequantize 4-bit/64"]]
     reason = "mlxq_qmv_float_float_4_64_5: program_source:3:5: error: no such thing"
