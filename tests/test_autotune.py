@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -382,6 +383,20 @@ def test_contenders_take_turns_and_the_medians_are_compared(clock, monkeypatch):
     monkeypatch.setattr(autotune, "_seconds", lambda name, *_: next(series[name]))
     monkeypatch.setattr(autotune, "CLEARLY", 100)
     assert autotune.measure(product, autotune.random_weight(product), 0.0) == (2.0, 2.1)
+
+
+def test_a_round_on_a_gpu_is_not_measured_by_the_call_that_compiles(monkeypatch):
+    """Else our kernel would be timed with a wait for each call, and stock MLX's with one for many."""
+    monkeypatch.setattr(autotune, "ROUND", 0.05)
+    for device, fewest, most in (("gpu", 2, 10**6), ("cpu", 1, 1)):
+        pauses = iter((0.06,))
+
+        def call(pauses=pauses):
+            time.sleep(next(pauses, 0))
+            return mx.zeros((1,))
+
+        calls, y = autotune._calls(call, device)
+        assert fewest <= calls <= most and y.shape == (1,), device
 
 
 def test_stock_has_to_win_twice(monkeypatch):

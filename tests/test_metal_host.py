@@ -690,5 +690,9 @@ def test_a_metal_gpu_equals_float64(transpose, M, N, K, fmt, dtype, scales, kern
     with mx.stream(mx.gpu):
         y = module.qmm(x, *parts, transpose, fmt[1], fmt[0])
         mx.eval(y)
-    assert module.metal_status()["error"] is None
-    close(y, x_exact @ matrix, np.abs(x_exact) @ np.abs(matrix), dtype)
+    status = module.metal_status()
+    assert status["error"] is None
+    size = np.abs(x_exact) @ np.abs(matrix)
+    if status["nax"] and M > 8 and dtype == "float32":  # stock MLX, whose matrix units round float32 to TF32
+        size = size * (2.0**-10 / SUM_ERROR)
+    close(y, x_exact @ matrix, size, dtype)
