@@ -108,7 +108,7 @@ def newest(tool: str) -> list[dict]:
 def metal_proxies() -> str:
     """Counts of our Metal kernels beside stock MLX's, and what the bandwidth of each chip allows."""
     log = json.loads(max(RESULTS.glob("metal-proxies-*.json")).read_text(encoding="utf-8"))
-    head = ["ours / stock MLX", "bits", "M", "weight bytes over the least", "bytes read for a multiply-add"]
+    head = ["ours / stock MLX", "bits", "M", "weight bytes / least", "bytes / multiply-add"]
     head += ["threadgroup bytes", "registers on sm_90"]
     body = []
     for row in (row for row in log["products"] if row["M"] in (1, 8, 512)):
@@ -121,15 +121,16 @@ def metal_proxies() -> str:
         us = [f"{row[f'least_us_4096x4096_{bits}bit']:.1f}" for bits in (2, 4, 8)]
         tokens = [number(row[f"most_tokens_per_s_8e9_weights_{bits}bit"]) for bits in (2, 4, 8)]
         chips.append([row["chip"], f"{row['GB_per_s']:g}", " / ".join(us), " / ".join(tokens)])
-    names = ["chip", "GB/s, published", "least us, 4096 x 4096, M=1, 2 / 4 / 8 bits"]
+    names = ["chip", "GB/s", "least us, 4096 x 4096, M=1, 2 / 4 / 8 bits"]
     names += ["most tokens/s, 8 * 10^9 weights, 2 / 4 / 8 bits"]
     return "\n\n".join(
         [
-            f"**Proxies, not times**: {log['what']}. {log['date']}, mlx {log['mlx']}, commit "
+            f"**Proxies, not times**:\n{log['what']}.\n{log['date']}, mlx {log['mlx']}, commit "
             f"{log['commit'][:9]}, {log['types']}, groups of {log['group_size']}. `{log['command']}`",
             "Bytes are those that lanes ask for; a cache may serve what is asked for twice.",
             table(head, body),
-            "Ceilings by memory bandwidth alone, which no kernel passes:",
+            "Ceilings by memory bandwidth alone, which no kernel passes. The bandwidths:\n"
+            f"{log['bandwidth_source']}.",
             table(names, chips),
         ]
     )

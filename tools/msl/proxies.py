@@ -7,8 +7,9 @@
     memory that they take, their barriers and their simdgroup operations.
  2. Compiles the same kernels with NVRTC and reads their registers on sm_90 from the machine code: a hint at
     the pressure on registers, no more. Left out where there is no NVRTC (see tools/msl/nvidia.py).
- 3. Divides the bytes of a 4096 x 4096 product with one row of x by the memory bandwidth that Apple publishes
-    for each chip: the least time that it can take there, and the most tokens a second of 8 * 10^9 weights.
+ 3. Divides the bytes of a 4096 x 4096 product with one row of x by the memory bandwidth that is commonly
+    published for each chip: the least time that it can take there, and the most tokens a second of
+    8 * 10^9 weights.
 
 Nothing was measured on Apple hardware and nothing here is a time. Which kernel stock MLX takes: mlx 0.32.4,
 get_qmv_batch_limit and dispatch_qmv; with 2 to 8 rows that is qmv_wide from generation 15 (M3) on, which
@@ -36,14 +37,16 @@ import shader_cases as sc  # noqa: E402
 from tools.msl import harness, nvidia  # noqa: E402
 
 GROUP = 64
-# GB/s of unified memory as Apple's announcements and technical specifications of each chip give them; where a
-# chip comes in two, the faster one.
+# GB/s of unified memory; where a chip comes in two, the faster one.
 BANDWIDTH = {
     "M1": 68.25, "M1 Pro": 200, "M1 Max": 400, "M1 Ultra": 800,
     "M2": 100, "M2 Pro": 200, "M2 Max": 400, "M2 Ultra": 800,
     "M3": 100, "M3 Pro": 150, "M3 Max": 400, "M3 Ultra": 819,
     "M4": 120, "M4 Pro": 273, "M4 Max": 546,
 }  # fmt: skip
+BANDWIDTH_SOURCE = (
+    "commonly published figures; about half were checked only against secondary pages, or recalled"
+)
 SIDE, MODEL = 4096, 8e9
 
 
@@ -209,13 +212,15 @@ def main() -> int:
     log = {
         "date": today,
         "command": "python tools/msl/proxies.py",
-        "what": "counts on the CPU harness, quotients of published bandwidths; nothing ran on Apple hardware",
+        "what": "counts on the CPU harness, quotients of commonly published bandwidths; nothing ran on Apple "
+        "hardware",
         "commit": commit.stdout.strip(),
         "mlx": mlx_kernels.VERSION,
         "group_size": GROUP,
         "types": "half",
         "shader_sha256": shaders,
         "products": rows,
+        "bandwidth_source": BANDWIDTH_SOURCE,
         "rooflines": rooflines(),
     }
     file = options.out / f"metal-proxies-{today}.json"
