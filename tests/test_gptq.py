@@ -366,3 +366,9 @@ def test_convert_names_methods_and_models_that_do_not_go_together(tmp_path, caps
     assert main(missing) == 2
     assert "none.txt: No such file" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_text_is_not_read_when_no_layer_would_be_searched():
+    wanted = {"model.layers.0.a": (Format(8, 64), "float32")}
+    solved, remarks = quantize_blocks(None, None, None, wanted, None)  # no model, no text: nothing is touched
+    assert solved == [] and "more than 6 bits" in remarks[0]

@@ -105,6 +105,8 @@ def quantize_blocks(
     part of what later layers see, like the embedding. Raises ValueError for models that cannot be streamed.
     """
     options = options or {}
+    if method == "gptq" and all(fmt.bits > SEARCHED_BITS for fmt, _ in wanted.values()):
+        return [], [f"gptq: every layer has more than {SEARCHED_BITS} bits and is rounded to nearest"]
     solves = "gptq" in method
     stream = Stream(model, read, windows, drift=solves and bool(options.get("drift", DRIFT)))
     outside = [path for path in wanted if f"{path}.weight" in stream.outer]
