@@ -184,7 +184,9 @@ mx::array q8mm_named(const mx::array& x, const mx::array& x_scales, const mx::ar
   return q8mm(x, x_scales, words, scales, biases, group_size, bits, per_row, mlx_dtype(dtype), s);
 }
 
-std::pair<mx::array, mx::array> q8_rows_of(const mx::array& x, mx::StreamOrDevice s) { return q8_rows(x, s); }
+std::pair<mx::array, mx::array> q8_rows_of(const mx::array& x, int group_size, mx::StreamOrDevice s) {
+  return q8_rows(x, group_size, s);
+}
 
 // Says what the Metal host code left to be said.
 void warn_once() {
@@ -263,7 +265,7 @@ NB_MODULE(_ext, m) {
 
   m.def("q8mm", warning(&q8mm_named), "x"_a, "x_scales"_a, "words"_a, "scales"_a, "biases"_a, "group_size"_a, "bits"_a,
         "per_row"_a, "dtype"_a, "stream"_a = nb::none());
-  m.def("q8_rows", warning(&q8_rows_of), "x"_a, "stream"_a = nb::none());
+  m.def("q8_rows", warning(&q8_rows_of), "x"_a, "group_size"_a = 0, "stream"_a = nb::none());
 
   m.def("quantize", &quantize, "w"_a, "w_dtype"_a, "bits"_a, "group_size"_a, "storage"_a);
 

@@ -114,27 +114,32 @@ constexpr int q8_rows = 4;      // rows of x that they serve
 constexpr int q8_segment = 64;  // groups whose scales are widened at a time
 
 // A prepared row: codes in the order of a block's bytes, per group where the int32 sum starts, per group the sum of codes
-// as float, each padded to eights (sums with zeros), then x_scale and where the sum of all starts.
+// as float, each padded to eights (sums with zeros), then x_scale and where the sum of all starts. Tiled: x_scale is 1,
+// the sums are scaled, and the scales of the groups come last.
 struct Codes {
   char* codes;
   int32_t* starts;
   float* sums;
   float* x_scale;
   int32_t* start;
+  float* tile_scales;
 };
 
 size_t code_bytes(const Qmm& q) { return size_t(q.K) * (q.bits == 8 ? 2 : 1); }
 
 int padded_groups(const Qmm& q) { return (q.K / q.group_size + 7) / 8 * 8; }
 
-size_t q8_row_bytes(const Qmm& q) { return (code_bytes(q) + size_t(padded_groups(q)) * 8 + 8 + 63) / 64 * 64; }
+size_t q8_row_bytes(const Qmm& q) {
+  return (code_bytes(q) + size_t(padded_groups(q)) * (q.tiled ? 12 : 8) + 8 + 63) / 64 * 64;
+}
 
 Codes codes_of(const Qmm& q, const char* row) {
   char* at = const_cast<char*>(row);
   int groups = padded_groups(q);
   auto* starts = reinterpret_cast<int32_t*>(at + code_bytes(q));
   auto* sums = reinterpret_cast<float*>(starts + groups);
-  return {at, starts, sums, sums + groups, reinterpret_cast<int32_t*>(sums + groups + 1)};
+  float* after = sums + groups;
+  return {at, starts, sums, after, reinterpret_cast<int32_t*>(after + 1), after + 2};
 }
 
 MLXQ_INLINE int32_t sum_of(__m256i v) {
@@ -144,7 +149,7 @@ MLXQ_INLINE int32_t sum_of(__m256i v) {
 }
 
 template <int B>
-void q8_prepare_row(const Qmm& q, const int8_t* x, float x_scale, const Codes& row) {
+void q8_prepare_row(const Qmm& q, const int8_t* x, const float* x_scales, const Codes& row) {
   uint32_t whole = 0;
   for (int g = 0; g < q.K / q.group_size; ++g) {
     __m256i total = _mm256_setzero_si256();
@@ -163,12 +168,16 @@ void q8_prepare_row(const Qmm& q, const int8_t* x, float x_scale, const Codes& r
     int sum = sum_of(total);
     row.starts[g] = -sum * (1 << (B - 1));
     row.sums[g] = float(sum);
+    if (q.tiled) {
+      row.sums[g] *= x_scales[g];
+      row.tile_scales[g] = x_scales[g];
+    }
     whole += uint32_t(row.starts[g]);
   }
   for (int g = q.K / q.group_size; g < padded_groups(q); ++g) {
     row.sums[g] = 0;
   }
-  *row.x_scale = x_scale;
+  *row.x_scale = q.tiled ? 1.0f : *x_scales;
   *row.start = int32_t(whole);
 }
 
@@ -176,7 +185,7 @@ void q8_prepare(const Qmm& q, char* prepared, int row_begin, int row_end) {
   auto prepare = q.bits == 2 ? q8_prepare_row<2> : q.bits == 4 ? q8_prepare_row<4> : q8_prepare_row<8>;
   for (int m = row_begin; m < row_end; ++m) {
     int64_t from = q.x_rows ? q.x_rows[m] : m;
-    prepare(q, static_cast<const int8_t*>(q.x) + from * q.K, q.x_scales[from],
+    prepare(q, static_cast<const int8_t*>(q.x) + from * q.K, q.x_scales_of(from),
             codes_of(q, prepared + m * q8_row_bytes(q)));
   }
   _mm256_zeroupper();
@@ -283,7 +292,8 @@ void q8_columns(const Qmm& q, const char* prepared, int first, int begin, int en
             }
           }
           for (int r = 0; r < Rows; ++r) {
-            totals[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[r]), _mm256_set1_ps(scales[g]), totals[r]);
+            float scale = q.tiled ? scales[g] * rows[r].tile_scales[g0 + g] : scales[g];
+            totals[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[r]), _mm256_set1_ps(scale), totals[r]);
           }
         }
       }
