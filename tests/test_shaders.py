@@ -6,11 +6,14 @@ quantizer's golden hash, as tools/msl/golden.py does.
 Nothing here says how fast an Apple GPU runs them, or that Apple's compiler takes them.
 """
 
+import contextlib
+import ctypes
 import hashlib
 import json
 import multiprocessing
 import os
 import re
+import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -295,6 +298,66 @@ def test_quantizer_gives_the_hash_of_rule_affine_over_all_kinds_of_groups(quanti
             assert digest([by_shader(quantizer[SHADER], w, fmt, S[storage])]) == digest(
                 [by_numpy(w, fmt, storage)]
             ), (fmt, kind)
+
+
+# For this thread, which runs the shaders, float32 subnormals count as zero, as on GPUs that flush them.
+FLUSH = r"""
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+extern "C" void flush(int on) { _mm_setcsr((_mm_getcsr() & ~0x8040u) | (on ? 0x8040u : 0u)); }
+#else
+extern "C" void flush(int on) {
+  unsigned long fpcr;
+  __asm__ volatile("mrs %0, fpcr" : "=r"(fpcr));
+  fpcr = (fpcr & ~(1ul << 24)) | (on ? 1ul << 24 : 0ul);
+  __asm__ volatile("msr fpcr, %0" : : "r"(fpcr));
+}
+#endif
+"""
+
+
+@pytest.fixture(scope="module")
+def flushed(tmp_path_factory):
+    """A context in which this thread flushes float32 subnormals."""
+    folder = tmp_path_factory.mktemp("flush")
+    source_file, library_file = folder / "flush.cpp", folder / "flush.so"
+    source_file.write_text(FLUSH)
+    command = [harness.compiler(), "-shared", "-fPIC", str(source_file), "-o", str(library_file)]
+    subprocess.run(command, check=True)
+    library = ctypes.CDLL(str(library_file))
+
+    @contextlib.contextmanager
+    def flushing():
+        library.flush(1)
+        try:
+            yield
+        finally:
+            library.flush(0)
+
+    return flushing
+
+
+def test_flushed_subnormals_change_no_bit_of_the_quantizer(quantizer, flushed):
+    smallest = np.array([2.0**-126], np.float32)
+    with flushed():
+        assert not (smallest * np.float32(0.5)).any()
+    assert (smallest * np.float32(0.5)).any()
+    for fmt in (FMT, Format(2, 64), Format(8, 128)):
+        for kind in range(30):
+            w = chunk(kind)[: 300 * fmt.group_size // 32].reshape(-1, fmt.group_size)
+            storage = storage_of(kind)
+            with flushed():
+                got = by_shader(quantizer[SHADER], w, fmt, {n: s for s, n in sc.STORED.items()}[storage])
+            assert digest([got]) == digest([by_numpy(w, fmt, storage)]), (fmt, kind)
+
+
+@pytest.mark.parametrize("stored", sc.STORED)
+def test_flushed_subnormals_change_no_bit_of_the_weights(flushed, stored):
+    case = sc.dequantized(np.random.default_rng(8), FMT64, "float", stored, 37)
+    buffers, library = case.buffers(), harness.compile(case.file, [case.entry])
+    with flushed():
+        library.run(case.entry, buffers, case.grid, case.threads)
+    case.check(buffers)
 
 
 def newest_log(name: str) -> dict:
