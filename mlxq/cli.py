@@ -157,7 +157,7 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration",
         metavar="FILE",
-        help="text or .jsonl file for gptq (default: a small set that comes with mlxq)",
+        help="text or .jsonl file for gptq and static input scales (default: one that comes with mlxq)",
     )
     parser.add_argument(
         "--target-bpw",

@@ -7,13 +7,13 @@ import shutil
 import time
 from collections.abc import Container, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from mlxq import __version__, format
+from mlxq import __version__, bridge, format
 from mlxq.checkpoint import journal
 from mlxq.checkpoint.gguf import GgufCheckpoint
 from mlxq.checkpoint.huggingface import HuggingFaceCheckpoint, resolve
@@ -26,12 +26,14 @@ from mlxq.checkpoint.skeleton import Skeleton
 from mlxq.checkpoint.summary import ACTIVATIONS, Estimate, Layer, Summary, human_bytes, inputs_shown, inspect
 from mlxq.checkpoint.tensors import ArrayTensor
 from mlxq.format import Format, Packed
-from mlxq.ptq import METHODS
+from mlxq.ptq import METHODS, Statistics, qarray
+from mlxq.ptq.calibrate import calibrate_blocks
 from mlxq.ptq.calibrated import Changed, Solved, Spool, quantize_blocks
-from mlxq.ptq.pack import pack, packed_format
-from mlxq.ptq.plan import how_for, operation, site_of
+from mlxq.ptq.pack import pack
+from mlxq.ptq.plan import Site, operation, site_of
 from mlxq.ptq.qarray import HowToQuantize
 from mlxq.ptq.sensitivity import allocate, plan_rules, sensitivities
+from mlxq.ptq.tensors import MxFormat, input_tensors, mx_format, mx_tensors
 from mlxq.ptq.text import read_text, token_windows
 from mlxq.rules import QuantizationRule, RuleSet
 
@@ -39,6 +41,8 @@ __all__ = ["Report", "convert", "inspect"]
 
 DEFAULT = Format(4, 64)
 GGUF_DEFAULT = Format(4, 32)
+STATISTICS = "activation_statistics.npz"  # beside a model with static scales: what Statistics.save writes
+RANGING = "measuring ranges"
 SHARD_BYTES = 5 << 30  # mlx-lm's
 PROBE_WINDOWS, PROBE_LENGTH = 4, 128  # tokens on which sensitivity is measured: 210 layers, each half a pass
 SLAB_WEIGHTS = 1 << 18  # weights in float32 at once: 1 MB, and about five times that with every temporary
@@ -57,7 +61,7 @@ class Step:
     format        None keeps it in float (or whatever it is)
     repack        codes are taken over as they are
     grid          the quantizer that chooses codes, scales and biases: a name of rules.GRIDS
-    how           another quantizer than those of rules.GRIDS
+    site          of a rule with another quantizer than those of rules.GRIDS
     dtype         of scales and biases, or of the tensor itself
     inputs        "" or " + int8 inputs": what mlxq.load shall do with them
     """
@@ -65,10 +69,10 @@ class Step:
     name: str
     tensor: object
     dtype: str
-    format: Format | None = None
+    format: Format | MxFormat | None = None
     repack: bool = False
     grid: str = "affine"
-    how: HowToQuantize | None = None
+    site: Site | None = None
     inputs: str = ""
 
     @property
@@ -91,12 +95,11 @@ class Step:
             return [Planned(self.name, STORED.get(self.dtype, self.dtype), shape)]
         *leading, K = shape
         groups = (*leading, self.format.groups(K))
+        words = Planned(self.name, "U32", (*leading, self.format.words_per_row(K)))
+        if isinstance(self.format, MxFormat):
+            return [words, Planned(f"{self.path}.scales", "U8", groups)]
         scale = STORED[self.dtype]
-        return [
-            Planned(self.name, "U32", (*leading, self.format.words_per_row(K))),
-            Planned(f"{self.path}.scales", scale, groups),
-            Planned(f"{self.path}.biases", scale, groups),
-        ]
+        return [words, *(Planned(f"{self.path}.{part}", scale, groups) for part in ("scales", "biases"))]
 
 
 def convert(
@@ -140,7 +143,8 @@ def convert(
                       that keep the layers' outputs on calibration text; "awq" scales input channels by how
                       much they matter and rounds; "awq+gptq" does both; "auto" is gptq where it helps.
                       Default: auto with a calibration text or target_bpw, else rtn
-    calibration       a text or .jsonl file for gptq (default: a small set that comes with mlxq)
+    calibration       a text or .jsonl file for gptq and for the static input scales that rules ask for
+                      (default: a small set that comes with mlxq)
     target_bpw        bits per weight of the whole model: bits and groups of the layers that no rule names are
                       chosen by the KL divergence that each layer's error causes on the calibration text
     plan              a .json file for the formats so chosen; given as rules it makes the same files again
@@ -166,8 +170,9 @@ def convert(
     method = method or ("rtn" if calibration is None and target_bpw is None else "auto")
     if method not in _METHOD_WORDS:
         raise ValueError(f"convert: no method {method!r}; built: {', '.join(_METHOD_WORDS)}")
-    documents = read_text(calibration) if method != "rtn" or target_bpw is not None else []
     rules = RuleSet(rules, quantization_rule).rules
+    with_text = method != "rtn" or target_bpw is not None or any(rule.act_static_scale for rule in rules)
+    documents = read_text(calibration) if with_text else []
     dst = Path(dst).expanduser().absolute()
     check_destination(dst, overwrite)
     src = resolve(src)
@@ -201,6 +206,8 @@ def convert(
         if method != "rtn" and not dry_run:
             how = "gptq" if method == "auto" else method
             _calibrate(planner, steps, windows, workspace, how, report, broken, progress)
+        if planner.static and not dry_run:
+            stats = _static_ranges(planner, steps, windows, report, progress)
         stored = [planned for step in steps for planned in step.planned()]
         writer = Writer(folder, stored, max_shard_bytes, parameters=sum(_size(step) for step in steps))
         slab = _slab_weights(steps, limit)
@@ -224,6 +231,8 @@ def convert(
             report.notices.append(f"at most {used} of anonymous memory were in use; {allowed} were allowed")
         if group.rank == 0:
             _write_config(checkpoint.config, planner, steps, dtype, folder)
+            if planner.static:
+                stats.save(folder / STATISTICS)
             report.notices += checkpoint.write_tokenizer(folder)
             text = "the set that comes with mlxq" if calibration is None else Path(calibration).name
             tokens = 0 if windows is None else windows.size
@@ -233,7 +242,7 @@ def convert(
 
 def _solvable(steps: list[Step], broken: Container[str]) -> list[Step]:
     """Steps that quantize float weights to a plain format."""
-    return [s for s in steps if s.format and not s.repack and s.how is None and s.name not in broken]
+    return [s for s in steps if s.format and not s.repack and s.site is None and s.name not in broken]
 
 
 def _calibration_windows(checkpoint, documents: list[str], workspace: Path) -> np.ndarray:
@@ -250,12 +259,17 @@ def _calibration_windows(checkpoint, documents: list[str], workspace: Path) -> n
 
 
 @contextmanager
-def _streaming(planner: _Planner, steps: list[Step], wanted, what: str, progress: bool):
-    """(model without weights, reader of its float32 parameters, progress function) for a pass over blocks."""
+def _streaming(planner: _Planner, steps: list[Step], wanted, what: str, progress: bool, changes=None):
+    """(model without weights, reader of its float32 parameters, progress function) for a pass over blocks.
+
+    changes   what to do to parameters that are read, by name
+    """
     skeleton, weights = planner._load()
 
     def read(name: str) -> np.ndarray:
         tensor = weights.pop(name)
+        if changes and name in changes:
+            tensor = Changed(tensor, changes[name])
         rows = int(np.prod(tensor.shape[:-1], dtype=np.int64))
         values = tensor.read(0, rows) if _is_float(tensor.dtype) else tensor.read_raw(0, rows)
         values = np.array(values).reshape(tensor.shape)
@@ -274,7 +288,8 @@ def _streaming(planner: _Planner, steps: list[Step], wanted, what: str, progress
             yield skeleton.model, read, advance
         except ValueError as error:
             kind = planner.checkpoint.config.get("model_type")
-            raise ValueError(f"calibration does not work on {kind}: {error}; --method rtn does") from error
+            way_out = "dynamic scales do" if what == RANGING else "--method rtn does"
+            raise ValueError(f"calibration does not work on {kind}: {error}; {way_out}") from error
 
 
 def _spend(
@@ -325,6 +340,22 @@ def _calibrate(
     )
 
 
+def _static_ranges(planner: _Planner, steps: list[Step], windows: np.ndarray, report, progress) -> Statistics:
+    """Ranges of inputs with a static scale in the float model, with what awq did to it; notes the scales."""
+    changes = {step.name: change for step in steps if (change := getattr(step.tensor, "change", None))}
+    sites = planner.static
+    wanted = [site.path.replace("/", ".") for site in sites.values()]
+    with _streaming(planner, steps, wanted, RANGING, progress, changes) as (model, read, advance):
+        stats = calibrate_blocks(model, read, windows, sites, advance)
+    for path, site in sites.items():
+        scale = input_tensors(site, stats, windows.astype(np.float32))["scale_a"]
+        planner.activations[path.replace("/", ".")]["scale_a"] = float(scale)
+    report.notices.append(
+        f"{len(sites)} static scales of inputs from {windows.size} tokens; {STATISTICS} has their ranges"
+    )
+    return stats
+
+
 def _slab_weights(steps: list[Step], limit: int | None) -> int:
     """How many weights to hold in float32 at once. Raises ValueError when the limit allows too few."""
     if limit is None:
@@ -359,7 +390,7 @@ def _estimated(report: Report, steps: list[Step], writer: Writer, slab: int) -> 
             break
         values = step.tensor.read(start, stop)
         if step.format is not None and np.isfinite(values).all():
-            format.dequantize(_pack(step, values, start, stop))
+            _quantized(step, values, start, stop)
         sampled += values.size
     rate = sampled / (time.monotonic() - begin) if sampled else 2e7
     memory = (anonymous_bytes() or 0) + MEMORY_MARGIN + SLAB_BYTES * slab + max(map(_held, steps))
@@ -375,7 +406,7 @@ def _write_steps(steps, done, mine, writer: Writer, log: Journal, slab, memory, 
             check_others(writer.folder)
             names = [planned.name for planned in step.planned()]
             line = done.get(step.name, {})
-            same = line.get("stored") == str(step.format or step.dtype)
+            same = line.get("stored") == step.stored
             if same and all(writer.holds(name) for name in names):
                 lines[step.name] = line
             elif step.name in mine:
@@ -434,8 +465,9 @@ class _Planner:
         self.requantized: dict[str, list[str]] = {}
         self.kept_float: dict[str, str] = {}
         self.grid, self.allow_unused_rules = "affine", False
-        self.hows: dict[str, HowToQuantize] = {}
+        self.sites: dict[str, Site] = {}
         self.activations: dict[str, dict] = {}
+        self.static: dict[str, Site] = {}
 
     def _load(self):
         checkpoint = self.checkpoint
@@ -463,7 +495,7 @@ class _Planner:
         self._take_the_sources_format(weights)
         self.keeps_vision = any("vision_tower" in name for name in weights)
         slashed = {path: path.replace(".", "/") for path in self.modules}
-        chosen = self._chosen(slashed, report)
+        chosen = self._chosen(slashed, skeleton.model, report)
         self.named_by_rules = {path for path, slash in slashed.items() if slash in chosen}
         steps = []
         for name in skeleton.shapes():
@@ -475,19 +507,21 @@ class _Planner:
                 wanted = self._wanted(path, tensor, chosen.get(slashed[path]), opinion)
                 if name in broken:
                     wanted = broken[name]
-                if isinstance(wanted, Format) and tensor.shape[-1] % wanted.group_size:
+                if not isinstance(wanted, str) and tensor.shape[-1] % wanted.group_size:
                     fits = [g for g in format.GROUP_SIZES if tensor.shape[-1] % g == 0]
                     hint = f"; {fits[-1]} would fit" if fits else ""
                     wanted = (
                         f"K={tensor.shape[-1]} is not a multiple of the group size {wanted.group_size}{hint}"
                     )
-                if isinstance(wanted, Format):
+                if not isinstance(wanted, str):
                     rule = chosen.get(slashed[path])
                     step.grid = rule.grid or "" if rule else self.grid
-                    step.how = self.hows.get(path)
+                    step.site = self.sites.get(path)
                     step = self._quantizing(step, wanted, report)
                 else:
                     self.kept_float[path] = report.kept_float[slashed[path]] = wanted
+                    self.activations.pop(path, None)
+                    self.static.pop(slashed[path], None)
             elif name in broken:
                 report.kept_float[name.replace(".", "/")] = broken[name]
             steps.append(step)
@@ -508,53 +542,62 @@ class _Planner:
         if sizes:
             self.default = _with_defaults(self.bits, self.group_size, max(sizes, key=sizes.get))
 
-    def _chosen(self, slashed: dict[str, str], report: Summary) -> dict[str, QuantizationRule]:
-        """The rule of each layer that has one, by the path with '/'."""
+    def _chosen(self, slashed: dict[str, str], model, report: Summary) -> dict[str, QuantizationRule]:
+        """The rule of each layer that has one, by the path with '/'; convolutions are listed as float."""
         found = RuleSet(self.rules)
         chosen = {
             slash: found.find(slash, operation(self.modules[path])) for path, slash in slashed.items()
         }
+        for path, module in model.named_modules():
+            if path not in self.modules and operation(module) == "conv_general":
+                rule = found.find(slash := path.replace(".", "/"), "conv_general")
+                if rule is not None and rule.weight_qtype is not None:
+                    report.kept_float[slash] = "files of MLX's format hold no convolutions"
         if self.allow_unused_rules:
             report.notices += [f"rule {rule} matches no layer" for rule in found.unused_rules()]
         else:
             found.check()
         return {path: rule for path, rule in chosen.items() if rule is not None}
 
-    def _format_of(self, rule: QuantizationRule, path: str, shape: tuple[int, ...]) -> Format:
-        """The format that a rule asks for; what else it says goes to self.hows and self.activations."""
-        if rule.act_qtype is not None:
-            self._note_activation(rule, path, shape)
-        if rule.grid:
-            return Format(rule.bits, rule.tile_size or self.default.group_size)
-        try:
-            rows = (int(np.prod(shape[:-1])), shape[-1])  # experts are read as one matrix
-            how = how_for(rule, "linear", rows)
-            wanted = packed_format(how, rows)
-            if wanted is None:
-                raise ValueError(f"{how.qtype} weights in such tiles have no place in a file of MLX's format")
-        except ValueError as error:
-            raise ValueError(f"{path}: {error} (rule {rule})") from None
-        self.hows[path] = how
-        return wanted
+    def _format_of(self, rule: QuantizationRule, path: str, shape: tuple[int, ...]) -> Format | MxFormat:
+        """The format that a rule asks for; what else it says goes to self.sites and self.activations.
 
-    def _note_activation(self, rule: QuantizationRule, path: str, shape: tuple[int, ...]) -> None:
-        """Note for config.json that mlxq.load shall quantize the inputs of a layer."""
-        site = site_of(path, operation(self.modules[path]), shape, self.dtype, rule)
-        if not site.integer:
+        Raises ValueError, naming the path, the rule and what a file holds, for what no file does.
+        """
+        if rule.grid:
+            wanted = Format(rule.bits, rule.tile_size or self.default.group_size)
+            if rule.act_qtype is None or shape[-1] % wanted.group_size:
+                return wanted  # without a fitting group the layer stays in float
+            rule = replace(rule, tile_size=wanted.group_size)
+        kind = operation(self.modules[path])
+        try:
+            site = site_of(path.replace(".", "/"), kind, shape, self.dtype, rule)
+        except ValueError as error:
+            raise ValueError(f"{error} (rule {rule})") from None
+        if rule.act_qtype is not None:
+            if not site.integer:
+                raise ValueError(
+                    f"{site.path}: a file holds int8 inputs with one scale a row, or one for all, of linear "
+                    f"layers with integer weights; rule {rule} asks for others: quantize_model serves them"
+                )
+            self.activations[path] = {"activation": "static" if rule.act_static_scale else "token"}
+            if rule.act_static_scale:
+                self.static[site.path] = site
+        if rule.grid:
+            return site.packed
+        wanted = site.packed or mx_format(site)
+        if wanted is None:
             raise ValueError(
-                f"{path}: a file holds int8 inputs with one scale a row, or one for all, of linear layers; "
-                f"rule {rule} asks for others: quantize_model serves them"
+                f"{site.path}: {site.stored} has no place in a file of MLX's format, which holds int2 to "
+                "int8 in groups of 32, 64 or 128, and mxfp4, mxfp8 and nvfp4 in rows of a multiple of 32; "
+                f"quantize_model serves rule {rule}"
             )
-        if rule.act_static_scale:
-            raise ValueError(
-                f"{path}: rule {rule} wants a static scale, which needs data: calibrate a model with "
-                "mlxq.ptq.calibrate, quantize_model it, and save it with mlxq.checkpoint.q8.save"
-            )
-        self.activations[path] = {"activation": "token"}
+        self.sites[path] = site
+        return wanted
 
     def _wanted(
         self, path: str, tensor, rule: QuantizationRule | None, opinion: bool | dict
-    ) -> Format | str:
+    ) -> Format | MxFormat | str:
         """The format of one layer, or the reason why it stays in float."""
         import mlx.nn as nn
 
@@ -582,11 +625,11 @@ class _Planner:
         group_size = GGUF_DEFAULT.group_size if self.is_gguf else self.default.group_size
         return Format(fitting[0] if fitting else format.KERNEL_BITS[-1], group_size)
 
-    def _quantizing(self, step: Step, wanted: Format, report: Summary) -> Step:
-        repack = step.how is None and step.tensor.packs_into(wanted)
+    def _quantizing(self, step: Step, wanted: Format | MxFormat, report: Summary) -> Step:
+        repack = step.site is None and step.tensor.packs_into(wanted)
         inputs = inputs_shown(self.activations.get(step.name.removesuffix(".weight")))
-        step = Step(step.name, step.tensor, self.dtype, wanted, repack, step.grid, step.how, inputs)
-        if step.how is not None and step.how.calibration_method.startswith("minmax"):
+        step = Step(step.name, step.tensor, self.dtype, wanted, repack, step.grid, step.site, inputs)
+        if step.site is not None and step.site.weight.calibration_method.startswith("minmax"):
             step.dtype = "float32"  # a bias with a zero point is a product that 16 bits round
         if not step.repack:
             if step.tensor.is_quantized:
@@ -663,12 +706,11 @@ def _write(step: Step, writer: Writer, broken: Container[str], bar, slab: int, m
             writer.write(step.name, kept)
             restored = format.store(values, step.dtype)
         else:
-            packed = _pack(step, values, start, stop)
-            for planned, array in zip(stored, (packed.words, packed.scales, packed.biases), strict=True):
+            arrays, restored = _quantized(step, values, start, stop)
+            for planned, array in zip(stored, arrays, strict=True):
                 writer.write(
-                    planned.name, array if array.dtype == np.uint32 else as_stored(array, step.dtype)
+                    planned.name, as_stored(array, step.dtype) if array.dtype == np.float32 else array
                 )
-            restored = format.dequantize(packed)
         if step.name not in broken:
             difference = (restored - values).reshape(-1)
             error += float(np.dot(difference, difference))
@@ -681,14 +723,40 @@ def _write(step: Step, writer: Writer, broken: Container[str], bar, slab: int, m
     return layer
 
 
+def _quantized(step: Step, values: np.ndarray, start: int, stop: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """(the arrays of step.planned(), the values that they stand for) of rows."""
+    if not isinstance(step.format, MxFormat):
+        packed = _pack(step, values, start, stop)
+        return [packed.words, packed.scales, packed.biases], format.dequantize(packed)
+    array = qarray.quantize(_live(step, values), _of_rows(step.site))
+    tensors = mx_tensors(array)
+    arrays = [bridge.to_numpy(tensors[name]) for name in ("weight", "scales")]
+    return arrays, bridge.to_numpy(qarray.dequantize(array.astype("float32")))
+
+
+def _live(step: Step, values: np.ndarray):
+    """Rows as an mx.array of the dtype that they have in a live model, so that it gets the same codes."""
+    import mlx.core as mx
+
+    return mx.array(values).astype(getattr(mx, step.site.dtype))
+
+
+def _of_rows(site: Site) -> HowToQuantize:
+    """How rows (n, K) of a weight are quantized; experts are read as one matrix."""
+    tile = site.weight.tiles(site.shape).get(len(site.shape) - 1)
+    return replace(site.weight, channelwise_axes=(0,), tiled_axes={1: tile} if tile else {})
+
+
 def _pack(step: Step, values: np.ndarray, start: int, stop: int) -> Packed:
     if step.repack:
         packed = step.tensor.read_packed(start, stop, step.format)
         scales, biases = (format.store(array, step.dtype) for array in (packed.scales, packed.biases))
         return Packed(packed.words, scales, biases, packed.format)
     try:
-        if step.how is not None:
-            return pack(values, step.how, scale_dtype=step.dtype)
+        if step.site is not None:
+            packed = pack(_live(step, values), _of_rows(step.site), (step.format.bits,), step.dtype)
+            scales, biases = (bridge.to_numpy(a).astype(np.float32) for a in (packed.scales, packed.biases))
+            return Packed(bridge.to_numpy(packed.words), scales, biases, packed.format)
         return METHODS["rtn"](values, None, step.format, rule=step.grid, scale_dtype=step.dtype)
     except ValueError as error:
         raise ValueError(f"{step.path}: {error}") from None
@@ -711,20 +779,16 @@ def _write_config(config: dict, planner: _Planner, steps: list[Step], dtype: str
     }
     quantized = [step for step in steps if step.format]
     if quantized:
-        sizes: dict[Format, int] = {}
+        sizes: dict[Format | MxFormat, int] = {}
         for step in quantized:
             sizes[step.format] = sizes.get(step.format, 0) + _size(step)
         common = planner.default if planner.default in sizes else max(sizes, key=sizes.get)
         if planner.keeps_own_widths:
             common = max(sizes, key=sizes.get)
-        block: dict[str, object] = {"group_size": common.group_size, "bits": common.bits, "mode": "affine"}
+        block: dict[str, object] = dict(_settings(common))
         for step in quantized:
             if step.format != common:
-                block[step.path] = {
-                    "group_size": step.format.group_size,
-                    "bits": step.format.bits,
-                    "mode": "affine",
-                }
+                block[step.path] = _settings(step.format)
         block |= dict.fromkeys(planner.kept_float, False)
         config["quantization"] = block
         if planner.activations:
@@ -733,6 +797,12 @@ def _write_config(config: dict, planner: _Planner, steps: list[Step], dtype: str
         if key in config:
             config[key] = dtype
     save_config(config, folder / "config.json", keep_vision_config=planner.keeps_vision)
+
+
+def _settings(fmt: Format | MxFormat) -> dict[str, object]:
+    """A format as config.json writes it."""
+    mode = fmt.mode if isinstance(fmt, MxFormat) else "affine"
+    return {"group_size": fmt.group_size, "bits": fmt.bits, "mode": mode}
 
 
 def _write_card(report: Summary, src: Path, method: str, calibration: str, folder: Path) -> None:

@@ -222,6 +222,72 @@ def test_convert_and_quantize_model_make_the_same_model_of_the_same_rules(folder
     assert {path.replace(".", "/") for path in settings} == {p for p, s in made.items() if s.rule.act_qtype}
 
 
+EVERYTHING = [
+    "(.*/)?down_proj=weight_qtype:mxfp4", "(.*/)?up_proj=weight_qtype:mxfp8",
+    "(.*/)?gate_proj=weight_qtype:nvfp4", "(.*/)?q_proj=weight_qtype:int3,act_qtype:int8",
+    "(.*/)?k_proj=weight_qtype:int8,act_qtype:int8,act_static_scale:true",
+    "(.*/)?v_proj=weight_qtype:int4,tile_size:32,weight_calibration_method:minmax",
+    "(.*/)?o_proj=bits:4,group_size:32,act_qtype:int8", ".*embed_tokens=weight_qtype:mxfp8",
+    "lm_head=weight_qtype:int8,act_qtype:int8,act_static_scale:true,act_calibration_method:rms,4",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_type_that_a_file_holds_is_written_as_a_live_model_has_it(dtype, tmp_path):
+    """mx types, int8 inputs, static scales: the converter's file, mlxq.load and quantize_model to the bit."""
+    from mlx.utils import tree_flatten
+    from mlx_lm.utils import load_model
+
+    source, made = make_hf_model("llama", tmp_path / "hf", dtype, seed=3), tmp_path / "mlx"
+    report = convert(source, made, rules=EVERYTHING, progress=False)
+    live = load_model(source)[0]
+    sites = plan(live, EVERYTHING)
+    quantize_model(live, sites, Statistics.load(made / "activation_statistics.npz"))
+    loaded, _ = mlxq.load(made)
+    have, want = dict(tree_flatten(loaded.parameters())), dict(tree_flatten(live.parameters()))
+    assert have.keys() == want.keys()
+    for name in want:
+        assert have[name].dtype == want[name].dtype and mx.array_equal(have[name], want[name]), name
+    assert mx.array_equal(loaded(TOKENS), live(TOKENS))
+    stored = {layer.path: layer.stored for layer in report.layers}
+    assert {layer.path: layer.stored for layer in inspect(made).layers} == stored
+    assert {path: site.stored for path, site in sites.items()} == {path: stored[path] for path in sites}
+    assert all(layer.error is not None for layer in report.layers)
+    stock, _ = mlx_lm.load(str(made))  # the same weights; two layers' inputs are not rounded
+    assert mx.linalg.norm(stock(TOKENS) - live(TOKENS)) < 0.06 * mx.linalg.norm(live(TOKENS))
+    modes = {name: layer.mode for name, layer in stock.named_modules() if hasattr(layer, "mode")}
+    assert modes["model.layers.1.mlp.gate_proj"] == "nvfp4" and modes["model.embed_tokens"] == "mxfp8"
+
+
+def test_the_converter_measures_static_ranges_on_the_text_it_is_given(folder, tmp_path):
+    """Its pass over blocks, one in memory at a time, sees what the whole float model sees."""
+    from mlx_lm.utils import load_model, load_tokenizer
+
+    from mlxq.ptq.text import token_windows
+
+    rules = ["(.*/)?(q|down)_proj=weight_qtype:int8,act_qtype:int8,act_static_scale:true"]
+    (tmp_path / "text.txt").write_text("every good boy does fine; all cows eat grass. " * 40)
+    options = {"method": "rtn", "calibration": tmp_path / "text.txt", "progress": False}
+    convert(folder, tmp_path / "mlx", rules=rules, **options)
+    got = Statistics.load(tmp_path / "mlx" / "activation_statistics.npz")
+    encode = load_tokenizer(folder).encode
+    windows = token_windows([(tmp_path / "text.txt").read_text()], encode)
+    model = load_model(folder)[0]
+    want = calibrate(model, plan(model, rules), [mx.array(window[None]) for window in windows])
+    assert got.counts == want.counts and len(want) == 4 and set(want.counts.values()) == {len(windows)}
+    for name in want.counts:
+        np.testing.assert_allclose(got.average(name)["absmax"], want.average(name)["absmax"], rtol=1e-5)
+    settings = json.loads((tmp_path / "mlx" / "config.json").read_text())["activation_quantization"]
+    scale = want.average("model/layers/1/mlp/down_proj/linear0_lhs")["absmax"].item() / 127.5
+    assert settings["model.layers.1.mlp.down_proj"]["scale_a"] == pytest.approx(scale, rel=1e-5)
+    (tmp_path / "other.txt").write_text("0123456789 " * 300)
+    convert(folder, tmp_path / "other", rules=rules, **options | {"calibration": tmp_path / "other.txt"})
+    other = Statistics.load(tmp_path / "other" / "activation_statistics.npz")
+    assert other.sums.keys() == got.sums.keys() and any(
+        other.average(name)["absmax"] != got.average(name)["absmax"] for name in got.counts
+    )
+
+
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="needs Python 3.11 for tomllib")
 def test_the_rules_of_the_readme_convert_a_model(folder, tmp_path, capsys):
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -243,9 +309,15 @@ def test_the_rules_of_the_readme_convert_a_model(folder, tmp_path, capsys):
 
 def test_convert_refuses_what_a_file_cannot_hold(folder, tmp_path):
     for rule, said in (
-        ("(.*/)?up_proj=weight_qtype:nf4,tile_size:32", "has no place in a file of MLX's format|no place"),
+        ("(.*/)?up_proj=weight_qtype:nf4,tile_size:32", "nf4/32 has no place .* and mxfp4, mxfp8 and nvfp4"),
+        ("(.*/)?up_proj=weight_qtype:float8_e4m3fn", "float8_e4m3fn/row has no .* quantize_model serves"),
+        ("(.*/)?up_proj=weight_qtype:int8,tile_size:16", "int8/16 has no place .* groups of 32, 64 or 128"),
         ("(.*/)?up_proj=weight_qtype:int8,act_qtype:float8_e4m3fn", "quantize_model serves them"),
-        ("(.*/)?up_proj=weight_qtype:int8,act_qtype:int8,act_static_scale:true", "wants a static scale"),
+        ("(.*/)?up_proj=weight_qtype:mxfp4,act_qtype:int8", "of linear layers with integer weights"),
+        (
+            "(.*/)?embed_tokens=weight_qtype:int8,act_qtype:int8,act_static_scale:true",
+            "of linear layers with integer weights",
+        ),
         ("upp=bits:4", "matches no layer"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 
 from mlxq import bridge
 from mlxq.ptq.arrays import namespace
@@ -41,6 +42,52 @@ def calibrate(
     for site in sites.values():
         stats.average(site.input_name)
     return stats
+
+
+def calibrate_blocks(
+    model, read: Callable, windows, sites: Mapping[str, Site], advance: Callable = id
+) -> Statistics:
+    """calibrate over windows of tokens, for an mlx-lm model that holds no weights yet: block after block.
+
+    read      read(name) -> array of that parameter, called once for each: see mlxq.ptq.stream.Stream
+    windows   token ids, integers (count, length); each is a batch of one
+    sites     of linear layers, by path, with act_static_scale
+    advance   called with the number of weights whose inputs are measured, block after block
+
+    The model computes in float32. Raises ValueError for models whose blocks cannot run one by one, and for
+    layers that no input reaches.
+    """
+    from mlxq.ptq.host import host_products
+    from mlxq.ptq.mlx import watching
+    from mlxq.ptq.stream import Stream
+
+    stats, stream = Statistics(), Stream(model, read, windows, drift=False)
+    for site in sites.values():
+        stats.register(site.input_name)
+
+    def see(x, site: Site) -> None:
+        observe(x, site, stats)
+
+    blocks = tuple(f"{path.replace('.', '/')}/" for path in stream.paths)
+    states = stream.states
+    for number, block in enumerate(blocks):
+        stream.enter(number)
+        with host_products(), watching(model, _under(sites, block), see):
+            states = stream.advance(number, states)
+        stream.leave(number)
+        advance(sum(math.prod(site.shape) for site in _under(sites, block).values()))
+    outside = {path: site for path, site in sites.items() if not path.startswith(blocks)}
+    if outside:
+        with watching(model, outside, see):
+            for window, state in enumerate(states):
+                _finish(stream.finish(window, state))
+    for site in sites.values():
+        stats.average(site.input_name)
+    return stats
+
+
+def _under(sites: Mapping[str, Site], block: str) -> dict[str, Site]:
+    return {path: site for path, site in sites.items() if path.startswith(block)}
 
 
 def observe(x, site: Site, stats: Statistics) -> None:

@@ -24,7 +24,7 @@ from mlxq.ptq.functional import conv_with, linear_with, quantize_input, rows_of
 from mlxq.ptq.plan import Plan, Site
 from mlxq.ptq.qarray import dequantize, quantize
 from mlxq.ptq.statistics import Statistics
-from mlxq.ptq.tensors import codes_of, input_tensors, is_stock_mx, weight_tensors
+from mlxq.ptq.tensors import MxFormat, codes_of, input_tensors, is_stock_mx, weight_tensors
 
 
 class _RuleLayer(nn.Module):
@@ -205,8 +205,8 @@ def _stock_mx(site: Site, tensors, bias) -> nn.Module:
     cls = _STOCK_MX[site.operation]
     layer = cls.__new__(cls)
     nn.Module.__init__(layer)
-    layer.mode = site.weight.qtype
-    layer.bits, layer.group_size = (8 if layer.mode == "mxfp8" else 4), (16 if layer.mode == "nvfp4" else 32)
+    fmt = MxFormat(site.weight.qtype)
+    layer.mode, layer.bits, layer.group_size = fmt.mode, fmt.bits, fmt.group_size
     layer.weight, layer.scales, layer.biases = tensors["weight"], tensors["scales"], None
     if site.operation == "embedding":
         layer.num_embeddings, layer.dims = site.shape

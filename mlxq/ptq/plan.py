@@ -89,11 +89,12 @@ class Site:
 
     @property
     def stored(self) -> str:
-        """ "8-bit/64", "nf4/32", ... with the inputs' type behind a plus."""
+        """ "8-bit/64", "nf4/32", "mxfp4", ... with the inputs' type behind a plus."""
         tile = self.weight.tiled_axes.get(len(self.shape) - 1)
-        weight = str(self.packed or f"{self.weight.qtype}/{tile or 'row'}")
+        fixed = QTYPES[self.weight.qtype].tile if self.packed is None else None
+        weight = self.packed or (self.weight.qtype if fixed else f"{self.weight.qtype}/{tile or 'row'}")
         static = " static" if self.rule.act_static_scale else ""
-        return weight + (f" + {self.rule.act_qtype}{static} inputs" if self.rule.act_qtype else "")
+        return str(weight) + (f" + {self.rule.act_qtype}{static} inputs" if self.rule.act_qtype else "")
 
     @property
     def input_name(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,32 @@ from mlxq.ptq.statistics import Statistics
 from mlxq.rules import QTYPES
 
 MX_TYPES = {"mxfp8": 8, "mxfp4": 4, "nvfp4": 4}  # that mlx-lm computes with itself, and their bits
+
+
+@dataclass(frozen=True)
+class MxFormat:
+    """How MLX stores one of MX_TYPES: codes in uint32 words, a byte for each tile's scale, no biases."""
+
+    mode: str
+
+    @property
+    def bits(self) -> int:
+        return MX_TYPES[self.mode]
+
+    @property
+    def group_size(self) -> int:
+        return QTYPES[self.mode].tile
+
+    def groups(self, K: int) -> int:
+        """Scales in a row of K weights."""
+        return K // self.group_size
+
+    def words_per_row(self, K: int) -> int:
+        """uint32 words in a row of K codes."""
+        return K * self.bits // 32
+
+    def __str__(self) -> str:
+        return self.mode
 
 
 def weight_tensors(weight, site: Site) -> dict[str, Any]:
@@ -47,7 +74,7 @@ def weight_tensors(weight, site: Site) -> dict[str, Any]:
             words = words.view(namespace(weight).xp.int32)
         return {"weight": words, "scales": stored.scales, "biases": stored.biases}
     if is_stock_mx(site, weight):
-        return _mx_tensors(stored)
+        return mx_tensors(stored)
     xp = namespace(weight)
     if not bool(xp.xp.isfinite(stored.scale).all()):
         raise ValueError(f"{site.path}: the weight holds NaN or infinity")
@@ -56,15 +83,21 @@ def weight_tensors(weight, site: Site) -> dict[str, Any]:
     return {"weight": codes, "scales": stored.scale} | zeros
 
 
-def is_stock_mx(site: Site, array) -> bool:
-    """Whether mlx-lm's own layer of that mode serves: weights alone, linear, in MLX."""
-    return (
+def mx_format(site: Site) -> MxFormat | None:
+    """The format of MLX's own that holds a site's weights: inputs in float, rows of a multiple of 32."""
+    if (
         site.weight.qtype in MX_TYPES
         and site.rule.act_qtype is None
         and site.operation in ("linear", "switch_linear", "embedding")
-        and bridge.kind(array) == "mlx"
         and site.shape[-1] % 32 == 0
-    )
+    ):
+        return MxFormat(site.weight.qtype)
+    return None
+
+
+def is_stock_mx(site: Site, array) -> bool:
+    """Whether mlx-lm's own layer of that mode serves: as mx_format, in MLX."""
+    return mx_format(site) is not None and bridge.kind(array) == "mlx"
 
 
 def holds_nibbles(site: Site) -> bool:
@@ -91,7 +124,7 @@ def codes_of(weight, scales, zero_points, site: Site) -> QArray:
     return QArray(codes, scales, zero_points, site.weight.qtype)
 
 
-def _mx_tensors(stored: QArray) -> dict[str, Any]:
+def mx_tensors(stored: QArray) -> dict[str, Any]:
     """Codes and scales of an mx type in the layout of mx.quantize(mode=...)."""
     bits = MX_TYPES[stored.qtype]
     words = format.pack(bridge.to_numpy(stored.qvalue), bits)
