@@ -125,7 +125,8 @@ enum class Fn {
   q8_mv, q8_mm, q8_rows, quantize, dequantize
 };
 
-// Of the template: <>, <T>, <T, S, bits, group_size>, the same and M, the same and a tile, <T, group_size>, the same and M.
+// Of the template: <>, <T>, <T, S, bits, group_size>, the same and M, the same and a tile, <T, group_size>, the
+// same and M.
 enum class Arguments { none, type, format, vector, tile, grouped, grouped_vector };
 
 struct Shader {
@@ -602,8 +603,8 @@ void Q8Product::eval_gpu(const std::vector<array>& inputs, array& out) {
   expect_no_strides(inputs);
   const array &x = inputs[0], &words = inputs[1], &scales = inputs[2], &x_scales = inputs[3];
   if (x.offset() % 4 != 0) {
-    throw std::runtime_error("q8mm: x_codes begin at byte " + std::to_string(x.offset()) +
-                             " of their buffer, and the kernel reads words; wanted a multiple of 4: mx.eval them first");
+    throw std::runtime_error("q8mm: x_codes begin at byte " + std::to_string(x.offset()) + " of their buffer, and " +
+                             "the kernel reads words; wanted a multiple of 4: mx.eval them first");
   }
   int K = x.shape(-1), N = words.shape(0), M = int(x.size() / K);
   Plan plan = choose(Q8{to_dtype(dtype_), per_row_ ? 0 : group_size_, M, N, K}, gpu());
