@@ -163,6 +163,69 @@ def test_statistics_go_on_and_survive_the_disk(tmp_path):
         Statistics.load(tmp_path / "other.npz")
 
 
+TEXT = "every good boy does fine; all cows eat grass. " * 40
+
+
+class Ids(nn.Module):
+    """A table of 64 numbers for each of 16 tokens, and a layer; notes the shapes that it is called with."""
+
+    def __init__(self):
+        super().__init__()
+        mx.random.seed(1)
+        self.table, self.up, self.shapes = nn.Embedding(16, 64), nn.Linear(64, 32), []
+
+    def __call__(self, ids):
+        self.shapes.append(ids.shape)
+        return self.up(self.table(ids))
+
+
+def encode(text):
+    return [ord(c) % 16 for c in text]
+
+
+class Encodes:
+    """What tokenizers of other libraries give: an object with ids."""
+
+    def encode(self, text):
+        return type("Encoding", (), {"ids": encode(text)})
+
+
+def test_text_in_any_form_and_its_tokens_give_the_same_statistics(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    halves = (json.dumps({"text": part}) for part in (TEXT[:900], TEXT[900:]))
+    (tmp_path / "text.jsonl").write_text("\n".join(halves))
+    model = Ids()
+    made = plan(model, [QuantizationRule(module_path="up", weight_qtype="int8", act_qtype="int8",
+                                         act_static_scale=True)])  # fmt: skip
+    starts = np.linspace(0, len(TEXT) - 100, 4).astype(int)
+    tokens = np.array([encode(TEXT)[start : start + 100] for start in starts])
+    want = calibrate(model, made, [mx.array(window[None]) for window in tokens])
+    table = np.array(model.table.weight)
+    mean = np.mean([np.abs(table[window]).max() for window in tokens], dtype=np.float64)
+    np.testing.assert_allclose(want.average("up/linear0_lhs")["absmax"], [mean], rtol=1e-6)
+    for inputs, tokenizer in (
+        (TEXT, encode), (str(tmp_path / "text.txt"), Encodes()), (tmp_path / "text.jsonl", encode),
+        ([TEXT[:50], TEXT[50:]], encode), ((part for part in (TEXT[:50], TEXT[50:])), encode),
+        (tokens, None), (mx.array(tokens), None), (list(tokens), None), (tokens[:, None], None),
+    ):  # fmt: skip
+        model.shapes.clear()
+        got = calibrate(model, made, inputs, tokenizer=tokenizer, windows=4, length=100)
+        assert model.shapes == [(1, 100)] * 4
+        assert got.sums["up/linear0_lhs"]["absmax"] == want.sums["up/linear0_lhs"]["absmax"]
+    assert calibrate(model, made, None, tokenizer=encode, windows=2, length=8).counts == {"up/linear0_lhs": 2}
+
+
+def test_text_without_a_tokenizer_or_a_file_that_is_not_there_are_errors():
+    model = Ids()
+    made = plan(model, ["up=weight_qtype:int8,act_qtype:int8,act_static_scale:true"])
+    with pytest.raises(TypeError, match="text needs a tokenizer: pass tokenizer=, or arrays of token ids"):
+        calibrate(model, made, TEXT)
+    with pytest.raises(FileNotFoundError, match="nowhere.txt"):
+        calibrate(model, made, "nowhere.txt", tokenizer=encode)
+    with pytest.raises(ValueError, match="the calibration text is empty"):
+        calibrate(model, made, "x", tokenizer=encode)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_hf_model("llama", tmp_path_factory.mktemp("llama") / "hf", "float32", seed=3)
@@ -263,18 +326,14 @@ def test_the_converter_measures_static_ranges_on_the_text_it_is_given(folder, tm
     """Its pass over blocks, one in memory at a time, sees what the whole float model sees."""
     from mlx_lm.utils import load_model, load_tokenizer
 
-    from mlxq.ptq.text import token_windows
-
     rules = ["(.*/)?(q|down)_proj=weight_qtype:int8,act_qtype:int8,act_static_scale:true"]
-    (tmp_path / "text.txt").write_text("every good boy does fine; all cows eat grass. " * 40)
+    (tmp_path / "text.txt").write_text(TEXT)
     options = {"method": "rtn", "calibration": tmp_path / "text.txt", "progress": False}
     convert(folder, tmp_path / "mlx", rules=rules, **options)
     got = Statistics.load(tmp_path / "mlx" / "activation_statistics.npz")
-    encode = load_tokenizer(folder).encode
-    windows = token_windows([(tmp_path / "text.txt").read_text()], encode)
     model = load_model(folder)[0]
-    want = calibrate(model, plan(model, rules), [mx.array(window[None]) for window in windows])
-    assert got.counts == want.counts and len(want) == 4 and set(want.counts.values()) == {len(windows)}
+    want = calibrate(model, plan(model, rules), TEXT, tokenizer=load_tokenizer(folder))
+    assert got.counts == want.counts and len(want) == 4 and min(want.counts.values()) > 0
     for name in want.counts:
         np.testing.assert_allclose(got.average(name)["absmax"], want.average(name)["absmax"], rtol=1e-5)
     settings = json.loads((tmp_path / "mlx" / "config.json").read_text())["activation_quantization"]

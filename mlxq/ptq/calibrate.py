@@ -4,25 +4,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
 
 from mlxq import bridge
 from mlxq.ptq.arrays import namespace
 from mlxq.ptq.plan import Plan, Site
 from mlxq.ptq.qarray import calibrate as range_of
 from mlxq.ptq.statistics import Statistics
+from mlxq.ptq.text import LENGTH, WINDOWS, batches
 
 
 def calibrate(
-    model, plan: Plan, inputs: Iterable, run: Callable | None = None, stats: Statistics | None = None
+    model,
+    plan: Plan,
+    inputs: str | Path | Iterable | None,
+    run: Callable | None = None,
+    stats: Statistics | None = None,
+    *,
+    tokenizer=None,
+    windows: int = WINDOWS,
+    length: int = LENGTH,
 ) -> Statistics:
     """Statistics of the inputs of every site whose rule has act_static_scale, over all batches.
 
-    model    the float model, of MLX or torch, that the plan was made for; it is the same afterwards
-    inputs   batches: arrays, or tuples of arguments; mlxq.ptq.text cuts text into windows of tokens
-    run      what to call with a batch; None: the model
-    stats    earlier statistics, which go on; None: none
+    model       the float model, of MLX or torch, that the plan was made for; it is the same afterwards
+    inputs      batches: arrays, or tuples of arguments; or text (str, a file, strings, None: a text that
+                comes with mlxq), in at most `windows` windows of `length` tokens: see mlxq.ptq.text.batches
+    run         what to call with a batch; None: the model
+    stats       earlier statistics, which go on; None: none
+    tokenizer   for text: the model's own, or any function from str to token ids
 
     A batch's range is that of all of it, for each index of act_batch_axes by itself, averaged over these.
+    qwix keeps a range for each index of every other axis too: so for each position of a sequence, unless
+    act_batch_axes names that axis; then both give the same numbers.
     Raises ValueError when no rule is static, when there are no batches, and where no input came by.
     """
     sites = {path: site for path, site in plan.items() if site.rule.act_static_scale}
@@ -31,13 +47,13 @@ def calibrate(
     stats = Statistics() if stats is None else stats
     for site in sites.values():
         stats.register(site.input_name)
-    run, batches = run or model, 0
+    run, count, take = run or model, 0, _taker(model)
     with _watching(model, sites, stats):
-        for batch in inputs:
-            y = run(*batch) if isinstance(batch, tuple) else run(batch)
+        for batch in batches(inputs, tokenizer, windows, length):
+            y = run(*map(take, batch)) if isinstance(batch, tuple) else run(take(batch))
             _finish(y)
-            batches += 1
-    if not batches:
+            count += 1
+    if not count:
         raise ValueError("calibrate: there are no inputs")
     for site in sites.values():
         stats.average(site.input_name)
@@ -109,9 +125,21 @@ def _watching(model, sites, stats: Statistics):
     return watching(model, sites, lambda x, site: observe(x, site, stats))
 
 
+def _taker(model) -> Callable:
+    """A function that takes numpy arrays to the model's framework and device, and leaves all else."""
+    if hasattr(model, "state_dict"):
+        import torch
+
+        device = next((p.device for p in model.parameters()), "cpu")
+        return lambda a: torch.from_numpy(a).to(device) if isinstance(a, np.ndarray) else a
+    import mlx.core as mx
+
+    return lambda a: mx.array(a) if isinstance(a, np.ndarray) else a
+
+
 def _finish(y) -> None:
     """Evaluate what MLX left lazy, so that memory does not grow over batches."""
-    if not isinstance(y, tuple | list | dict) and bridge.kind(y) == "mlx":
+    if type(y).__module__.startswith("mlx"):
         import mlx.core as mx
 
         mx.eval(y)

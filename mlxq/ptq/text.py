@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+
+from mlxq.format import dtype_name
 
 WINDOWS, LENGTH = 16, 512
 SHIPPED = Path(__file__).with_name("calibration.txt")
@@ -49,3 +52,52 @@ def token_windows(
     count = min(count, len(tokens) // length)
     starts = np.linspace(0, len(tokens) - length, count).astype(int)
     return np.stack([tokens[start : start + length] for start in starts])
+
+
+def batches(inputs, tokenizer=None, count: int = WINDOWS, length: int = LENGTH) -> Iterator:
+    """What a model is called with, one after the other; text gives numpy arrays, int64 (1, at most length).
+
+    inputs      None: the text that comes with mlxq; a Path, or a str that names a file: see read_text;
+                another str, or strings: documents; an array of token ids (count, length) or (length,); or
+                batches of any other kind, which come as they are, but for token ids (length,): as (1, length)
+    tokenizer   for text: a function from str to token ids, or what has it as its method encode
+
+    Raises FileNotFoundError for a str that reads as the name of a text file and is none, TypeError for text
+    without a tokenizer, ValueError for text of fewer than two tokens.
+    """
+    if inputs is None or isinstance(inputs, Path) or (isinstance(inputs, str) and _names_a_file(inputs)):
+        inputs = read_text(inputs)
+    elif isinstance(inputs, str):
+        inputs = [inputs]
+    elif _is_tokens(inputs):
+        inputs = [inputs] if inputs.ndim == 1 else (row for row in inputs)
+    every = iter(inputs)
+    first = next(every, None)
+    if isinstance(first, str):
+        if tokenizer is None:
+            raise TypeError("calibrate: text needs a tokenizer: pass tokenizer=, or arrays of token ids")
+        windows = token_windows([first, *every], _encoder(tokenizer), count, length)
+        yield from windows[:, None]
+    elif first is not None:
+        for batch in itertools.chain([first], every):
+            yield batch[None] if _is_tokens(batch) and batch.ndim == 1 else batch
+
+
+def _names_a_file(text: str) -> bool:
+    if "\n" in text or len(text) > 1023:
+        return False
+    return text.endswith((".txt", ".jsonl")) or Path(text).is_file()
+
+
+def _is_tokens(array) -> bool:
+    return hasattr(array, "ndim") and "int" in dtype_name(array)
+
+
+def _encoder(tokenizer) -> Callable[[str], list[int]]:
+    encode = getattr(tokenizer, "encode", tokenizer)
+
+    def ids(text: str) -> list[int]:
+        found = encode(text)
+        return getattr(found, "ids", found)
+
+    return ids
