@@ -577,10 +577,11 @@ class _Planner:
         if rule.act_qtype is not None:
             if not site.integer:
                 raise ValueError(
-                    f"{site.path}: a file holds int8 inputs with one scale a row, or one for all, of linear "
-                    f"layers with integer weights; rule {rule} asks for others: quantize_model serves them"
+                    f"{site.path}: a file holds int8 inputs of linear layers with integer weights, with one "
+                    f"scale a row, one for all, or one for each of the weight's groups; rule {rule} asks for "
+                    "others: quantize_model serves them"
                 )
-            self.activations[path] = {"activation": "static" if rule.act_static_scale else "token"}
+            self.activations[path] = {"activation": site.activation}
             if rule.act_static_scale:
                 self.static[site.path] = site
         if rule.grid:

@@ -136,8 +136,9 @@ class QuantizationRule:
                    of tiles; None: the whole axis. affine and mlx: a group size, None for the caller's own
     act_static_scale            True: the inputs' scale comes from calibration, not from each input
     weight_calibration_method   see calibration(); default absmax
-    act_calibration_method      likewise; None: absmax, but for int8 inputs of layers with one scale a row,
-                   which the kernel ops.q8_rows quantizes: max / 127 where absmax has max / 127.5
+    act_calibration_method      likewise; None: absmax, but for int8 inputs of layers with one scale a row, or
+                   for each group of the weight's (tile_size 32, 64 or 128), which the kernel ops.q8_rows
+                   quantizes: max / 127 where absmax has max / 127.5
     act_batch_axes              axes of the inputs over which static statistics are averaged
 
     Raises ValueError or TypeError at construction for settings that cannot work.

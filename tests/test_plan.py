@@ -140,7 +140,8 @@ def test_a_rule_that_cannot_be_followed_names_the_path_and_the_way_out(rule, sai
         ("layers/.*=weight_qtype:int4,tile_size:64,weight_calibration_method:minmax", QuantizedLinear),
         (W8A8, RuleQ8Linear),
         ("layers/.*=bits:4,group_size:64,act_qtype:int8", RuleQ8Linear),
-        ("layers/.*=weight_qtype:int8,act_qtype:int8,tile_size:32", RuleLinear),
+        ("layers/.*=weight_qtype:int8,act_qtype:int8,tile_size:32", RuleQ8Linear),
+        ("layers/.*=weight_qtype:int8,act_qtype:int8,tile_size:16", RuleLinear),
         ("layers/.*=weight_qtype:int8,act_qtype:int8,act_calibration_method:minmax", RuleLinear),
         ("layers/.*=weight_qtype:nf4,tile_size:16", RuleLinear),
         ("layers/.*=weight_qtype:float8_e4m3fn,act_qtype:float8_e4m3fn", RuleLinear),
@@ -188,12 +189,10 @@ def test_mx_types_go_into_mlx_lms_own_layers_with_our_codes(qtype, group, bits):
     "weight",
     ["weight_qtype:int8", "weight_qtype:int4", "bits:4,group_size:64", "bits:2,group_size:32",
      "weight_qtype:int7",
-     "weight_qtype:int8,tile_size:64", "weight_qtype:nf4,tile_size:16"],
+     "weight_qtype:int8,tile_size:32", "weight_qtype:int8,tile_size:64", "weight_qtype:nf4,tile_size:16"],
 )  # fmt: skip
 def test_a_layer_computes_what_its_rule_says_to_the_bit(weight, act):
     """The layer of quantize_model and the functional, which quantizes anew: the forward pass of training."""
-    if "tile_size" in weight and act == ",act_qtype:int8":
-        act += ",act_calibration_method:absmax"
     rule = parse_rule(f".*={weight}{act}")
     x = np.random.default_rng(1).standard_normal((3, 64), dtype=np.float32)
     layer = nn.Linear(64, 32)
@@ -207,19 +206,28 @@ def test_a_layer_computes_what_its_rule_says_to_the_bit(weight, act):
 
 
 @pytest.mark.parametrize(
-    "rule", [".*=weight_qtype:int8,act_qtype:int8", ".*=bits:4,group_size:64,act_qtype:int8"]
+    "rule, tile",
+    [
+        (".*=weight_qtype:int8,act_qtype:int8", 256),
+        (".*=bits:4,group_size:64,act_qtype:int8", 256),
+        (".*=weight_qtype:int8,act_qtype:int8,tile_size:64", 64),
+        (".*=weight_qtype:int4,act_qtype:int8,tile_size:0.125", 32),
+    ],
 )
-def test_integer_products_meet_the_float64_answer(rule):
+def test_integer_products_meet_the_float64_answer(rule, tile):
     rng = np.random.default_rng(2)
     x = rng.standard_normal((5, 256), dtype=np.float32)
     layer = nn.Linear(256, 64, bias=False)
     site = plan(nn.Sequential(layer), [rule])["layers/0"]
     packed = pack.pack(layer.weight, site.weight, KERNEL_BITS)
     weight = np.array(ops.dequantize(packed, "float32"), np.float64)
-    scale = np.abs(x).max(-1, keepdims=True) / np.float32(127)
+    largest = np.abs(x).reshape(5, -1, tile).max(-1)
+    scale = np.repeat(largest / np.float32(127), tile, axis=1)
     codes = np.rint(x / scale)
     want = (codes * scale.astype(np.float64)) @ weight.T
-    got = np.array(quantize_model(nn.Sequential(layer), [rule])(mx.array(x)))
+    made = quantize_model(nn.Sequential(layer), [rule])
+    assert made.layers[0].settings.activation == ("token" if tile == 256 else "tile")
+    got = np.array(made(mx.array(x)))
     # Exact sums; roundings of dequantize's two steps, of each group and of the scales.
     size = np.abs(codes * scale) @ (np.abs(weight).T + 128 * np.array(mx.abs(packed.scales)).max())
     assert (np.abs(got - want) <= 8 * EPS * size).all()

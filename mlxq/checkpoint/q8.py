@@ -1,8 +1,9 @@
 """Models with Q8Linear layers on disk: 8-bit checkpoints that mlx-lm reads, and beside the weights what only
 mlxq reads.
 
-    config.json              "activation_quantization": {layer: {"activation": "token" | "learned" | "static",
-                             "scale_a": the scale of the last two}}; mlx-lm ignores the key
+    config.json              "activation_quantization": {layer: {"activation": "token" | "tile" | "learned" |
+                             "static", "scale_a": the scale of the last two}}; mlx-lm ignores the key. A tile
+                             is as long as the weight's groups
     activations.safetensors  LAYER.bias_a of the layers that have one; mlx-lm reads model*.safetensors only
 
 mlx-lm multiplies the same weights with x itself: it neither rounds x nor adds bias_a.
@@ -105,11 +106,13 @@ def read(config: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
             raise ValueError(f"load: {KEY} of {folder}: {path} is {said!r}; wanted an object")
         activation, scale = said.get("activation"), said.get("scale_a")
         try:
-            Settings(activation)
+            settings = Settings(activation)
         except ValueError as error:
             raise ValueError(f"load: {KEY} of {folder}: {path}: {error}") from None
-        if (scale is None) != (activation == "token") or not isinstance(scale, (float, type(None))):
-            raise ValueError(f"load: {KEY} of {folder}: {path} has {said}; wanted scale_a, unless token")
+        if (scale is None) != settings.is_dynamic or not isinstance(scale, (float, type(None))):
+            raise ValueError(
+                f"load: {KEY} of {folder}: {path} has {said}; wanted scale_a for learned and static alone"
+            )
         shift = shifts.pop(f"{path}.bias_a", None)
         found[path] = {"activation": activation, "scale_a": scale, "bias_a": shift}
     if shifts:

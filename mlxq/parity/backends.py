@@ -100,14 +100,19 @@ def _tap(cls, method, paths, chosen, hook, undo) -> None:
 
 
 def codes_of(layer: Q8Linear, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(codes int64 (T, K), scales float32 (T, 1)) of a layer's input in numpy, by its own settings."""
+    """(codes int64 (T, K), scales float32 (T, 1)) of a layer's input in numpy, by its own settings.
+
+    With tiles, scales are (T, K / group_size).
+    """
     x = x.astype(np.float32)
     if "bias_a" in layer:
         x = x + bridge.to_numpy(layer["bias_a"]).astype(np.float32)
-    if layer.settings.activation == "token":
-        largest = np.abs(x).max(-1, keepdims=True)
+    if layer.settings.is_dynamic:
+        tiles = x.reshape(len(x), -1, layer.settings.tile or x.shape[-1])
+        largest = np.abs(tiles).max(-1)
         scales = np.where(largest == 0, np.float32(1), largest / np.float32(HIGH))
-        return np.clip(np.rint(x / scales), -HIGH, HIGH).astype(np.int64), scales
+        codes = np.clip(np.rint(tiles / scales[..., None]), -HIGH, HIGH)
+        return codes.reshape(x.shape).astype(np.int64), scales
     scale = np.maximum(np.float32(layer["scale_a"].item()), np.float32(EPS))
     return activation_codes(x, scale, np).astype(np.int64), np.full((len(x), 1), scale)
 

@@ -22,7 +22,9 @@ With 16-bit activations the fast CPU kernels round one operand of each multiplic
 (integers of x's own width, or weights in bfloat16): r^2 / 3 sum_k (w_k x_k)^2 is added to both variances.
 
 One product with 8-bit activations.  Sums over a group are exact, K is the number of groups G, plus the three
-roundings of the scales; a_k and b_k are the terms of the groups.
+roundings of the scales; a_k and b_k are the terms of the groups. Where a row of weights or of activations has
+more than one scale, LANES chains hold parts of each group: s^2 is that of single products if that is larger,
+and K has log2(LANES) more additions, of the chains, and one more rounding, of the product of two scales.
 
 An embedding is scale * code + bias with two roundings: K = 2.
 
@@ -51,6 +53,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlxq import bridge, format
+from mlxq.nn.q8 import is_per_row
 
 UNIT = 2.0**-24
 ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -141,24 +144,31 @@ def embedding(packed: format.Packed, ids: np.ndarray, dtype: str) -> Answer:
 
 
 def product_of_codes(packed: format.Packed, codes: np.ndarray, scales: np.ndarray, dtype: str) -> Answer:
-    """scales * (codes @ W.T): codes int (T, K), scales float32 (T, 1)."""
+    """scales * (codes @ W.T): codes int (T, K), scales float32 (T, 1), or (T, groups) inside of the sum."""
     fmt, zero = packed.format, 1 << (packed.format.bits - 1)
     grouped = codes.reshape(len(codes), -1, fmt.group_size).astype(np.float64)
     x_sums, scales = grouped.sum(-1), scales.astype(np.float64)
+    tiled = scales.shape[1] > 1
+    whole = not tiled and is_per_row(fmt.bits, *(bridge.to_numpy(a) for a in (packed.scales, packed.biases)))
     ys, sizes = [], []
     for rows in _slices(packed.N):
         w, s, b = (bridge.to_numpy(a[rows]) for a in (packed.words, packed.scales, packed.biases))
         w = format.unpack(w, fmt.bits, packed.K).astype(np.float64) - zero
         s, b = s.astype(np.float64), b.astype(np.float64)
         w = w.reshape(*s.shape, fmt.group_size)
-        y = size = 0
+        y = size = single = 0
         for g in range(s.shape[1]):
+            by = scales[:, g : g + 1] if tiled else scales
             terms = grouped[:, g] @ w[:, g].T * s[:, g], x_sums[:, g : g + 1] * (b[:, g] + zero * s[:, g])
+            terms = terms[0] * by, terms[1] * by
             y, size = y + terms[0] + terms[1], size + terms[0] ** 2 + terms[1] ** 2
-        ys.append(scales * y)
-        sizes.append(scales**2 * np.maximum(size, y**2))
+            if not whole:
+                single = single + (grouped[:, g] ** 2 @ (w[:, g] ** 2).T) * (s[:, g] * by) ** 2
+        ys.append(y)
+        sizes.append(np.maximum(np.maximum(size, single), y**2))
     y, size = np.concatenate(ys, axis=1), np.concatenate(sizes, axis=1)
-    return _answer(y, grouped.shape[1] + 3, size, 0, dtype)
+    additions = grouped.shape[1] + 3 + (0 if whole else 1 + int(math.log2(LANES)))
+    return _answer(y, additions, size, 0, dtype)
 
 
 def _slices(N: int):

@@ -249,7 +249,7 @@ def input_range(stats: dict[str, Any], site: Site):
 
 
 def quantize_input(x, site: Site, static=None) -> QArray:
-    """The codes of an input (..., K): by rows, by its own range, or by a static (scale, zero)."""
+    """The codes of an input (..., K): by rows or tiles, by its own range, or by a static (scale, zero)."""
     rule = site.rule
     if static is not None:
         xp, (scale, zero) = namespace(x), static
@@ -257,8 +257,8 @@ def quantize_input(x, site: Site, static=None) -> QArray:
         spread = [None if a is None else a.reshape(*ones, -1) for a in (scale, zero)]
         return quantize_with(x, rule.act_qtype, xp.cast(spread[0], dtype_name(x)), spread[1])
     if site.integer:
-        codes, scales = ops.q8_rows(x)
-        return QArray(codes, scales[..., None], None, "int8")
+        codes, scales = ops.q8_rows(x, site.act_tile)
+        return QArray(codes, scales if site.act_tile else scales[..., None], None, "int8")
     return quantize(x, site.act(x.ndim))
 
 
@@ -276,15 +276,11 @@ def linear_with(x, weight: Packed | QArray, site: Site, bias=None, static=None):
         wide = namespace(x).cast(x, "float32")
         inputs = quantize_input(wide, site, static)
         if site.integer:
-            scales = (
-                inputs.scale.reshape(inputs.scale.shape[:-1]) if static is None else inputs.scale.reshape(())
-            )
-            y = ops.q8mm(
-                inputs.qvalue,
-                scales,
-                weight,
-                per_row=is_per_row(weight.format.bits, weight.scales, weight.biases),
-            )
+            scales = inputs.scale
+            if site.act_tile is None:
+                scales = scales.reshape(scales.shape[:-1] if static is None else ())
+            by_rows = site.act_tile is None and is_per_row(weight.format.bits, weight.scales, weight.biases)
+            y = ops.q8mm(inputs.qvalue, scales, weight, per_row=by_rows)
         elif isinstance(weight, Packed):
             y = ops.qmm(dequantize(inputs), weight)
         else:

@@ -181,10 +181,7 @@ def quantized_layer(layer: nn.Module, site: Site, stats: Statistics | None) -> n
         packed = Packed(tensors["weight"], tensors["scales"], tensors["biases"], site.packed)
     if site.integer:
         scale = static["scale_a"].item() if static else None
-        made = RuleQ8Linear.from_packed(
-            packed, bias, activation="static" if static else "token", scale_a=scale
-        )
-        return made
+        return RuleQ8Linear.from_packed(packed, bias, activation=site.activation, scale_a=scale)
     if packed is not None and (site.rule.act_qtype is None or kind == "embedding"):
         return _PACKED[kind].from_packed(packed, *(() if kind == "embedding" else (bias,)))
     if kind == "switch_linear" and packed is not None:

@@ -56,16 +56,40 @@ class Site:
 
     @property
     def integer(self) -> bool:
-        """Whether inputs become int8 with one scale a row (or one for all), for products of integers."""
+        """Whether inputs become int8 for products of integers.
+
+        Their scales are of rows, one for all, or of tiles where these are the groups of the packed weight.
+        """
         rule = self.rule
         return (
             rule.act_qtype == "int8"
             and self.operation == "linear"
-            and (rule.tile_size is None or rule.grid is not None)
+            and (rule.tile_size is None or rule.grid is not None or self._tiles_are_groups)
             and (rule.act_calibration_method is None or (rule.act_static_scale and self._symmetric))
             and self.weight.qtype in ("int2", "int3", "int4", "int5", "int6", "int7", "int8")
             and packed_format(self.weight, self.shape, KERNEL_BITS) is not None
         )
+
+    @property
+    def act_tile(self) -> int | None:
+        """Neighbours of an int8 input's row that share a scale, where `integer`; None: the whole row."""
+        rule = self.rule
+        if not self.integer or rule.tile_size is None or rule.grid is not None:
+            return None
+        return self.packed.group_size
+
+    @property
+    def activation(self) -> str:
+        """Q8Linear's name for the scales of int8 inputs, where `integer`."""
+        if self.rule.act_static_scale:
+            return "static"
+        return "tile" if self.act_tile else "token"
+
+    @property
+    def _tiles_are_groups(self) -> bool:
+        fmt = packed_format(self.weight, self.shape, KERNEL_BITS)
+        tile = self.weight.tiles(self.shape).get(len(self.shape) - 1)
+        return not self.rule.act_static_scale and fmt is not None and fmt.group_size == tile
 
     @property
     def _symmetric(self) -> bool:

@@ -106,9 +106,7 @@ def quantized_layer(layer: nn.Module, site: Site, stats: Statistics | None) -> n
         packed = Packed(words, tensors["scales"], tensors["biases"], site.packed)
     if site.integer:
         scale = static["scale_a"].item() if static else None
-        return Q8Linear.from_packed(
-            packed, layer.bias, activation="static" if static else "token", scale_a=scale
-        )
+        return Q8Linear.from_packed(packed, layer.bias, activation=site.activation, scale_a=scale)
     if kind == "embedding":
         return RuleEmbedding(site, tensors) if packed is None else QuantizedEmbedding.from_packed(packed)
     if packed is not None and site.rule.act_qtype is None:
