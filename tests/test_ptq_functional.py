@@ -26,7 +26,7 @@ def made(case, side, arrays, subscripts):
     if case[side] is None:
         return arrays[0 if left else 1]
     name, _, method = case[side].partition(" ")
-    parts = F._Subscripts(subscripts, *(a.ndim for a in arrays))
+    parts = F.Subscripts(subscripts, *(a.ndim for a in arrays))
     return quantize(arrays[0 if left else 1], parts.how(left, name, case["tile"], method or "absmax"))
 
 

@@ -106,13 +106,13 @@ def _under(sites: Mapping[str, Site], block: str) -> dict[str, Site]:
     return {path: site for path, site in sites.items() if path.startswith(block)}
 
 
-def observe(x, site: Site, stats: Statistics) -> None:
-    """Add the range of one input to the statistics."""
+def observe(x, site: Site, stats: Statistics, name: str | None = None) -> None:
+    """Add the range of one input to the statistics, as site.input_name unless told another name."""
     xp = namespace(x)
     ranges = range_of(xp.cast(x, "float32"), site.ranges(x.ndim))
     batch = site.ranges(x.ndim).channelwise_axes
     stats.update(
-        site.input_name,
+        name or site.input_name,
         {key: bridge.to_numpy(xp.reduce("mean", value, batch)).reshape(-1) for key, value in ranges.items()},
     )
 
@@ -128,13 +128,12 @@ def _watching(model, sites, stats: Statistics):
 def _taker(model) -> Callable:
     """A function that takes numpy arrays to the model's framework and device, and leaves all else."""
     if hasattr(model, "state_dict"):
-        import torch
+        some = next(model.parameters())
+    else:
+        import mlx.core as mx
 
-        device = next((p.device for p in model.parameters()), "cpu")
-        return lambda a: torch.from_numpy(a).to(device) if isinstance(a, np.ndarray) else a
-    import mlx.core as mx
-
-    return lambda a: mx.array(a) if isinstance(a, np.ndarray) else a
+        some = mx.array(0)
+    return lambda a: bridge.like(a, some) if isinstance(a, np.ndarray) else a
 
 
 def _finish(y) -> None:

@@ -146,7 +146,7 @@ def _wider(a: str, b: str) -> str:
     return a if a == b else "float32" if {a, b} == {"bfloat16", "float16"} else max(a, b, key=order.index)
 
 
-class _Subscripts:
+class Subscripts:
     """Subscripts like mk,nk->mn taken apart, an ellipsis spelt out. Raises ValueError for other forms."""
 
     def __init__(self, text: str, lhs_ndim: int, rhs_ndim: int):
@@ -206,7 +206,7 @@ def einsum(subscripts: str, lhs, rhs, rule: QuantizationRule | None = None, *, r
     The left operand becomes act_qtype; the right one weight_qtype, or act_qtype if rhs_is_weight is False.
     A rule without weight_qtype quantizes nothing. Raises ValueError for other forms of einsum.
     """
-    parts = _Subscripts(subscripts, lhs.ndim, rhs.ndim)
+    parts = Subscripts(subscripts, lhs.ndim, rhs.ndim)
     if rule is not None and rule.weight_qtype is not None:
         act = (rule.act_qtype, rule.act_calibration_method or "absmax")
         weight = (rule.weight_qtype, rule.weight_calibration_method) if rhs_is_weight else act
@@ -218,7 +218,7 @@ def einsum(subscripts: str, lhs, rhs, rule: QuantizationRule | None = None, *, r
     return namespace(y).permute(y, parts.order)
 
 
-def _quantized(operand, parts: _Subscripts, left: bool, rule, qtype: str | None, method: str):
+def _quantized(operand, parts: Subscripts, left: bool, rule, qtype: str | None, method: str):
     if isinstance(operand, QArray) or qtype is None:
         return operand
     return quantize(operand, parts.how(left, qtype, rule.tile_size, method))
@@ -226,13 +226,18 @@ def _quantized(operand, parts: _Subscripts, left: bool, rule, qtype: str | None,
 
 def matmul(lhs, rhs, rule: QuantizationRule | None = None, *, rhs_is_weight: bool = True):
     """lhs (..., M, K) @ rhs (K, N) or (..., K, N), quantized by the rule as einsum says."""
+    return einsum(matmul_subscripts(lhs, rhs), lhs, rhs, rule, rhs_is_weight=rhs_is_weight)
+
+
+def matmul_subscripts(lhs, rhs) -> str:
+    """A matmul as einsum writes it. Raises ValueError for operands of one axis and batches that differ."""
     if lhs.ndim < 2 or rhs.ndim < 2:
         raise ValueError(f"matmul: operands of {lhs.ndim} and {rhs.ndim} axes; wanted two or more")
     if rhs.ndim not in (2, lhs.ndim):
         raise ValueError(f"matmul: the right operand has {rhs.ndim} axes; wanted 2 or {lhs.ndim}")
     batch = "abcdefgh"[: lhs.ndim - 2]
     right = batch if rhs.ndim > 2 else ""
-    return einsum(f"{batch}mk,{right}kn->{batch}mn", lhs, rhs, rule, rhs_is_weight=rhs_is_weight)
+    return f"{batch}mk,{right}kn->{batch}mn"
 
 
 def store_weight(weight, site: Site) -> Packed | QArray:
