@@ -113,9 +113,9 @@ constexpr int block = 32;       // codes unpacked at a time
 constexpr int q8_rows = 4;      // rows of x that they serve
 constexpr int q8_segment = 64;  // groups whose scales are widened at a time
 
-// A prepared row: codes in the order of a block's bytes, per group where the int32 sum starts, per group the sum of codes
-// as float, each padded to eights (sums with zeros), then x_scale and where the sum of all starts. Tiled: x_scale is 1,
-// the sums are scaled, and the scales of the groups come last.
+// A prepared row: codes in the order of a block's bytes, per group where the sums of the 8 lanes start (-z times their
+// codes, so that no lane's sum is large), per group the sum of codes as float, padded to eights with zeros, x_scale,
+// and where the sum of all starts. Tiled: x_scale is 1, the sums are scaled, and the scales of the groups come last.
 struct Codes {
   char* codes;
   int32_t* starts;
@@ -130,14 +130,14 @@ size_t code_bytes(const Qmm& q) { return size_t(q.K) * (q.bits == 8 ? 2 : 1); }
 int padded_groups(const Qmm& q) { return (q.K / q.group_size + 7) / 8 * 8; }
 
 size_t q8_row_bytes(const Qmm& q) {
-  return (code_bytes(q) + size_t(padded_groups(q)) * (q.tiled ? 12 : 8) + 8 + 63) / 64 * 64;
+  return (code_bytes(q) + size_t(padded_groups(q)) * (q.tiled ? 40 : 36) + 8 + 63) / 64 * 64;
 }
 
 Codes codes_of(const Qmm& q, const char* row) {
   char* at = const_cast<char*>(row);
   int groups = padded_groups(q);
   auto* starts = reinterpret_cast<int32_t*>(at + code_bytes(q));
-  auto* sums = reinterpret_cast<float*>(starts + groups);
+  auto* sums = reinterpret_cast<float*>(starts + 8 * groups);
   float* after = sums + groups;
   return {at, starts, sums, after, reinterpret_cast<int32_t*>(after + 1), after + 2};
 }
@@ -152,27 +152,33 @@ template <int B>
 void q8_prepare_row(const Qmm& q, const int8_t* x, const float* x_scales, const Codes& row) {
   uint32_t whole = 0;
   for (int g = 0; g < q.K / q.group_size; ++g) {
-    __m256i total = _mm256_setzero_si256();
+    __m256i total = _mm256_setzero_si256();  // of each lane, as add_block has them
     for (int k = g * q.group_size; k < (g + 1) * q.group_size; k += block) {
       __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + k));
-      __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), codes);
-      total = _mm256_add_epi32(total, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
       if constexpr (B == 8) {
         auto* to = reinterpret_cast<__m256i*>(row.codes + 2 * k);
-        _mm256_storeu_si256(to, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(codes)));
-        _mm256_storeu_si256(to + 1, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(codes, 1)));
+        for (int half = 0; half < 2; ++half) {
+          __m128i narrow = half ? _mm256_extracti128_si256(codes, 1) : _mm256_castsi256_si128(codes);
+          __m256i wide = _mm256_cvtepi8_epi16(narrow);
+          _mm256_storeu_si256(to + half, wide);
+          total = _mm256_add_epi32(total, _mm256_madd_epi16(wide, _mm256_set1_epi16(1)));
+        }
       } else {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(row.codes + k), by_field<B>(codes));
+        codes = by_field<B>(codes);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(row.codes + k), codes);
+        __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), codes);
+        total = _mm256_add_epi32(total, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
       }
     }
     int sum = sum_of(total);
-    row.starts[g] = -sum * (1 << (B - 1));
+    __m256i start = _mm256_slli_epi32(_mm256_sub_epi32(_mm256_setzero_si256(), total), B - 1);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(row.starts + 8 * g), start);
     row.sums[g] = float(sum);
     if (q.tiled) {
       row.sums[g] *= x_scales[g];
       row.tile_scales[g] = x_scales[g];
     }
-    whole += uint32_t(row.starts[g]);
+    whole -= uint32_t(sum) << (B - 1);
   }
   for (int g = q.K / q.group_size; g < padded_groups(q); ++g) {
     row.sums[g] = 0;
@@ -282,7 +288,7 @@ void q8_columns(const Qmm& q, const char* prepared, int first, int begin, int en
         }
         for (int g = 0; g < here; ++g) {
           for (int r = 0; r < Rows; ++r) {
-            sums[r] = starting(rows[r].starts[g0 + g]);
+            sums[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[r].starts + 8 * (g0 + g)));
           }
           for (int b = 0; b < blocks; ++b, words += w_step) {
             _mm_prefetch(words + 4096, _MM_HINT_T0);
