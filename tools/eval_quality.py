@@ -22,9 +22,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -113,11 +115,32 @@ def made(words: list[str], home: Path) -> tuple[float, float]:
     child = subprocess.Popen(
         words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+    peaks = [0.0]
+    watcher = threading.Thread(target=watch, args=(child.pid, peaks))
+    watcher.start()
     output = child.stdout.read()
     _, status, usage = os.wait4(child.pid, 0)
+    watcher.join()
     if status:
         raise subprocess.CalledProcessError(status, words, output)
-    return time.monotonic() - begin, usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+    return time.monotonic() - begin, usage.ru_maxrss / 1e6 if sys.platform == "darwin" else peaks[0]
+
+
+def watch(pid: int, peaks: list[float]) -> None:
+    """Keep the largest resident set of a process in MB in peaks[0] while it runs; Linux only.
+
+    ru_maxrss would do but for Linux, where a child begins with its parent's.
+    """
+    while True:
+        try:
+            status = Path(f"/proc/{pid}/status").read_text()
+        except OSError:
+            return
+        found = re.search(r"VmHWM:\s+(\d+) kB", status)
+        if found is None:  # it has ended
+            return
+        peaks[0] = int(found[1]) / 1e3
+        time.sleep(0.05)
 
 
 def bars_of(rows: dict[str, dict]) -> list[dict]:
