@@ -335,6 +335,31 @@ def test_int8_rows_times_groups_equal_float64(device, bits, group_size, M, kerne
     close(y, wide @ value.T, np.abs(wide) @ size.T)
 
 
+@pytest.mark.parametrize(
+    "bits, group_size, M, kernel", [(8, 32, 2, "qmv"), (8, 128, 12, "qmm"), (4, 64, 2, "qmv")]
+)
+def test_int8_tiles_are_rounded_by_our_kernel_and_multiplied_by_qmm(device, bits, group_size, M, kernel):
+    N, K = 40, 384
+    (words, scales, biases), signed = symmetric(32, N, K, bits, group_size, False)
+    x, _ = codes_and_scales(33, M, K)
+    x_scales = np.random.default_rng(1).uniform(0.01, 1, (M, K // group_size)).astype(np.float32)
+    zero = 2 ** (bits - 1)
+    s, b = (np.repeat(np.array(a).astype(np.float64), group_size, 1) for a in (scales, biases))
+    value, size = s * (signed + zero) + b, s * (np.abs(signed) + zero) + np.abs(b)
+    wide = x.astype(np.float64) * np.repeat(x_scales, group_size, 1)
+    floats = rows(37, (5, K), "float32")[0]
+    with device.on():
+        y = device.module.q8mm(
+            mx.array(x), mx.array(x_scales), words, scales, biases, group_size, bits, False, "float32"
+        )
+        made = device.module.q8_rows(floats, group_size)
+        mx.eval(y, *made)
+    assert sorted(device.ran()) == ["q8_rows", kernel]
+    close(y, wide @ value.T, np.abs(wide) @ size.T)
+    for ours, theirs in zip(made, native._load()[0].q8_rows(floats, group_size), strict=True):
+        np.testing.assert_array_equal(np.array(ours), np.array(theirs))
+
+
 def test_rows_become_int8_codes_with_the_bits_of_the_cpu(device):
     cpu = native._load()[0]
     for dtype in ("float32", "float16", "bfloat16"):
