@@ -21,6 +21,8 @@ from mlxq.qat.training import Batch, Schedule, distil, run, trainer_for
 
 VOCAB, DIM = 48, 64
 FRAMEWORKS = ["torch", "mlx"]
+QUIET = {**os.environ, "MLXQ_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+QUIET["PYTHONPATH"] = str(Path(__file__).parent)
 
 
 @pytest.fixture(autouse=True)
@@ -277,22 +279,36 @@ def test_settings_that_do_not_exist_are_refused(change, says):
         distil(arguments.pop("student"), arguments.pop("teacher"), arguments.pop("batches"), **arguments)
 
 
-WORKER = """
-import json, sys
-sys.path.insert(0, {tests!r})
-from test_qat_training import make, batches
-from mlxq.qat.training import distil
-framework = {framework!r}
-if framework == "torch":
-    import torch.distributed as dist
-    dist.init_process_group("gloo")
-student, teacher = make(framework, bits=4)
-outcome = distil(student, teacher, batches(), steps=8, learning_rate=1e-3, evaluate_every=4)
-rank = dist.get_rank() if framework == "torch" else __import__("mlx.core").core.distributed.init().rank()
-scales = student.embed.scales
-values = scales.detach().numpy().tolist() if framework == "torch" else scales.tolist()
-open({out!r} + str(rank), "w").write(json.dumps([outcome.losses, outcome.evaluations, values]))
-"""
+def follow(framework, **options):
+    """(student, outcome) of a short run; in one process or in several."""
+    student, teacher = make(framework, bits=4)
+    outcome = distil(student, teacher, batches(), steps=8, learning_rate=1e-3, evaluate_every=4, **options)
+    return student, outcome
+
+
+def worker(framework, out):
+    """One of two processes: writes losses, evaluations, trained scales and extents of its parts, by run."""
+    found = []
+    if framework == "torch":
+        import torch.distributed as dist
+
+        from mlxq.qat.torch import sharding
+
+        dist.init_process_group("gloo")
+        rank = dist.get_rank()
+        student, outcome = follow(framework)
+        found.append((outcome.losses, outcome.evaluations, student.embed.scales.tolist(), None))
+        student, outcome = follow(framework, sharded=True)
+        extents = {name: len(sharding.local(p)) for name, p in student.named_parameters()}
+        assert student.embed.weight.shape[0] == VOCAB  # words stay whole
+        sharding.make_whole(student)
+        trained = student.embed.scales.tolist() if rank == 0 else None
+        found.append((outcome.losses, outcome.evaluations, trained, extents))
+    else:
+        rank = mx.distributed.init().rank()
+        student, outcome = follow(framework)
+        found.append((outcome.losses, outcome.evaluations, student.embed.scales.tolist(), None))
+    Path(out + str(rank)).write_text(json.dumps(found))
 
 
 def free_ports(count):
@@ -306,37 +322,40 @@ def free_ports(count):
     return ports
 
 
-@pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_two_processes_follow_the_loss_curve_of_one(framework, tmp_path):
-    script, out = tmp_path / "worker.py", str(tmp_path / "rank")
-    script.write_text(WORKER.format(tests=str(Path(__file__).parent), framework=framework, out=out))
-    quiet = {**os.environ, "MLXQ_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    if framework == "torch":
-        pytest.importorskip("torch", reason="needs the package torch")
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-        runs = [([*launch, str(script)], quiet)]
-    else:  # what mlx.launch --backend ring sets
-        hosts = tmp_path / "hosts.json"
-        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
-        runs = [
-            ([sys.executable, str(script)], quiet | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)})
-            for rank in (0, 1)
-        ]
-    running = [
-        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for command, env in runs
-    ]
+def run_together(runs):
+    """Run (command, environment) at the same time, and see each end well."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    running = [subprocess.Popen(command, env=env, **pipes) for command, env in runs]
     try:
-        said = [process.communicate(timeout=240)[0] for process in running]
+        said = [process.communicate(timeout=100)[0] for process in running]
     finally:
         for process in running:
             process.kill()
     assert not any(process.returncode for process in running), said
+
+
+def check_two_processes(framework, out):
+    """What two workers wrote is what one process finds."""
     found = [json.loads(Path(out + str(rank)).read_text()) for rank in (0, 1)]
-    student, teacher = make(framework, bits=4)
-    alone = distil(student, teacher, batches(), steps=8, learning_rate=1e-3, evaluate_every=4)
-    assert found[0] == found[1]
-    np.testing.assert_allclose(found[0][0], alone.losses, rtol=1e-4)
-    np.testing.assert_allclose(found[0][1], alone.evaluations, rtol=1e-4)
+    student, alone = follow(framework)
     mine = bridge.to_numpy(student.embed.packed.scales)
-    np.testing.assert_allclose(found[0][2], mine, atol=1e-4)
+    assert len(found[0]) == (2 if framework == "torch" else 1)
+    for first, second in zip(*found, strict=True):
+        assert first[:2] == second[:2]
+        np.testing.assert_allclose(first[0], alone.losses, rtol=1e-4)
+        np.testing.assert_allclose(first[1], alone.evaluations, rtol=1e-4)
+        np.testing.assert_allclose(first[2], mine, atol=1e-4)
+    if framework == "torch":
+        parts = [found[rank][1][3] for rank in (0, 1)]
+        whole = {name: len(p) for name, p in student.named_parameters()}
+        assert {n: parts[0][n] + parts[1][n] for n in whole} == whole and 0 < parts[0]["embed.scales"] < VOCAB
+
+
+def test_two_processes_of_mlx_follow_the_loss_curve_of_one(tmp_path):  # torch's are in test_train.py
+    hosts, out = tmp_path / "hosts.json", str(tmp_path / "rank")
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
+    script = "import sys, test_qat_training as t; t.worker(*sys.argv[1:])"
+    command = [sys.executable, "-c", script, "mlx", out]
+    env = QUIET | {"MLX_HOSTFILE": str(hosts)}  # what mlx.launch --backend ring sets
+    run_together([(command, env | {"MLX_RANK": str(rank)}) for rank in (0, 1)])
+    check_two_processes("mlx", out)

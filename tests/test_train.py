@@ -1,10 +1,13 @@
 """`mlxq train`: from a folder to a folder, on both back ends, killed and resumed."""
 
+import contextlib
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +16,11 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from test_qat_training import QUIET, check_two_processes, free_ports, run_together
 from tiny_models import make_hf_model
 
+import mlxq.train
+from mlxq import cli
 from mlxq.convert import convert
 from mlxq.load import load
 from mlxq.qat.training import trainer_for
@@ -36,7 +42,7 @@ def models(tmp_path_factory):
     return folder / "float", folder / "w2", folder / "text.txt"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """As in the processes that are killed: sums are in the same order, and waiting threads cost nothing."""
     threads = torch.get_num_threads()
@@ -58,25 +64,98 @@ def held_out_loss(given: Settings, folder, teacher):
     return trainer_for(student, float_model).evaluate(data.batches(held, given.batch))
 
 
+@pytest.fixture(scope="module")
+def trained(models, tmp_path_factory):
+    """(settings, outcome, folder) of a float model trained for 2 bits, by back end and ranges; made once."""
+
+    @functools.cache
+    def made(backend, ranges):
+        options = {"qat": True, "bits": 2, "embedding_bits": 8, "learning_rate": 1e-3}
+        given = settings(models[0], models[2], backend=backend, ranges=ranges, **options)
+        folder = tmp_path_factory.mktemp("trained") / "out"
+        return given, train(given, folder, progress=False), folder
+
+    return made
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("ranges", ["learned", "dynamic"])
 def test_a_float_model_becomes_a_quantized_one_that_mlx_lm_runs_to_the_loss_that_was_measured(
-    models, tmp_path, backend, ranges
+    models, trained, backend, ranges
 ):
-    source, _, text = models
-    given = settings(
-        source, text, qat=True, bits=2, embedding_bits=8, ranges=ranges, backend=backend, learning_rate=1e-3
-    )
-    outcome = train(given, tmp_path / "out", progress=False)
+    given, outcome, folder = trained(backend, ranges)
     assert outcome.finished and outcome.best < outcome.start
-    assert abs(held_out_loss(given, tmp_path / "out", source) / outcome.best - 1) < 1e-3
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert abs(held_out_loss(given, folder, models[0]) / outcome.best - 1) < 1e-3
+    config = json.loads((folder / "config.json").read_text())
     assert config["quantization"]["bits"] == 2 and config["quantization"]["lm_head"]["bits"] == 8
-    report = json.loads((tmp_path / "out" / "training.json").read_text())
+    report = json.loads((folder / "training.json").read_text())
     assert report["best"] == outcome.best and len(report["losses"]) == 8
-    model, _ = load(tmp_path / "out")
+    model, _ = load(folder)
     assert type(model.model.layers[0].mlp.up_proj).__module__ == "mlxq.nn.mlx"
-    assert not (tmp_path / "out.training").exists()
+    assert not folder.with_name("out.training").exists()
+
+
+def two_workers(out, source, quantized, text):
+    """In each of two processes: runs of one loop and of `mlxq train`, whole and sharded."""
+    import test_qat_training
+
+    torch.set_num_threads(1)
+    test_qat_training.worker("torch", out)
+    stop_at = iter([False] * 3 + [True])
+    given = settings(source, text, qat=True, bits=2, embedding_bits=8, learning_rate=1e-3, batch=1)
+    asked = mlxq.train._asked_to_stop
+    mlxq.train._asked_to_stop = lambda: contextlib.nullcontext(lambda: next(stop_at))
+    part = train(given, out + "-qat", fsdp=True, progress=False)
+    assert not part.finished and len(part.losses) == 3
+    mlxq.train._asked_to_stop = asked
+    train(given, out + "-qat", fsdp=True, progress=False, resume=True)
+    given = settings(quantized, text, teacher=source, batch=1, steps=3)
+    train(given, out + "-scales", fsdp=True, progress=False)
+
+
+@pytest.fixture(scope="module")
+def in_two_processes(models, tmp_path_factory):
+    """Where two_workers wrote, as torchrun would have started them with --nproc-per-node 2."""
+    out = str(tmp_path_factory.mktemp("two") / "out")
+    script = "import sys, test_train as t; t.two_workers(*sys.argv[1:])"
+    command = [sys.executable, "-c", script, out, *map(str, models)]
+    env = QUIET | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
+    run_together([(command, env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)])
+    return out
+
+
+def test_two_processes_of_torch_follow_the_loss_curve_of_one_whole_or_sharded(in_two_processes):
+    check_two_processes("torch", in_two_processes)
+
+
+def test_a_sharded_run_stops_goes_on_and_writes_what_one_process_writes(in_two_processes, trained, models):
+    given, outcome, folder = trained("torch", "learned")
+    sharded = Path(in_two_processes + "-qat")
+    report = json.loads((sharded / "training.json").read_text())
+    np.testing.assert_allclose(report["losses"][:5], outcome.losses[:5], rtol=5e-4)
+    np.testing.assert_allclose(report["losses"], outcome.losses, rtol=1e-2)  # sums round codes the other way
+    assert abs(report["best"] / outcome.best - 1) < 1e-2
+    assert abs(held_out_loss(given, sharded, models[0]) / report["best"] - 1) < 1e-3
+    mine, theirs = (mx.load(str(f / "model.safetensors")) for f in (folder, sharded))
+    assert set(mine) == set(theirs)
+    for name in mine:
+        assert (mine[name].shape, mine[name].dtype) == (theirs[name].shape, theirs[name].dtype)
+
+
+def test_sharded_scales_learn_and_words_survive(in_two_processes, models, tmp_path):
+    source, quantized, text = models
+    given = settings(quantized, text, teacher=str(source), steps=3)
+    alone = train(given, tmp_path / "out", progress=False)
+    sharded = Path(in_two_processes + "-scales")
+    np.testing.assert_allclose(
+        json.loads((sharded / "training.json").read_text())["losses"], alone.losses, rtol=1e-4
+    )
+    files = (quantized, tmp_path / "out", sharded)
+    before, mine, theirs = (mx.load(str(f / "model.safetensors")) for f in files)
+    for name in before:
+        if name.endswith(".weight"):
+            assert mx.array_equal(before[name], theirs[name]), name
+        assert mx.allclose(mine[name], theirs[name], rtol=1e-3, atol=1e-5), name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -103,24 +182,11 @@ def test_a_tied_model_keeps_one_table(models, tmp_path):
 
 
 def command(models, dst):
-    source, quantized, text = models
-    arguments = ["train", str(quantized), str(dst), "--teacher", str(source), "--data", str(text)]
-    arguments += (
-        "--steps 30 --length 24 --evaluate 4 --learning-rate 2e-3 --backend torch --device cpu".split()
+    source, quantized, text = map(str, models)
+    arguments = ["train", quantized, str(dst), "--teacher", source, "--data", text, "--steps", "30"]
+    return arguments + (
+        "--length 24 --evaluate 4 --learning-rate 2e-3 --backend torch --device cpu".split()
     )
-    script = (
-        "import sys, mlxq.train as t; from functools import partial;"
-        "t.train = partial(t.train, save_every=0.0);"
-        "from mlxq.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
-    return [sys.executable, "-c", script, *arguments]
-
-
-def wait_for(condition, process, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None and time.monotonic() < end, process.communicate()
-        time.sleep(0.005)
 
 
 def steps_of(state: Path) -> int:
@@ -131,27 +197,57 @@ def steps_of(state: Path) -> int:
         return 0
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_run_resumes_to_the_same_loss_curve(models, tmp_path, how):
-    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "MLXQ_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    run = {"env": quiet, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    dst, state = tmp_path / "out", tmp_path / "out.training" / "state.npz"
-    process = subprocess.Popen(command(models, dst), **run)
-    wait_for(lambda: steps_of(state) >= 3, process)
-    process.send_signal(how)
-    said = process.communicate(timeout=60)
-    assert process.returncode == (130 if how == signal.SIGTERM else -9), said
-    done = steps_of(state)
-    assert 3 <= done < 30 and not dst.exists()
+def wait_for_steps(state: Path, still_runs) -> None:
+    end = time.monotonic() + 120
+    while steps_of(state) < 3:
+        assert still_runs() and time.monotonic() < end
+        time.sleep(0.005)
 
-    source, quantized, text = models
-    given = settings(quantized, text, teacher=str(source), steps=30)
+
+def kill(models, dst, state) -> None:
+    script = (
+        "import sys, mlxq.train as t; from functools import partial;"
+        "t.train = partial(t.train, save_every=0.0);"
+        "from mlxq.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, *command(models, dst)], env=QUIET)
+    wait_for_steps(state, lambda: process.poll() is None)
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL
+
+
+def terminate(models, dst, state) -> None:
+    """SIGTERM to this very process, which trains."""
+
+    def send():
+        wait_for_steps(state, lambda: True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    assert cli.main(command(models, dst)) == 130
+    sender.join()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(models, tmp_path_factory):
+    given = settings(models[1], models[2], teacher=str(models[0]), steps=30)
+    return given, train(given, tmp_path_factory.mktemp("whole") / "out", progress=False)
+
+
+@pytest.mark.parametrize("how", [kill, terminate])
+def test_a_killed_run_resumes_to_the_same_loss_curve(models, uninterrupted, tmp_path, how, monkeypatch):
+    dst, state = tmp_path / "out", tmp_path / "out.training" / "state.npz"
+    with monkeypatch.context() as patch:
+        patch.setattr(mlxq.train, "train", functools.partial(train, save_every=0.0))
+        how(models, dst, state)
+    assert 3 <= steps_of(state) < 30 and not dst.exists()
+    given, whole = uninterrupted
     with pytest.raises(FileExistsError, match="add --resume"):
         train(given, dst, progress=False)
     with pytest.raises(ValueError, match="seed was 0, is 7"):
         train(replace(given, seed=7), dst, resume=True, progress=False)
     train(given, dst, resume=True, progress=False)
-    whole = train(given, tmp_path / "whole", progress=False)
     resumed = json.loads((dst / "training.json").read_text())
     np.testing.assert_allclose(resumed["losses"], whole.losses, rtol=1e-5)
     np.testing.assert_allclose(
@@ -167,15 +263,14 @@ def test_a_damaged_state_is_refused(models, tmp_path):
         train(settings(models[1], models[2], teacher=str(models[0])), tmp_path / "out", resume=True)
 
 
-def test_the_readme_example_of_fake_quantization_runs_as_it_stands(tmp_path):
+def test_the_readme_example_of_fake_quantization_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     text = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
     section = text.split("\n## Training for the codes\n", 1)[1]
     _, commands, _, example, _, printed, *_ = section.split("```")
     assert "mlxq train" in commands
-    run = [sys.executable, "-c", example.removeprefix("python\n")]
-    result = subprocess.run(run, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == printed.strip()
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example.removeprefix("python\n"), "README.md", "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out.strip() == printed.strip()
 
 
 # Data.

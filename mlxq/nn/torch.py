@@ -220,7 +220,18 @@ def _autocast(x):
 
 
 class _PackedLayer(nn.Module):
-    """What the layers share: weight (int32 words) is a buffer, scales and biases are frozen parameters."""
+    """What the layers share: weight (int32 words) is a buffer, scales and biases are frozen parameters.
+
+    borrowed   True: scales and biases lie in memory that another owner empties and fills between calls
+               without torch counting it, as fully_shard does; each product then takes copies of them
+    """
+
+    borrowed = False
+
+    def _operands(self):
+        if self.borrowed:
+            return self.weight, self.scales.clone(), self.biases.clone()
+        return self.weight, self.scales, self.biases
 
     def _hold(self, words, scales, biases, fmt: Format) -> None:
         self.bits, self.group_size = fmt.bits, fmt.group_size
@@ -324,9 +335,7 @@ class QuantizedLinear(_PackedLayer):
         return cls.from_packed(packed, linear.bias)
 
     def forward(self, x):
-        y = torch.ops.mlxq.qmm(
-            _autocast(x), self.weight, self.scales, self.biases, self.bits, self.group_size
-        )
+        y = torch.ops.mlxq.qmm(_autocast(x), *self._operands(), self.bits, self.group_size)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
@@ -372,9 +381,7 @@ class QuantizedEmbedding(_PackedLayer):
 
     def as_linear(self, x):
         """x @ W.T, for output projections tied to the table: (..., K) -> (..., N) in x's dtype."""
-        return torch.ops.mlxq.qmm(
-            _autocast(x), self.weight, self.scales, self.biases, self.bits, self.group_size
-        )
+        return torch.ops.mlxq.qmm(_autocast(x), *self._operands(), self.bits, self.group_size)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}, group_size={self.group_size}"

@@ -76,14 +76,23 @@ class Trainer(Protocol):
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """Mean loss of every scored token, all processes together; changes nothing."""
 
-    def state(self) -> dict[str, np.ndarray]:
-        """Everything that training changes: float32 weights, moments, counts."""
+    def agree(self, *values: float) -> list[float]:
+        """The first process's numbers, in every process."""
 
-    def load_state(self, state: dict[str, np.ndarray]) -> None: ...
     def weights(self) -> dict[str, np.ndarray]:
-        """The trained weights, float32."""
+        """The trained weights, float32; of a sharded student this process's part of each."""
 
     def load_weights(self, weights: dict[str, np.ndarray]) -> None: ...
+    def join(self, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What weights() gives, made whole, in the first process; nothing in the others. All call this."""
+
+    def split(self, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Whole weights, which every process has, as load_weights takes them. All call this."""
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything that training changes: float32 weights, moments, counts; whole, as join gives them."""
+
+    def load_state(self, state: dict[str, np.ndarray]) -> None: ...
 
 
 @dataclass
@@ -171,12 +180,16 @@ def run(
     on_step      called with the outcome so far and the progress, after each step and evaluation
     save         called with the state about every save_every seconds and when `stop` says so
     stop         asked before each step
+
+    In several processes the first one's clock, `save` and `stop` decide for all of them.
     """
     outcome, best = Outcome(), None
+    if trainer.agree(float(resume is not None)) != [float(resume is not None)]:
+        raise ValueError("distil: the first process resumes a run, or begins one, and this one does not")
     if resume is not None:
         arrays, facts = resume
         trainer.load_state({k[len("now/") :]: v for k, v in arrays.items() if k.startswith("now/")})
-        best = {k[len("best/") :]: v for k, v in arrays.items() if k.startswith("best/")}
+        best = trainer.split({k[len("best/") :]: v for k, v in arrays.items() if k.startswith("best/")})
         outcome = Outcome(**{**facts, "evaluations": [tuple(e) for e in facts["evaluations"]]})
     begin, saved = time.monotonic() - outcome.seconds, time.monotonic()
 
@@ -194,21 +207,24 @@ def run(
 
     def store() -> None:
         outcome.seconds = time.monotonic() - begin
-        arrays = {f"now/{k}": v for k, v in trainer.state().items()} | {
-            f"best/{k}": v for k, v in best.items()
-        }
-        save(arrays, {k: v for k, v in vars(outcome).items() if k not in ("student", "finished")})
+        arrays = {f"now/{k}": v for k, v in trainer.state().items()}
+        arrays |= {f"best/{k}": v for k, v in trainer.join(best).items()}
+        if save is not None:
+            save(arrays, {k: v for k, v in vars(outcome).items() if k not in ("student", "finished")})
+        trainer.agree(0.0)  # no process goes on before it is written
 
     if best is None:
         measure(0)
     measured_at = schedule.progress(outcome.evaluations[-1][0], outcome.seconds)
     while True:
         step = len(outcome.losses)
-        progress = trainer_progress(trainer, schedule.progress(step, time.monotonic() - begin))
+        now = time.monotonic()
+        stopped = stop is not None and stop()
+        due = save is not None and (stopped or now - saved > save_every)
+        progress, stopped, due = trainer.agree(schedule.progress(step, now - begin), stopped, due)
         if progress >= 1:
             break
-        stopped = stop is not None and stop()
-        if save is not None and (stopped or time.monotonic() - saved > save_every):
+        if due:
             store()
             saved = time.monotonic()
         if stopped:
@@ -256,12 +272,6 @@ def times_of(name: str, owner, trainable: str) -> float:
     return times * 3 / (high - low)
 
 
-def trainer_progress(trainer: Trainer, progress: float) -> float:
-    """The first process's clock decides for all of them, so that they stop at the same step."""
-    agree = getattr(trainer, "agree", None)
-    return progress if agree is None else agree(progress)
-
-
 def distil(
     student,
     teacher,
@@ -276,6 +286,7 @@ def distil(
     keep_best: bool = True,
     seed: int = 0,
     on_step: Callable[[Outcome, float], None] | None = None,
+    sharded: bool = False,
 ) -> Outcome:
     """Train a student towards its teacher's next-token distributions; the student is changed in place.
 
@@ -293,7 +304,8 @@ def distil(
     16-bit parameters are trained through float32 copies of themselves, so that small steps count.
 
     In several processes (torchrun, mx.distributed) each takes its share of every batch and gradients are
-    averaged. Raises ValueError for settings that do not exist and for a student without such parameters.
+    averaged. With `sharded` torch's fully_shard also cuts up the models, and they stay cut. Raises ValueError
+    for settings that do not exist and for a student without such parameters.
     """
     schedule = Schedule(
         steps, minutes, learning_rate or LEARNING_RATE.get(trainable, 1.0), evaluate_every, seed
@@ -304,14 +316,17 @@ def distil(
         if held == len(batches):
             raise ValueError("distil: one batch cannot be trained on and measured with; give eval_batches")
         batches, eval_batches = batches[:-held], batches[-held:]
-    trainer = trainer_for(student, teacher, trainable)
+    trainer = trainer_for(student, teacher, trainable, **({"sharded": True} if sharded else {}))
     outcome = run(trainer, batches, as_batches(eval_batches), schedule, keep_best=keep_best, on_step=on_step)
     outcome.student = student
     return outcome
 
 
 def trainer_for(student, teacher, trainable: str = "scales", **options) -> Trainer:
-    """The trainer of the student's framework. Raises ValueError for a mix of two and other `trainable`."""
+    """The trainer of the student's framework; options are those of TorchTrainer.
+
+    Raises ValueError for a mix of two frameworks, for other `trainable`, and for options with MLX.
+    """
     if trainable not in TRAINABLE:
         raise ValueError(f"distil: trainable={trainable!r}; wanted {', '.join(TRAINABLE)}")
     kinds = {_framework(model) for model in (student, teacher) if model is not None}
@@ -321,9 +336,11 @@ def trainer_for(student, teacher, trainable: str = "scales", **options) -> Train
         from mlxq.qat.torch.training import TorchTrainer
 
         return TorchTrainer(student, teacher, trainable, **options)
+    if options:
+        raise ValueError(f"distil: {', '.join(options)} is for models of torch; these are MLX's")
     from mlxq.qat.mlx.training import MlxTrainer
 
-    return MlxTrainer(student, teacher, trainable, **options)
+    return MlxTrainer(student, teacher, trainable)
 
 
 def _framework(model) -> str:

@@ -89,6 +89,7 @@ def train(
     overwrite: bool = False,
     progress: bool = True,
     save_every: float = 60.0,
+    fsdp: bool = False,
 ):
     """Train, write the model with the best held-out loss as the new folder dst, and report what was done.
 
@@ -97,7 +98,9 @@ def train(
     seconds and when the process gets SIGINT or SIGTERM; with resume the run goes on from there to the
     same losses. mlxq.qat.training.Outcome comes back; its `finished` is False when a signal stopped it.
 
-    In several processes (torchrun, mx.distributed) all of them call this and the first one writes.
+    In several processes (torchrun, mx.distributed) all of them call this and the first one writes. With fsdp
+    torch's fully_shard cuts up the models, float32 copies and moments (mlxq.qat.torch.sharding); what is
+    written is whole all the same, and a run that was stopped goes on with or without fsdp.
 
     Raises FileExistsError, FileNotFoundError, ValueError or ImportError with one sentence.
     """
@@ -114,7 +117,7 @@ def train(
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlxq-train-")))
         backend = importlib.import_module(f"mlxq.train.{settings.backend}")
-        session = stack.enter_context(backend.session(settings.device))
+        session = stack.enter_context(backend.session(settings.device, fsdp))
         model = session.load(_float_folder(settings.model, scratch / "model"), settings.dtype)
         _check_model(settings, model)
         if settings.qat:
@@ -150,6 +153,8 @@ def train(
             save_every=save_every,
             stop=stack.enter_context(_asked_to_stop()),
         )
+        if outcome.finished:
+            trainer.make_whole()
         if outcome.finished and first:
             report = {"settings": asdict(settings), "start": outcome.start, "best": outcome.best}
             report |= {
@@ -347,6 +352,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "float16", "bfloat16"),
         help="of what is trained and stored (default: MODEL's)",
     )
+    add(
+        "--fsdp",
+        action="store_true",
+        help="with torchrun: cut the models up over the processes, for those that one cannot hold",
+    )
     add("--resume", action="store_true", help="go on with a run to DST that was stopped or killed")
     add("--overwrite", action="store_true", help="replace DST if it is a model folder")
 
@@ -358,7 +368,7 @@ def run(args: argparse.Namespace) -> int:
     given["minutes"] = 10.0 if args.steps is None and args.minutes is None else args.minutes
     given["backend"] = args.backend or ("mlx" if sys.platform == "darwin" else "torch")
     given["device"] = args.device or importlib.import_module(f"mlxq.train.{given['backend']}").best_device()
-    outcome = train(Settings(**given), args.dst, resume=args.resume, overwrite=args.overwrite)
+    outcome = train(Settings(**given), args.dst, resume=args.resume, overwrite=args.overwrite, fsdp=args.fsdp)
     if not outcome.finished:
         print(
             f"stopped after {len(outcome.losses)} steps; --resume goes on",

@@ -26,8 +26,10 @@ def best_device() -> str:
 
 
 @contextlib.contextmanager
-def session(device: str):
+def session(device: str, sharded: bool = False):
     """The Session of this process; MLX's default device is `device` while it lasts."""
+    if sharded:
+        raise ValueError("train: --fsdp is torch's; leave it out with MLX, or add --backend torch")
     if device not in ("cpu", "gpu") or (device == "gpu" and not mx.metal.is_available()):
         raise ValueError(f"train: MLX has no device {device!r} here; wanted {best_device()}")
     before = mx.default_device()

@@ -31,8 +31,10 @@ def best_device() -> str:
 
 
 @contextlib.contextmanager
-def session(device: str):
+def session(device: str, sharded: bool = False):
     """The Session of this process, in torchrun's group if it started this one."""
+    if sharded and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise ValueError("train: --fsdp wants several processes; start them: torchrun ... -m mlxq train")
     grouped = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
     if device == "cuda" and grouped:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -40,22 +42,27 @@ def session(device: str):
     if grouped:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
-        yield Session(device)
+        yield Session(device, sharded)
     finally:
         if grouped:
             dist.destroy_process_group()
 
 
 class Session:
-    def __init__(self, device: str):
+    """sharded: models are read on the CPU, and the trainer moves this process's part to the device."""
+
+    def __init__(self, device: str, sharded: bool = False):
         try:
             self.device = torch.device(device)
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"train: torch has no device {device!r} here: {error}") from None
+        self.sharded = sharded
+        if sharded:
+            self.device = torch.device("cpu")
 
     def options(self) -> dict:
-        return {}
+        return {"sharded": True} if self.sharded else {}
 
     def load(self, folder: Path, dtype: str | None) -> Loaded:
         """A quantized folder through load_torch, a float one through transformers."""

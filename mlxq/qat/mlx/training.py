@@ -57,12 +57,12 @@ class MlxTrainer:
         self.rank, self.ranks = self.group.rank(), self.group.size()
         self._gradients = mx.value_and_grad(self._total)
 
-    def agree(self, value: float) -> float:
-        """The first process's number, in every process."""
+    def agree(self, *values: float) -> list[float]:
+        """The first process's numbers, in every process."""
         if self.ranks == 1:
-            return value
-        mine = mx.array([value if self.rank == 0 else 0.0])
-        return mx.distributed.all_sum(mine, group=self.group, stream=mx.cpu).item()
+            return list(values)
+        mine = mx.array([value if self.rank == 0 else 0.0 for value in values])
+        return mx.distributed.all_sum(mine, group=self.group, stream=mx.cpu).tolist()
 
     def _sum(self, *values: float) -> list[float]:
         if self.ranks == 1:
@@ -92,11 +92,11 @@ class MlxTrainer:
 
     def step(self, batch: Batch, rate: float) -> float:
         count = max(float(batch.targets.sum()), 1.0)
-        mine = batch.shard(self.rank, self.ranks)
-        if not len(mine.tokens):
+        if len(batch.tokens) < self.ranks:
             raise ValueError(
                 f"distil: a batch of {len(batch.tokens)} rows is too small for {self.ranks} processes"
             )
+        mine = batch.shard(self.rank, self.ranks)
         loss, gradients = self._gradients(self._rounded(), *self._inputs(mine))
         gradients = {name: g.astype(mx.float32) * (self.ranks / count) for name, g in gradients.items()}
         if self.ranks > 1:
@@ -131,6 +131,15 @@ class MlxTrainer:
     def load_weights(self, weights: dict[str, np.ndarray]) -> None:
         self.masters = {name: mx.array(weights[name]) for name in self.masters}
         self._publish()
+
+    def join(self, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return weights if self.rank == 0 else {}
+
+    def split(self, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return weights
+
+    def make_whole(self) -> None:
+        """Nothing: MLX keeps the student whole in every process."""
 
     def state(self) -> dict[str, np.ndarray]:
         out = {f"weight/{name}": value for name, value in self.weights().items()}

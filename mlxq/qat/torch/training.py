@@ -1,4 +1,4 @@
-"""One training step of a torch model: KL to a teacher or cross-entropy, Adam on float32 copies, DDP."""
+"""One training step of a torch model: KL to a teacher or cross-entropy, Adam on float32 copies."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from mlxq.qat.torch import sharding
 from mlxq.qat.training import Batch, times_of
 
 BETAS, EPS, CLIP = (0.9, 0.98), 1e-8, 1.0
@@ -29,13 +30,17 @@ class TorchTrainer:
     """training.Trainer over torch; see training.distil.
 
     autocast   a 16-bit torch.dtype for the products, or None
+    sharded    see below
 
-    With torch.distributed initialized the student is trained by DistributedDataParallel.
+    With torch.distributed initialized the student is trained by DistributedDataParallel, which keeps it whole
+    in every process. With `sharded` student and teacher, the float32 copies and Adam's moments are cut up by
+    fully_shard (mlxq.qat.torch.sharding) and stay so: make_whole() ends the training.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module | None, trainable: str, autocast=None):
-        self.student, self.teacher, self.autocast = student, teacher, autocast
-        self.device = next(student.parameters()).device
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module | None, trainable: str, autocast=None, sharded=False
+    ):
+        self.student, self.teacher, self.autocast, self.sharded = student, teacher, autocast, sharded
         scales = scale_parameters(student)
         if trainable == "scales" and not scales:
             raise ValueError("distil: the student has no packed layer; train 'all', or convert it first")
@@ -47,6 +52,10 @@ class TorchTrainer:
         if teacher is not None:
             teacher.requires_grad_(False)
             teacher.eval()
+        if sharded:
+            for model in (student, teacher) if teacher is not None else (student,):
+                sharding.shard(model)
+        self.device = next(student.parameters()).device
         self.names = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
         self.masters = [p.detach().float().clone() for _, p in self.names]
         groups: dict[float, list] = {}
@@ -59,16 +68,17 @@ class TorchTrainer:
         self.rank, self.ranks, self.model = 0, 1, student
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-            self.model = nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
+            if not sharded:
+                self.model = nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
             self._publish()
 
-    def agree(self, value: float) -> float:
-        """The first process's number, in every process."""
+    def agree(self, *values: float) -> list[float]:
+        """The first process's numbers, in every process."""
         if self.ranks == 1:
-            return value
-        shared = torch.tensor([value], dtype=torch.float64, device=self.device)
+            return list(values)
+        shared = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.broadcast(shared, 0)
-        return shared.item()
+        return shared.tolist()
 
     def _sum(self, *values: float) -> list[float]:
         if self.ranks == 1:
@@ -102,11 +112,11 @@ class TorchTrainer:
     def step(self, batch: Batch, rate: float) -> float:
         self.model.train()
         count = float(batch.targets.sum())
-        mine = batch.shard(self.rank, self.ranks)
-        if not len(mine.tokens):
+        if len(batch.tokens) < self.ranks:
             raise ValueError(
                 f"distil: a batch of {len(batch.tokens)} rows is too small for {self.ranks} processes"
             )
+        mine = batch.shard(self.rank, self.ranks)
         loss = self._loss(self.model, mine)
         (loss * (self.ranks / max(count, 1.0))).backward()
         for master, (_, parameter) in zip(self.masters, self.names, strict=True):
@@ -132,42 +142,59 @@ class TorchTrainer:
         total = count = 0.0
         for batch in batches:
             mine = batch.shard(self.rank, self.ranks)
+            if self.sharded and not len(mine.tokens):  # a layer is gathered by all of them or by none
+                mine = Batch(batch.tokens[:1], np.zeros_like(batch.tokens[:1], bool))
             if len(mine.tokens):
                 total += self._loss(self.student, mine).item()
                 count += float(mine.targets.sum())
+        if self.sharded:
+            self.student.reshard()  # else what lies outside its layers stays gathered, and then stale
         total, count = self._sum(total, count)
         return total / max(count, 1.0)
 
     def weights(self) -> dict[str, np.ndarray]:
         return {
-            name: master.detach().cpu().numpy().copy()
+            name: sharding.local(master).detach().cpu().numpy().copy()
             for (name, _), master in zip(self.names, self.masters, strict=True)
         }
 
     @torch.no_grad()
     def load_weights(self, weights: dict[str, np.ndarray]) -> None:
         for (name, _), master in zip(self.names, self.masters, strict=True):
-            master.copy_(torch.as_tensor(weights[name]))
+            sharding.local(master).copy_(torch.as_tensor(weights[name]))
         self._publish()
 
+    def join(self, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        masters = {name: master for (name, _), master in zip(self.names, self.masters, strict=True)}
+        whole = {name: sharding.joined(value, masters[name]) for name, value in weights.items()}
+        return {name: value for name, value in whole.items() if value is not None}
+
+    def split(self, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        masters = {name: master for (name, _), master in zip(self.names, self.masters, strict=True)}
+        return {name: sharding.part_of(weights[name], master) for name, master in masters.items()}
+
+    def make_whole(self) -> None:
+        """Whole parameters in a sharded student, on the CPU of the first process, which ends the training."""
+        if self.sharded:
+            sharding.make_whole(self.student)
+
     def state(self) -> dict[str, np.ndarray]:
-        out = {f"weight/{name}": value for name, value in self.weights().items()}
+        out = {f"weight/{name}": value for name, value in self.join(self.weights()).items()}
         for (name, _), master in zip(self.names, self.masters, strict=True):
             for what, value in self.optimizer.state.get(master, {}).items():
-                out[f"{what}/{name}"] = value.detach().cpu().numpy().copy()
+                whole = sharding.joined(sharding.local(value).detach().cpu().numpy().copy(), value)
+                out |= {} if whole is None else {f"{what}/{name}": whole}
         return out
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:
-        self.load_weights({name: state[f"weight/{name}"] for name, _ in self.names})
+        self.load_weights(self.split({name: state[f"weight/{name}"] for name, _ in self.names}))
         for (name, _), master in zip(self.names, self.masters, strict=True):
-            parts = ("exp_avg", "exp_avg_sq", "step")
             if f"step/{name}" in state:
-                self.optimizer.state[master] = {
-                    what: torch.tensor(
-                        state[f"{what}/{name}"], device=None if what == "step" else self.device
-                    )
-                    for what in parts
-                }
+                moments = {what: torch.zeros_like(master) for what in ("exp_avg", "exp_avg_sq")}
+                for what, moment in moments.items():
+                    mine = sharding.part_of(state[f"{what}/{name}"], master)
+                    sharding.local(moment).copy_(torch.as_tensor(mine))
+                self.optimizer.state[master] = {"step": torch.tensor(state[f"step/{name}"]), **moments}
 
 
 def _logits(output) -> torch.Tensor:
