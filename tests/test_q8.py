@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 from tiny_models import make_hf_model
 
+import mlxq.convert
 import mlxq.load
 from mlxq import format as fm
 from mlxq.checkpoint.q8 import save
 from mlxq.format import Format, Packed
 from mlxq.nn import q8
 from mlxq.nn.q8 import mlx as q8_mlx
+from mlxq.ptq import quantize_model
 
 torch = pytest.importorskip("torch", reason="needs the package torch: pip install 'mlxq[torch]'")
 from mlxq.nn.q8 import torch as q8_torch  # noqa: E402
@@ -635,6 +637,18 @@ def test_a_quantized_model_takes_8_bit_activations_as_it_is(tiny, tmp_path):
     assert np.array_equal(again(TOKENS), want)
     stock, _ = mlx_lm.load(str(tmp_path / "w4a8"))
     assert np.linalg.norm(np.array(stock(TOKENS)) - exact) < 1e-4 * np.linalg.norm(exact)
+
+
+def test_a_file_converted_by_a_rule_with_tiles_holds_the_layers_of_the_live_model(tiny, tmp_path):
+    rule = ".*_proj=weight_qtype:int8,act_qtype:int8,tile_size:32"
+    mlxq.convert.convert(tiny, tmp_path / "m", rules=[rule], progress=False)
+    loaded, _ = mlxq.load(tmp_path / "m")
+    live = quantize_model(mlx_lm.utils.load_model(tiny)[0], [rule])
+    for have, want in zip(loaded.model.layers, live.model.layers, strict=True):
+        have, want = have.mlp.down_proj, want.mlp.down_proj
+        x = mx.array(normal(3, want.packed.K, seed=81))
+        assert have.settings.activation == want.settings.activation == "tile"
+        assert mx.array_equal(have(x), want(x))
 
 
 def test_what_cannot_be_saved_or_restored_names_the_layer(tiny, tmp_path):
