@@ -574,6 +574,7 @@ class _Planner:
             site = site_of(path.replace(".", "/"), kind, shape, self.dtype, rule)
         except ValueError as error:
             raise ValueError(f"{error} (rule {rule})") from None
+        rule = site.rule
         if rule.act_qtype is not None:
             if not site.integer:
                 raise ValueError(

@@ -225,28 +225,26 @@ def replace_layers(model: nn.Module, plan: Plan, stats: Statistics | None) -> nn
     return model
 
 
-class _Watched(nn.Module):
-    """A layer that shows its input to someone before it computes."""
-
-    def __init__(self, layer: nn.Module, see: Callable):
-        super().__init__()
-        self.layer, self._see = layer, see
-
-    def __call__(self, x, *args, **kwargs):
-        self._see(x)
-        return self.layer(x, *args, **kwargs)
-
-
 @contextlib.contextmanager
 def watching(model: nn.Module, sites: Mapping[str, Site], see: Callable):
-    """Forward passes inside the block call see(input, site) for each site; the model is itself afterwards."""
+    """Forward passes inside the block call see(input, site) for each site; the model is itself afterwards.
+
+    Layers get another class meanwhile, a subclass of theirs, so that a model can still read their attributes.
+    """
     modules = dict(model.named_modules())
-    float_layers = [(path.replace("/", "."), site) for path, site in sites.items()]
-    watched = [
-        (name, _Watched(modules[name], lambda x, site=site: see(x, site))) for name, site in float_layers
-    ]
-    model.update_modules(tree_unflatten(watched))
+    watched: list[tuple[nn.Module, type]] = []
     try:
+        for path, site in sites.items():
+            layer = modules[path.replace("/", ".")]
+            stock = type(layer)
+
+            def call(layer, x, *args, site=site, stock=stock, **kwargs):
+                see(x, site)
+                return stock.__call__(layer, x, *args, **kwargs)
+
+            watched.append((layer, stock))
+            layer.__class__ = type(stock.__name__, (stock,), {"__call__": call})
         yield
     finally:
-        model.update_modules(tree_unflatten([(name, modules[name]) for name, _ in float_layers]))
+        for layer, stock in reversed(watched):
+            layer.__class__ = stock

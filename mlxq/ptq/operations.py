@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 
 from mlxq import bridge
 from mlxq.format import dtype_name
@@ -21,7 +20,7 @@ from mlxq.ptq import functional
 from mlxq.ptq.arrays import namespace
 from mlxq.ptq.calibrate import observe
 from mlxq.ptq.functional import input_range
-from mlxq.ptq.plan import site_of
+from mlxq.ptq.plan import ranged, site_of
 from mlxq.ptq.qarray import HowToQuantize, QArray, calibrate, quantize_with, scale_and_zero_point
 from mlxq.ptq.statistics import Statistics
 from mlxq.rules import QuantizationRule, RuleSet
@@ -137,9 +136,9 @@ class Module:
             return x
         xp, stats = namespace(x), self.operations.stats
         if self.operations.is_calibrating:
-            batch = tuple(a % x.ndim for a in rule.act_batch_axes if -x.ndim <= a < x.ndim)
-            axes = tuple(a for a in batch if a not in how.tiled_axes)
-            ranges = calibrate(xp.cast(x, "float32"), replace(how, channelwise_axes=axes))
+            how = ranged(how, rule.act_batch_axes, x.ndim, name)
+            ranges = calibrate(xp.cast(x, "float32"), how)
+            axes = how.channelwise_axes
             means = {key: bridge.to_numpy(xp.reduce("mean", r, axes)) for key, r in ranges.items()}
             stats.update(name, means)
             return x

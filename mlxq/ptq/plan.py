@@ -36,7 +36,7 @@ def operation(module) -> str | None:
 
 @dataclass(frozen=True)
 class Site:
-    """One module that a rule quantizes.
+    """One module that a rule quantizes; of embeddings, whose inputs are ids, the table only.
 
     path     components joined by '/'
     shape    of the weight as it is computed with: (N, K), (experts, N, K), (O, ...) of a convolution
@@ -49,6 +49,11 @@ class Site:
     dtype: str
     rule: QuantizationRule
     weight: HowToQuantize
+
+    def __post_init__(self):
+        if self.operation == "embedding" and self.rule.act_qtype is not None:
+            rule = replace(self.rule, act_qtype=None, act_static_scale=None, act_calibration_method=None)
+            object.__setattr__(self, "rule", rule)
 
     @property
     def packed(self) -> Format | None:
@@ -117,8 +122,8 @@ class Site:
         tile = self.weight.tiled_axes.get(len(self.shape) - 1)
         fixed = QTYPES[self.weight.qtype].tile if self.packed is None else None
         weight = self.packed or (self.weight.qtype if fixed else f"{self.weight.qtype}/{tile or 'row'}")
-        static = " static" if self.rule.act_static_scale else ""
-        return str(weight) + (f" + {self.rule.act_qtype}{static} inputs" if self.rule.act_qtype else "")
+        kind = " static" if self.rule.act_static_scale else " tile" if self.act_tile else ""
+        return str(weight) + (f" + {self.rule.act_qtype}{kind} inputs" if self.rule.act_qtype else "")
 
     @property
     def input_name(self) -> str:
@@ -126,15 +131,28 @@ class Site:
         return f"{self.path}/{self.operation}0_lhs"
 
     def ranges(self, ndim: int) -> HowToQuantize:
-        """How a static input's range is taken: one for each index of act_batch_axes, and of its tiles."""
-        act = self.act(ndim)
-        batch = tuple(a % ndim for a in self.rule.act_batch_axes if -ndim <= a < ndim)
-        return replace(act, channelwise_axes=tuple(a for a in batch if a not in act.tiled_axes))
+        """How a static input's range is taken: one for each index of act_batch_axes, and of its tiles.
+
+        Raises ValueError, naming the path, for an axis that the input does not have.
+        """
+        return ranged(self.act(ndim), self.rule.act_batch_axes, ndim, self.path)
 
     @property
     def tensor(self) -> str:
         """Name of the weight among the model's parameters."""
         return self.path.replace("/", ".") + ".weight"
+
+
+def ranged(how: HowToQuantize, axes: tuple[int, ...], ndim: int, path: str) -> HowToQuantize:
+    """how with a range for each index of these axes, but for summed ones: a range is of whole rows or tiles.
+
+    Raises ValueError, naming the path, for an axis that an input of ndim axes does not have.
+    """
+    for axis in axes:
+        if not -ndim <= axis < ndim:
+            raise ValueError(f"{path}: act_batch_axes names axis {axis}, but the input has {ndim} axes")
+    batch = {axis % ndim for axis in axes}
+    return replace(how, channelwise_axes=tuple(a for a in how.channelwise_axes if a in batch))
 
 
 class Plan(Mapping):
