@@ -112,10 +112,12 @@ def main() -> None:
         import transformers
 
         tokenizer = transformers.AutoTokenizer.from_pretrained(teacher)
-        _, held = data.rows(Settings(**vars(settings) | {"evaluate": 4 * args.windows}), tokenizer)
+        _, held = data.rows(Settings(**vars(settings) | {"evaluate": 4 * args.windows + 8}), tokenizer)
         _, judging = data.rows(settings, tokenizer)
         judged = {tuple(tokens) for tokens, _ in judging}
         scored = [row for row in held if tuple(row[0]) not in judged]
+        if not scored:
+            raise SystemExit("train_smollm2: no held-out row is left to measure; pass a smaller --length")
         scored = scored[:: max(1, len(scored) // args.windows)][: args.windows]
         before = measure(start, teacher, scored, args.device)
         print(f"start: KL {before:.4f}", flush=True)
