@@ -1,6 +1,7 @@
 """Interrupted conversions, memory limits, dry runs, and conversions by several processes."""
 
 import json
+import mmap
 import os
 import shutil
 import socket
@@ -196,12 +197,20 @@ def test_what_is_no_amount_of_memory(text):
         parse_bytes(text)
 
 
+def written(count: int) -> mmap.mmap:
+    """New memory of its own, written to; malloc may hand out what the process has already."""
+    memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for page in range(0, count, mmap.PAGESIZE):
+        memory[page] = 1
+    return memory
+
+
 @needs_proc
 def test_anonymous_memory_counts_what_is_written_and_not_what_is_mapped(tmp_path):
     before = anonymous_bytes()
-    held = np.ones(50_000_000, np.uint8)
+    held = written(50_000_000)
     assert 45e6 < anonymous_bytes() - before < 60e6
-    del held
+    held.close()
     (tmp_path / "f").write_bytes(bytes(50_000_000))
     before = anonymous_bytes()
     assert np.memmap(tmp_path / "f", np.uint8, mode="r").sum() == 0
@@ -212,11 +221,11 @@ def test_anonymous_memory_counts_what_is_written_and_not_what_is_mapped(tmp_path
 def test_the_watch_sees_a_peak_and_stops_at_the_limit():
     with Watch(anonymous_bytes() + 20_000_000) as memory:
         memory.check()
-        held = np.ones(60_000_000, np.uint8)
+        held = written(60_000_000)
         deadline = time.monotonic() + 20
         while memory.peak <= memory.limit and time.monotonic() < deadline:
             time.sleep(0.01)  # the thread looks
-        del held
+        held.close()
         with pytest.raises(ValueError, match="more than the limit"):
             memory.check()
 
