@@ -86,7 +86,8 @@ def quality(result: dict) -> str:
     for r in result["rows"]:
         numbers = [r["bytes"] / 1e6, r["bits_per_weight"], r["kl"], r["ratio"], r["perplexity"]]
         shown = [number(value) for value in numbers]
-        rows.append([r["name"], *shown, f"{r['top1']:.1%}", number(r["seconds"]), number(r["peak_mb"])])
+        seconds = None if result["machine"]["noisy"] else r["seconds"]
+        rows.append([r["name"], *shown, f"{r['top1']:.1%}", number(seconds), number(r["peak_mb"])])
     about = f"KL in nats per token; text: {', '.join(result['text'])}; calibration: {result['calibration']}."
     return f"{about}\n\n{table(head, rows)}"
 
@@ -94,13 +95,16 @@ def quality(result: dict) -> str:
 DETAILS = {"bench_qmm": qmm_times, "bench_decode": decode_rates, "eval_quality": quality}
 
 
+COUNTS = ("eval_quality",)  # tools whose tables stand on a busy machine too, without times
+
+
 def newest(tool: str) -> list[dict]:
-    """The newest quiet result of a tool on each machine."""
+    """The newest result of a tool on each machine; of a tool that measures times the newest quiet one."""
     files = RESULTS.glob(f"{tool.removeprefix('bench_').removeprefix('eval_')}-*.json")
     results = [json.loads(path.read_text(encoding="utf-8")) for path in files]
-    quiet = [result for result in results if not result["machine"]["noisy"]]
+    kept = [result for result in results if tool in COUNTS or not result["machine"]["noisy"]]
     by_cpu = {}
-    for result in sorted(quiet, key=lambda result: result["machine"]["date"]):
+    for result in sorted(kept, key=lambda result: result["machine"]["date"]):
         by_cpu[result["machine"]["cpu"], result["machine"]["family"]] = result
     return [by_cpu[cpu] for cpu in sorted(by_cpu)]
 
@@ -205,7 +209,8 @@ def section(tool: str) -> str:
         return f"No run of `tools/{tool}.py` on a quiet machine is on file."
     parts = []
     for result in results:
-        missing = [f"Not timed: {sentence}" for sentence in result.get("missing", ())]
+        word = "Missing" if tool in COUNTS else "Not timed"
+        missing = [f"{word}: {sentence}" for sentence in result.get("missing", ())]
         parts += [f"**{tool}**: {where(result)}", bars(result), DETAILS[tool](result), *missing]
     return "\n\n".join(part for part in parts if part)
 
