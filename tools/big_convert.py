@@ -92,6 +92,9 @@ def make(
     return total
 
 
+WORKING_BYTES = 100e6  # a conversion that holds as much has begun to work
+
+
 def anonymous(pid: int) -> int:
     """RssAnon of a process in bytes, 0 when it has gone."""
     try:
@@ -109,7 +112,8 @@ def convert(source: Path, target: Path, max_memory: str, kill_at: float | None =
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
     while process.poll() is None:
         peak = max(peak, anonymous(process.pid))
-        if kill_at is not None and finished(target) >= before + kill_at * (total - before):
+        at_work = peak > WORKING_BYTES and kill_at is not None
+        if at_work and finished(target) >= before + kill_at * (total - before):
             process.send_signal(signal.SIGKILL)
         time.sleep(0.01)
     said = process.stdout.read()
@@ -137,10 +141,10 @@ def digests(folder: Path) -> dict[str, str]:
     return found
 
 
-def experiment(folder: Path, size: int, max_memory: str, **dimensions) -> dict:
+def experiment(folder: Path, size: int, max_memory: str, kills=(0.3, 0.3), **dimensions) -> dict:
     """The whole experiment in an empty folder; raises SystemExit when something differs."""
     source_bytes = make(folder / "src", size, **dimensions)
-    runs = [convert(folder / "src", folder / "killed", max_memory, kill_at) for kill_at in (0.3, 0.3, None)]
+    runs = [convert(folder / "src", folder / "killed", max_memory, kill_at) for kill_at in (*kills, None)]
     if [run["killed"] for run in runs] != [True, True, False] or runs[0]["exists"] or runs[1]["exists"]:
         raise SystemExit(f"the kills did not come when they should: {runs}")
     resumed = digests(folder / "killed")
