@@ -95,12 +95,13 @@ def quality(result: dict) -> str:
 DETAILS = {"bench_qmm": qmm_times, "bench_decode": decode_rates, "eval_quality": quality}
 
 
-COUNTS = ("eval_quality",)  # tools whose tables stand on a busy machine too, without times
+# Tools whose tables stand on a busy machine too, without times.
+COUNTS = ("eval_quality", "eval_w8a8", "train_mpq")
 
 
 def newest(tool: str) -> list[dict]:
     """The newest result of a tool on each machine; of a tool that measures times the newest quiet one."""
-    files = RESULTS.glob(f"{tool.removeprefix('bench_').removeprefix('eval_')}-*.json")
+    files = RESULTS.glob(f"{re.sub('^(bench|eval|train)_', '', tool)}-*.json")
     results = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     kept = [result for result in results if tool in COUNTS or not result["machine"]["noisy"]]
     by_cpu = {}
@@ -150,12 +151,8 @@ PROXIES = (
 
 def training() -> str:
     """Held-out quality before and after packed training: of each machine the newest run, busy or quiet."""
-    newest_of: dict[str, dict] = {}
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("mpq-*.json")]
-    for result in sorted(results, key=lambda result: result["machine"]["date"]):
-        newest_of[result["machine"]["cpu"]] = result
     parts = []
-    for result in newest_of.values():
+    for result in newest("train_mpq"):
         rows = []
         for run in result["runs"]:
             pairs = [(run["before"][key], run["after"][key]) for key in ("kl", "perplexity", "agreement")]
@@ -177,12 +174,8 @@ def training() -> str:
 
 def w8a8() -> str:
     """Quality of 8-bit inputs by their rules; of each machine the newest run, and speed if it was quiet."""
-    newest_of: dict[str, dict] = {}
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("w8a8-*.json")]
-    for result in sorted(results, key=lambda result: result["machine"]["date"]):
-        newest_of[result["machine"]["cpu"]] = result
     parts = []
-    for result in newest_of.values():
+    for result in newest("eval_w8a8"):
         rows = [
             [name, f"{row['kl']:.4f} +- {row['kl_standard_error']:.4f}", f"{100 * row['top1']:.1f} %",
              number(row["perplexity"]), str(row["tokens"])]

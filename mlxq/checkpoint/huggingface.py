@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlxq.checkpoint import sources
 from mlxq.checkpoint.actorder import absorb
 from mlxq.checkpoint.arrange import arrange, materialized, stand_in
-from mlxq.checkpoint.safetensors import STORED, Entry, Planned, read_header
+from mlxq.checkpoint.safetensors import STORED, Entry, Planned, header_of, read_header
 from mlxq.checkpoint.tensors import ArrayTensor, FileTensor, Tensor, map_file
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
@@ -336,21 +336,15 @@ def unpickle(source: Path, target: Path, values: bool = True) -> Path:
         torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
         torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8", torch.bool: "BOOL",
     }  # fmt: skip
-    header, offset = {}, 0
+    plan = []
     for name, tensor in state.items():
         if tensor.dtype not in stored:
             raise ValueError(f"{source}: {name} is {tensor.dtype}, which has no place in a checkpoint")
-        plan = Planned(name, stored[tensor.dtype], tuple(tensor.shape))
-        header[name] = {
-            "dtype": plan.dtype,
-            "shape": list(plan.shape),
-            "data_offsets": [offset, offset + plan.nbytes],
-        }
-        offset += plan.nbytes
-    text = json.dumps(header).encode()
+        plan.append(Planned(name, stored[tensor.dtype], tuple(tensor.shape)))
+    header = header_of(plan)
     with open(target, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + offset)
+        file.write(header)
+        file.truncate(len(header) + sum(tensor.nbytes for tensor in plan))
         for tensor in state.values() if values else ():
             flat = tensor.contiguous().reshape(-1)
             file.write(flat.view(torch.uint8).numpy().data if math.prod(tensor.shape) else b"")

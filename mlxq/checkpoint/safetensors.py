@@ -135,6 +135,19 @@ class Planned:
         return math.prod(self.shape) * BYTES[self.dtype]
 
 
+def header_of(tensors: Iterable[Planned], metadata: dict[str, str] | None = None) -> bytes:
+    """The bytes of a file before its tensors, which follow one another in this order."""
+    header: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
+    offset = 0
+    for tensor in tensors:
+        span = [offset, offset + tensor.nbytes]
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": span}
+        offset = span[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 class Writer:
     """MLX's shard files in `folder`, written piece by piece: headers first, because every shape is known.
 
@@ -174,19 +187,7 @@ class Writer:
             file_name = (
                 "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
             )
-            header: dict[str, object] = {"__metadata__": {"format": made_for}}
-            offset = 0
-            for tensor in shard:
-                span = [offset, offset + tensor.nbytes]
-                header[tensor.name] = {
-                    "dtype": tensor.dtype,
-                    "shape": list(tensor.shape),
-                    "data_offsets": span,
-                }
-                offset = span[1]
-            text = json.dumps(header, separators=(",", ":")).encode()
-            text += b" " * (-len(text) % 8)
-            self.headers[file_name] = len(text).to_bytes(8, "little") + text
+            self.headers[file_name] = header_of(shard, {"format": made_for})
             begin = len(self.headers[file_name])
             for tensor in shard:
                 self.weight_map[tensor.name] = file_name

@@ -32,8 +32,8 @@ RESIDUAL_UNITS = 254  # of one step: int8 holds -127 .. 127, half a step on eith
 STATE_BLOCK = 64  # weights that share the largest value of an 8-bit moment
 BLOCK_ELEMENTS = 1 << 22  # weights decoded at a time
 ROUNDINGS = ("error feedback", "stochastic")
-MOMENT_LEVELS, MOMENT_POWER = 127, 2
-VARIANCE_LEVELS, VARIANCE_POWER = 255, 4
+# (levels, power) of an 8-bit moment: value = largest of the block * (code / levels) ** power
+MOMENTS = {"momentum": (127, 2), "variance": (255, 4)}
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,9 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxq.optim import (
-    MOMENT_LEVELS,
-    MOMENT_POWER,
+    MOMENTS,
     RESIDUAL_UNITS,
     STATE_BLOCK,
-    VARIANCE_LEVELS,
-    VARIANCE_POWER,
     Options,
     seed_of,
 )
@@ -247,22 +244,15 @@ def _below(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _codec(name: str) -> tuple[int, int]:
-    """(levels, power) of an 8-bit moment: value = max * (code / levels) ** power."""
-    if name == "momentum":
-        return MOMENT_LEVELS, MOMENT_POWER
-    return VARIANCE_LEVELS, VARIANCE_POWER
-
-
 def _decode(name: str, codes: mx.array, largest: mx.array) -> mx.array:
-    levels, power = _codec(name)
+    levels, power = MOMENTS[name]
     codes = codes.astype(mx.float32).reshape(*largest.shape, -1) / levels
     return (mx.sign(codes) * mx.abs(codes) ** power * largest[..., None]).reshape(codes.shape[0], -1)
 
 
 def _encode(name: str, values: mx.array, random: _Random) -> tuple[mx.array, mx.array]:
     """(codes int8 or uint8, largest of each block), rounded at random to the right mean."""
-    levels, power = _codec(name)
+    levels, power = MOMENTS[name]
     K = values.shape[1]
     blocks = values.reshape(len(values), -1, STATE_BLOCK if K % STATE_BLOCK == 0 else K)
     largest = mx.abs(blocks).max(-1)

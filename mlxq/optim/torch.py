@@ -10,15 +10,14 @@ import torch
 
 from mlxq.optim import (
     BLOCK_ELEMENTS,
-    MOMENT_LEVELS,
-    MOMENT_POWER,
+    MOMENTS,
     RESIDUAL_UNITS,
     STATE_BLOCK,
-    VARIANCE_LEVELS,
-    VARIANCE_POWER,
     Options,
     seed_of,
 )
+
+_CODES = {"momentum": torch.int8, "variance": torch.uint8}
 
 
 class _MPQOptimizer(torch.optim.Optimizer):
@@ -334,7 +333,7 @@ class _Moments:
             if name in state:
                 continue
             if self.eight:
-                state[name] = torch.zeros(shape, dtype=_codec(name)[2], device=device)
+                state[name] = torch.zeros(shape, dtype=_CODES[name], device=device)
                 state[name + "_max"] = torch.zeros(shape[0], K // self.block, device=device)
             else:
                 state[name] = torch.zeros(shape, device=device)
@@ -344,7 +343,7 @@ class _Moments:
         stored = self.state[name][self.rows]
         if not self.eight:
             return stored
-        levels, power, _ = _codec(name)
+        levels, power = MOMENTS[name]
         codes = stored.float().view(len(stored), -1, self.block) / levels
         values = codes * codes.abs() if power == 2 else codes.square().square_()
         return (values * self.state[name + "_max"][self.rows][..., None]).view(stored.shape)
@@ -353,7 +352,7 @@ class _Moments:
         if not self.eight:
             return
         for name, values in zip(self.names, self.values, strict=True):
-            levels, power, dtype = _codec(name)
+            (levels, power), dtype = MOMENTS[name], _CODES[name]
             values = values.view(len(values), -1, self.block)
             largest = values.abs().amax(-1)
             share = (values.abs() / torch.where(largest == 0, 1, largest)[..., None]).clamp_(max=1)
@@ -370,13 +369,6 @@ class _Moments:
                 .view(self.state[name][self.rows].shape)
             )
             self.state[name + "_max"][self.rows] = largest
-
-
-def _codec(name: str) -> tuple[int, int, torch.dtype]:
-    """(levels, power, dtype) of an 8-bit moment: value = max * (code / levels) ** power."""
-    if name == "momentum":
-        return MOMENT_LEVELS, MOMENT_POWER, torch.int8
-    return VARIANCE_LEVELS, VARIANCE_POWER, torch.uint8
 
 
 def _first_of(owner: torch.Tensor) -> torch.Tensor:

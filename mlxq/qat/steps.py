@@ -23,11 +23,30 @@ class Report:
 
 
 class Framework(Protocol):
-    """What the steps need of a framework; a layer is a module with one weight."""
+    """What the steps need of a framework, as a class that is not instantiated; a layer has one weight."""
 
-    def layers(self, model) -> Iterable[tuple[str, Any]]:
+    @classmethod
+    def layers(cls, model) -> Iterable[tuple[str, Any]]:
         """Every module below the model that holds a weight that could be quantized, fake or not, by path."""
+        return [(path, module) for path, module in cls.modules(model) if cls.is_layer(module)]
 
+    @staticmethod
+    def weight_config(layer):
+        """The configuration of the layer's weight, None where it has none."""
+        return _config_of(layer, "weight_fake_quantizer")
+
+    @staticmethod
+    def activation_config(layer):
+        """The configuration of the layer's input, None where it has none."""
+        return _config_of(layer, "activation_fake_quantizer")
+
+    @classmethod
+    def unwrapped(cls, layer):
+        """The float layer that a fake-quantized one was made around."""
+        return layer.to_embedding() if cls.is_embedding(layer) else layer.to_linear()
+
+    def modules(self, model): ...
+    def is_layer(self, module) -> bool: ...
     def replace(self, model, path: str, layer) -> None: ...
     def is_fake(self, layer) -> bool: ...
     def is_embedding(self, layer) -> bool: ...
@@ -36,8 +55,12 @@ class Framework(Protocol):
 
     def prepared(self, layer, activation, weight): ...
     def converted(self, layer, packed): ...
-    def unwrapped(self, layer): ...
     def packed(self, layer): ...
+
+
+def _config_of(layer, name: str):
+    quantizer = getattr(layer, name, None)
+    return None if quantizer is None else quantizer.config
 
 
 def quantize_(framework: Framework, model, config: QATConfig, filter_fn: Callable | None = None) -> Report:

@@ -42,7 +42,7 @@ _PREPARED = {
 }
 
 
-class _Mlx:
+class _Mlx(steps.Framework):
     """steps.Framework over mlx.nn."""
 
     @staticmethod
@@ -52,10 +52,6 @@ class _Mlx:
     @staticmethod
     def is_layer(module) -> bool:
         return isinstance(module, (nn.Linear, nn.Embedding, SwitchLinear))
-
-    @classmethod
-    def layers(cls, model):
-        return [(path, module) for path, module in cls.modules(model) if cls.is_layer(module)]
 
     @staticmethod
     def replace(model, path, layer):
@@ -72,16 +68,6 @@ class _Mlx:
     @staticmethod
     def weight_id(layer) -> int:
         return id(layer)
-
-    @staticmethod
-    def weight_config(layer):
-        quantizer = getattr(layer, "weight_fake_quantizer", None)
-        return None if quantizer is None else quantizer.config
-
-    @staticmethod
-    def activation_config(layer):
-        quantizer = getattr(layer, "activation_fake_quantizer", None)
-        return None if quantizer is None else quantizer.config
 
     @staticmethod
     def prepared(layer, activation, weight):
@@ -107,10 +93,6 @@ class _Mlx:
         if config is not None:
             new.activation_quantizer = ActivationFakeQuantizer(config)
         return new
-
-    @staticmethod
-    def unwrapped(layer):
-        return layer.to_embedding() if isinstance(layer, FakeQuantizedEmbedding) else layer.to_linear()
 
 
 def quantize_(model: nn.Module, config, filter_fn=None) -> Report:

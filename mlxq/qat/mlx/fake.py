@@ -188,6 +188,12 @@ def _around(cls, layer: nn.Module, drop: tuple[str, ...] = ()):
 _QUANTIZERS = ("activation_fake_quantizer", "weight_fake_quantizer")
 
 
+def _weight(layer) -> mx.array:
+    """The weight that the layer computes with: fake-quantized where it has a quantizer."""
+    quantizer = layer.weight_fake_quantizer
+    return layer["weight"] if quantizer is None else quantizer(layer["weight"])
+
+
 class FakeQuantizedLinear(nn.Linear):
     """nn.Linear that fake-quantizes its input and its weight; either configuration may be None."""
 
@@ -198,11 +204,7 @@ class FakeQuantizedLinear(nn.Linear):
     def __call__(self, x: mx.array) -> mx.array:
         if self.activation_fake_quantizer is not None:
             x = self.activation_fake_quantizer(x)
-        w = (
-            self["weight"]
-            if self.weight_fake_quantizer is None
-            else self.weight_fake_quantizer(self["weight"])
-        )
+        w = _weight(self)
         return mx.addmm(self["bias"], x, w.T) if "bias" in self else x @ w.T
 
     @classmethod
@@ -232,8 +234,7 @@ class FakeQuantizedEmbedding(nn.Embedding):
         return quantizer(rows.reshape(-1, rows.shape[-1])).reshape(rows.shape)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        quantizer = self.weight_fake_quantizer
-        return x @ (self["weight"] if quantizer is None else quantizer(self["weight"])).T
+        return x @ _weight(self).T
 
     @classmethod
     def from_embedding(cls, embedding: nn.Embedding, weight_config=None):
@@ -251,11 +252,7 @@ class FakeQuantizedSwitchLinear(SwitchLinear):
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         if self.activation_fake_quantizer is not None:
             x = self.activation_fake_quantizer(x)
-        w = (
-            self["weight"]
-            if self.weight_fake_quantizer is None
-            else self.weight_fake_quantizer(self["weight"])
-        )
+        w = _weight(self)
         y = mx.gather_mm(x, w.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices)
         return y + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else y
 

@@ -25,7 +25,7 @@ class QuantizedActivationLinear(QuantizedLinear):
         return super().forward(self.activation_quantizer(x))
 
 
-class _Torch:
+class _Torch(steps.Framework):
     """steps.Framework over torch.nn."""
 
     @staticmethod
@@ -35,10 +35,6 @@ class _Torch:
     @staticmethod
     def is_layer(module) -> bool:
         return isinstance(module, (nn.Linear, nn.Embedding))
-
-    @classmethod
-    def layers(cls, model):
-        return [(path, module) for path, module in cls.modules(model) if cls.is_layer(module)]
 
     @staticmethod
     def replace(model, path, layer):
@@ -56,16 +52,6 @@ class _Torch:
     @staticmethod
     def weight_id(layer) -> int:
         return id(layer.weight)
-
-    @staticmethod
-    def weight_config(layer):
-        quantizer = getattr(layer, "weight_fake_quantizer", None)
-        return None if quantizer is None else quantizer.config
-
-    @staticmethod
-    def activation_config(layer):
-        quantizer = getattr(layer, "activation_fake_quantizer", None)
-        return None if quantizer is None else quantizer.config
 
     @staticmethod
     def prepared(layer, activation, weight):
@@ -91,10 +77,6 @@ class _Torch:
         new = QuantizedActivationLinear.from_packed(packed, layer.bias)
         new.activation_quantizer = ActivationFakeQuantizer(config)
         return new
-
-    @staticmethod
-    def unwrapped(layer):
-        return layer.to_embedding() if isinstance(layer, FakeQuantizedEmbedding) else layer.to_linear()
 
 
 def quantize_(model: nn.Module, config, filter_fn=None) -> Report:
