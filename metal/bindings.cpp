@@ -18,6 +18,7 @@
 #endif
 
 #include "cpu/kernel.h"
+#include "packing.h"
 #include "pool.h"
 #include "q8.h"
 #include "quantize.h"
@@ -161,15 +162,31 @@ nb::object quantize(const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::dev
   return nb::make_tuple(words, scales, biases);
 }
 
+mx::Dtype mlx_dtype(const std::string& name) {
+  DType dtype = dtype_of(name);
+  return dtype == DType::f32 ? mx::float32 : dtype == DType::f16 ? mx::float16 : mx::bfloat16;
+}
+
+std::optional<std::vector<mx::array>> quantize_on_gpu_named(const mx::array& w, int group_size, int bits,
+                                                            const std::string& storage, mx::StreamOrDevice s) {
+  return quantize_on_gpu(w, group_size, bits, mlx_dtype(storage), s);
+}
+
+std::optional<mx::array> dequantize_on_gpu_named(const mx::array& words, const mx::array& scales,
+                                                 const mx::array& biases, int group_size, int bits,
+                                                 const std::string& dtype, mx::StreamOrDevice s) {
+  return dequantize_on_gpu(words, scales, biases, group_size, bits, mlx_dtype(dtype), s);
+}
+
 mx::array q8mm_named(const mx::array& x, const mx::array& x_scales, const mx::array& words, const mx::array& scales,
                      const mx::array& biases, int group_size, int bits, bool per_row, const std::string& dtype,
                      mx::StreamOrDevice s) {
-  DType of = dtype_of(dtype);
-  return q8mm(x, x_scales, words, scales, biases, group_size, bits, per_row,
-              of == DType::f32 ? mx::float32 : of == DType::f16 ? mx::float16 : mx::bfloat16, s);
+  return q8mm(x, x_scales, words, scales, biases, group_size, bits, per_row, mlx_dtype(dtype), s);
 }
 
-std::pair<mx::array, mx::array> q8_rows_of(const mx::array& x, mx::StreamOrDevice s) { return q8_rows(x, s); }
+std::pair<mx::array, mx::array> q8_rows_of(const mx::array& x, int group_size, mx::StreamOrDevice s) {
+  return q8_rows(x, group_size, s);
+}
 
 // Says what the Metal host code left to be said.
 void warn_once() {
@@ -248,9 +265,14 @@ NB_MODULE(_ext, m) {
 
   m.def("q8mm", warning(&q8mm_named), "x"_a, "x_scales"_a, "words"_a, "scales"_a, "biases"_a, "group_size"_a, "bits"_a,
         "per_row"_a, "dtype"_a, "stream"_a = nb::none());
-  m.def("q8_rows", warning(&q8_rows_of), "x"_a, "stream"_a = nb::none());
+  m.def("q8_rows", warning(&q8_rows_of), "x"_a, "group_size"_a = 0, "stream"_a = nb::none());
 
   m.def("quantize", &quantize, "w"_a, "w_dtype"_a, "bits"_a, "group_size"_a, "storage"_a);
+
+  m.def("quantize_on_gpu", warning(&quantize_on_gpu_named), "w"_a, "group_size"_a, "bits"_a, "storage"_a,
+        "stream"_a = nb::none());
+  m.def("dequantize_on_gpu", warning(&dequantize_on_gpu_named), "words"_a, "scales"_a, "biases"_a, "group_size"_a,
+        "bits"_a, "dtype"_a, "stream"_a = nb::none());
 
   m.def("metal_status", &metal_status_dict);
 #ifdef MLXQ_METAL

@@ -291,6 +291,7 @@ void Q8Product::eval_cpu(const std::vector<array>& inputs, array& out) {
   q.biases = inputs[3].data<char>();
   q.x_scales = inputs[4].data<float>();
   q.per_row = per_row_;
+  q.tiled = inputs[4].ndim() == inputs[0].ndim();
   mx::cpu::get_command_encoder(stream()).dispatch([q] { run_one(q); });
 }
 

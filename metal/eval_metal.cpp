@@ -9,13 +9,10 @@
 //
 // None of this was run on Apple hardware. On Linux, tests/metal gives this file a device that runs the shaders on the
 // CPU; what else was checked, and how, is in the README under "What has run where".
-#include <sys/sysctl.h>
-
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <climits>
-#include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <stdexcept>
@@ -27,6 +24,7 @@
 #include "mlx/backend/metal/metal.h"
 
 #include "metal_host.h"
+#include "packing.h"
 #include "q8.h"
 
 namespace mlxq {
@@ -85,16 +83,17 @@ struct Gpu {
   bool nax;
 };
 
-// "26.2" -> {26, 2}
-std::pair<int, int> os_version() {
-  char text[64] = "";
-  size_t bytes = sizeof(text) - 1;
-  if (sysctlbyname("kern.osproductversion", text, &bytes, nullptr, 0) != 0) {
-    return {0, 0};
+// Whether the system has MLX's matrix-unit kernels. Asked as MLX asks: sysctl and the like give 16.x for macOS 26 to a
+// Python that was linked for an older one.
+bool system_has_matrix_kernels() {
+#ifdef MLXQ_FAKE_METAL
+  return mx::metal::fake_os_version() >= std::pair(26, 2);
+#else
+  if (__builtin_available(macOS 26.2, *)) {
+    return true;
   }
-  char* rest = text;
-  int major = int(std::strtol(rest, &rest, 10));
-  return {major, *rest == '.' ? int(std::strtol(rest + 1, nullptr, 10)) : 0};
+  return false;
+#endif
 }
 
 // MLX's own test for its matrix-unit kernels (is_nax_available), which libmlx does not export.
@@ -104,7 +103,7 @@ Gpu describe_gpu() {
   if (!gpu.architecture.empty()) {
     gpu.size = gpu.architecture.back();
   }
-  gpu.nax = gpu.generation >= (gpu.size == 'p' ? 18 : 17) && os_version() >= std::pair(26, 2);
+  gpu.nax = gpu.generation >= (gpu.size == 'p' ? 18 : 17) && system_has_matrix_kernels();
   return gpu;
 }
 
@@ -123,12 +122,12 @@ enum class Fn {
   qmv, qvm, qvm_split, qmm, qmm_split, qmm_n, qmm_n_split,
   gather_qmv, gather_qvm, gather_qmm, gather_qmm_n, gather_qmm_sorted, gather_qmm_n_sorted,
   sum_splits, schedule_tiles,
-  q8_mv, q8_mm, q8_rows
+  q8_mv, q8_mm, q8_rows, quantize, dequantize
 };
 
-// Of the template: <>, <T>, <T, S, bits, group_size, M>, <T, S, bits, group_size, tile>, <T, group_size>,
-// <T, group_size, M>.
-enum class Arguments { none, type, vector, tile, grouped, grouped_vector };
+// Of the template: <>, <T>, <T, S, bits, group_size>, the same and M, the same and a tile, <T, group_size>, the
+// same and M.
+enum class Arguments { none, type, format, vector, tile, grouped, grouped_vector };
 
 struct Shader {
   const char* name;
@@ -154,6 +153,8 @@ constexpr Shader shaders[] = {
     {"q8_mv", "q8", Arguments::grouped_vector},
     {"q8_mm", "q8", Arguments::grouped},
     {"q8_rows", "q8", Arguments::type},
+    {"quantize", "quantize", Arguments::format},
+    {"dequantize", "quantize", Arguments::format},
 };
 
 const Shader& shader(Fn fn) { return shaders[int(fn)]; }
@@ -191,6 +192,8 @@ struct Kernel {
       case Fn::schedule_tiles:
         return {256, 1, 1};
       case Fn::q8_rows:
+      case Fn::quantize:
+      case Fn::dequantize:
         return {32, 8, 1};
       default:
         return {32, tiles[variant].simdgroups_across, tiles[variant].simdgroups_down};
@@ -207,7 +210,7 @@ struct Kernel {
     if (kind != Arguments::none) {
       add(msl_type(x));
     }
-    if (kind == Arguments::vector || kind == Arguments::tile) {
+    if (kind == Arguments::format || kind == Arguments::vector || kind == Arguments::tile) {
       add(msl_type(scale));
       add(std::to_string(bits));
     }
@@ -357,6 +360,10 @@ Plan choose(const Q8& p, const Gpu& g) {
     plan.grid = {ceil_div(p.N, 64), ceil_div(p.M, 64), 1};
   }
   return plan;
+}
+
+Kernel kernel_of(const Conversion& c) {
+  return {c.to_codes ? Fn::quantize : Fn::dequantize, c.w, c.storage, c.bits, c.group_size, 0};
 }
 
 // ---- compiled kernels -------------------------------------------------------------------------------------------
@@ -547,6 +554,8 @@ bool metal_serves(const Product& p) {
 
 bool metal_serves(const Q8& p) { return served({choose(p, gpu()).kernel}); }
 
+bool metal_serves(const Conversion& c) { return served({kernel_of(c)}); }
+
 bool metal_serves_q8_rows(DType x) { return served({{Fn::q8_rows, x}}); }
 
 Choice metal_choice(const Product& p) {
@@ -594,8 +603,8 @@ void Q8Product::eval_gpu(const std::vector<array>& inputs, array& out) {
   expect_no_strides(inputs);
   const array &x = inputs[0], &words = inputs[1], &scales = inputs[2], &x_scales = inputs[3];
   if (x.offset() % 4 != 0) {
-    throw std::runtime_error("q8mm: x_codes begin at byte " + std::to_string(x.offset()) +
-                             " of their buffer, and the kernel reads words; wanted a multiple of 4: mx.eval them first");
+    throw std::runtime_error("q8mm: x_codes begin at byte " + std::to_string(x.offset()) + " of their buffer, and " +
+                             "the kernel reads words; wanted a multiple of 4: mx.eval them first");
   }
   int K = x.shape(-1), N = words.shape(0), M = int(x.size() / K);
   Plan plan = choose(Q8{to_dtype(dtype_), per_row_ ? 0 : group_size_, M, N, K}, gpu());
@@ -635,6 +644,39 @@ void Q8Rows::eval_gpu(const std::vector<array>& inputs, std::vector<array>& outp
   encoder.set_output_array(outputs[1], 2);
   encoder.set_bytes(K, 3);
   finish(encoder, kernel, {int(x.size() / K), 1, 1});
+}
+
+void Quantize::eval_gpu(const std::vector<array>& inputs, std::vector<array>& outputs) {
+  for (array& out : outputs) {
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+  }
+  expect_no_strides(inputs);
+  std::memset(outputs[3].data<char>(), 0, outputs[3].nbytes());  // the kernel adds to it
+  Kernel kernel = kernel_of({to_dtype(inputs[0].dtype()), to_dtype(outputs[1].dtype()), bits_, group_size_, true});
+  int groups = int(outputs[1].size());
+  auto& encoder = mx::metal::get_command_encoder(stream());
+  start(encoder, kernel);
+  encoder.set_input_array(inputs[0], 0);
+  for (int i = 0; i < 4; ++i) {
+    encoder.set_output_array(outputs[i], i + 1);
+  }
+  encoder.set_bytes(groups, 5);
+  finish(encoder, kernel, {ceil_div(groups, 8), 1, 1});
+}
+
+void Dequantize::eval_gpu(const std::vector<array>& inputs, array& out) {
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  expect_no_strides(inputs);
+  Kernel kernel = kernel_of({to_dtype(out.dtype()), to_dtype(inputs[1].dtype()), bits_, group_size_, false});
+  int groups = int(inputs[1].size());
+  auto& encoder = mx::metal::get_command_encoder(stream());
+  start(encoder, kernel);
+  for (int i = 0; i < 3; ++i) {
+    encoder.set_input_array(inputs[i], i);
+  }
+  encoder.set_output_array(out, 3);
+  encoder.set_bytes(groups, 4);
+  finish(encoder, kernel, {ceil_div(groups, 8), 1, 1});
 }
 
 }  // namespace mlxq

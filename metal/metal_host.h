@@ -37,6 +37,15 @@ struct Q8 {
   int M, N, K;
 };
 
+// Quantizing (to codes) or dequantizing, as far as choosing a kernel goes.
+struct Conversion {
+  DType w;
+  DType storage;  // of scales and biases
+  int bits;
+  int group_size;
+  bool to_codes;
+};
+
 // The text of one shader file, its includes in place; written by embed_shaders.py.
 struct ShaderText {
   const char* name;
@@ -71,6 +80,7 @@ bool on_metal(const mx::Stream& stream);
 // graph is built and stock MLX can still take over. After one refusal the answer stays no.
 bool metal_serves(const Product& p);
 bool metal_serves(const Q8& p);
+bool metal_serves(const Conversion& c);
 bool metal_serves_q8_rows(DType x);
 
 Choice metal_choice(const Product& p);
@@ -83,6 +93,7 @@ std::string take_metal_warning();
 inline bool on_metal(const mx::Stream&) { return false; }
 inline bool metal_serves(const Product&) { return false; }
 inline bool metal_serves(const Q8&) { return false; }
+inline bool metal_serves(const Conversion&) { return false; }
 inline bool metal_serves_q8_rows(DType) { return false; }
 inline std::optional<MetalStatus> metal_status() { return std::nullopt; }
 inline std::string take_metal_warning() { return ""; }

@@ -21,18 +21,26 @@ namespace {
 
 Shape leading(const array& a) { return Shape(a.shape().begin(), a.shape().end() - 1); }
 
-// x_scales with one number for each row of x.
-array scale_of_each_row(const array& x_scales, const array& x, mx::StreamOrDevice s) {
+Shape tiles_of(const array& x, int group_size) {
+  Shape shape = x.shape();
+  shape.back() /= group_size;
+  return shape;
+}
+
+// x_scales with one number for each row of x, or as they are with one for each of its groups.
+array scales_of_rows(const array& x_scales, const array& x, int group_size, mx::StreamOrDevice s) {
   if (x_scales.dtype() != mx::float32) {
     throw DtypeError(text("q8mm: x_scales are ", x_scales.dtype(), "; wanted float32"));
   }
   Shape rows = leading(x);
-  if (x_scales.shape() == rows) {
+  bool one = x_scales.size() == 1;
+  if (x_scales.shape() == rows || (!one && x_scales.shape() == tiles_of(x, group_size))) {
     return x_scales;
   }
-  if (x_scales.size() != 1) {
+  if (!one) {
     throw std::invalid_argument(text("q8mm: x_scales have shape ", shape_text(x_scales), "; wanted one number, or ",
-                                     "one for each row of x of shape ", shape_text(x)));
+                                     "one for each row of x of shape ", shape_text(x), ", or for each ", group_size,
+                                     " codes of a row"));
   }
   return mx::broadcast_to(mx::reshape(x_scales, {}, s), rows, s);
 }
@@ -64,6 +72,15 @@ array on_the_gpu(const array& x, const array& x_scales, const array& words, cons
   if (x.size() == 0 || N == 0) {
     return mx::zeros(shape, dtype, s);
   }
+  if (x_scales.ndim() == x.ndim()) {
+    Shape grouped = tiles_of(x, group_size);
+    grouped.push_back(group_size);
+    array codes = mx::astype(mx::reshape(x, grouped, s), mx::float32, s);
+    array values = mx::multiply(codes, mx::expand_dims(x_scales, -1, s), s);
+    return mx::astype(qmm(mx::reshape(values, x.shape(), s), words, mx::astype(scales, mx::float32, s),
+                          mx::astype(biases, mx::float32, s), true, group_size, bits, s),
+                      dtype, s);
+  }
   array column = mx::expand_dims(x_scales, -1, s);
   array wide_scales = mx::astype(scales, mx::float32, s), wide_biases = mx::astype(biases, mx::float32, s);
   int rows = int(x.size() / K);
@@ -94,12 +111,25 @@ array on_the_gpu(const array& x, const array& x_scales, const array& words, cons
 
 }  // namespace
 
-std::pair<array, array> q8_rows(const array& x, mx::StreamOrDevice s) {
+std::pair<array, array> q8_rows(const array& x, int group_size, mx::StreamOrDevice s) {
   DType dtype = to_dtype(x.dtype(), "q8_rows: x");
   if (x.ndim() == 0 || x.shape(-1) == 0) {
     throw std::invalid_argument(text("q8_rows: x has shape ", shape_text(x), "; wanted (..., K), K at least 1"));
   }
   auto stream = mx::to_stream(s);
+  if (group_size != 0) {
+    if (group_size != 32 && group_size != 64 && group_size != 128) {
+      throw std::invalid_argument(text("q8_rows: group_size is ", group_size, "; wanted 32, 64 or 128"));
+    }
+    if (x.shape(-1) % group_size != 0) {
+      throw std::invalid_argument(text("q8_rows: x has shape ", shape_text(x), ", whose rows are no multiple of ",
+                                       "group_size=", group_size));
+    }
+    Shape grouped = tiles_of(x, group_size);
+    grouped.push_back(group_size);
+    auto [codes, scales] = q8_rows(mx::reshape(x, grouped, stream), 0, stream);
+    return {mx::reshape(codes, x.shape(), stream), scales};
+  }
   bool gpu = on_metal(stream) || stream.device == mx::Device::gpu;
   if (gpu && (x.size() == 0 || x.shape(-1) % 4 != 0 || !on_metal(stream) || !metal_serves_q8_rows(dtype))) {
     array wide = mx::astype(x, mx::float32, stream);
@@ -129,7 +159,11 @@ array q8mm(const array& x, const array& x_scales, const array& words, const arra
     throw std::invalid_argument(text("q8mm: K=", sizes.K, " int8 products may not fit an int32; at most ", q8_longest));
   }
   auto stream = mx::to_stream(s);
-  array rows = scale_of_each_row(x_scales, x, stream);
+  array rows = scales_of_rows(x_scales, x, group_size, stream);
+  if (per_row && rows.ndim() == x.ndim()) {
+    throw std::invalid_argument(text("q8mm: x_scales have shape ", shape_text(x_scales), ", one for each group, and ",
+                                     "per_row sums whole rows; wanted per_row=False, or one scale for each row"));
+  }
   if (on_metal(stream) || stream.device == mx::Device::gpu) {
     return on_the_gpu(x, rows, words, scales, biases, sizes, group_size, bits, per_row, dtype, stream);
   }
@@ -203,7 +237,7 @@ vector<array> Q8Rows::vjp(const vector<array>&, const vector<array>&, const vect
 }
 
 std::pair<vector<array>, vector<int>> Q8Rows::vmap(const vector<array>& inputs, const vector<int>& axes) {
-  auto [codes, scales] = q8_rows(mx::moveaxis(inputs[0], axes[0], 0, stream()), stream());
+  auto [codes, scales] = q8_rows(mx::moveaxis(inputs[0], axes[0], 0, stream()), 0, stream());
   return {{codes, scales}, {0, 0}};
 }
 

@@ -12,17 +12,18 @@ namespace mlxq {
 // The sums of a whole row stay in int32 up to here: 131071 * 128 * 128 < 2^31.
 constexpr int q8_longest = 131071;
 
-// (codes int8, scales float32 without the last axis) of x's rows; mlxq.ops.q8_rows. Lazy, without a gradient.
-std::pair<mx::array, mx::array> q8_rows(const mx::array& x, mx::StreamOrDevice s = {});
+// (codes int8, scales float32 without the last axis) of x's rows, or with group_size not 0 (codes, scales (..., K /
+// group_size)) of the groups of these; mlxq.ops.q8_rows. Lazy, without a gradient.
+std::pair<mx::array, mx::array> q8_rows(const mx::array& x, int group_size, mx::StreamOrDevice s = {});
 
-// Shapes, formula and errors: mlxq.ops.q8mm. On a GPU our shaders serve 8-bit weights and all with per_row; what is left
-// is a float32 product of the codes by qmm.
+// Shapes, formula and errors: mlxq.ops.q8mm. On a GPU our shaders serve 8-bit weights and all with per_row; the others,
+// and x_scales for groups, are a float32 product of the codes by qmm.
 mx::array q8mm(const mx::array& x, const mx::array& x_scales, const mx::array& words, const mx::array& scales,
                const mx::array& biases, int group_size, int bits, bool per_row, mx::Dtype dtype,
                mx::StreamOrDevice s = {});
 
-// Inputs: x, words, scales, biases, x_scales (one for each row of x). On Metal: 8-bit words, float32 scales of shape (N,)
-// or (N, K / group_size), no biases, and the part of the formula that has none.
+// Inputs: x, words, scales, biases, x_scales: one for each row of x, or on a CPU for each of its groups. On Metal: 8-bit
+// words, float32 scales of shape (N,) or (N, K / group_size), no biases, and the part of the formula that has none.
 class Q8Product : public mx::UnaryPrimitive {
  public:
   Q8Product(mx::Stream stream, int group_size, int bits, bool per_row, mx::Dtype dtype)

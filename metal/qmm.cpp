@@ -204,6 +204,17 @@ array gather_qmm(const array& x, const array& words, const array& scales, const 
     if (x.size() == 0 || words.size() == 0 || broadcast[0].size() == 0) {
       return mx::zeros(shape, x.dtype(), stream);
     }
+    // A GPU cannot raise, and an index may not reach outside: as unsigned numbers, negative ones are too large as well.
+    auto inside = [&](const array& a, int64_t count) {
+      array last(uint32_t(count - 1), mx::uint32);
+      return mx::view(mx::minimum(mx::view(a, mx::uint32, stream), last, stream), mx::int32, stream);
+    };
+    if (lhs_indices) {
+      broadcast[0] = inside(broadcast[0], x.size() / (int64_t(x.shape(-2)) * x.shape(-1)));
+    }
+    if (rhs_indices) {
+      broadcast[1] = inside(broadcast[1], words.size() / (int64_t(N) * words.shape(-1)));
+    }
     Product p{transpose, bits, group_size, to_dtype(x.dtype()), to_dtype(dtype), x.shape(-2), N, K, true};
     p.sorted = sorted_indices;
     p.blocks = int(broadcast[0].size());

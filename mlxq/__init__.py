@@ -9,4 +9,8 @@ def __getattr__(name):
         from mlxq.load import load
 
         return load
+    if name == "load_torch":
+        from mlxq.torch_model import load_torch
+
+        return load_torch
     raise AttributeError(f"module 'mlxq' has no attribute {name!r}")

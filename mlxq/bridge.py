@@ -22,6 +22,7 @@ import functools
 import sys
 import weakref
 
+import mlx.core as mx
 import numpy as np
 
 from mlxq import format
@@ -59,8 +60,6 @@ def to_mx(array):
     Raises TypeError for dtypes without an exact counterpart: float64 (MLX would round it silently), float8,
     complex128 and numpy's rarer ones.
     """
-    import mlx.core as mx
-
     if isinstance(array, mx.array):
         return array
     which, name = kind(array), dtype_name(array)
@@ -73,8 +72,6 @@ def to_mx(array):
 
 
 def _torch_to_mx(tensor, name: str):
-    import mlx.core as mx
-
     torch = sys.modules["torch"]
     where = _device_type("to_mx", tensor)
     tensor = tensor.detach()
@@ -85,8 +82,8 @@ def _torch_to_mx(tensor, name: str):
         shared = _shared_array(tensor, name)
         if shared is not None:
             return shared
-    host = tensor.cpu()
-    if host.is_complex():
+    host = tensor if where == "cpu" else tensor.cpu()
+    if name == "complex64":
         host = host.resolve_conj()
     if name == "bfloat16":
         return mx.array(host.contiguous().view(torch.int16).numpy()).view(mx.bfloat16)
@@ -107,8 +104,6 @@ def _shared_array(tensor, name: str):
     host = _shared.get((tensor.data_ptr(), tensor.nbytes))
     if host is None or not tensor.is_contiguous():
         return None
-    import mlx.core as mx
-
     array, dtype = host.base.obj, mx.bool_ if name == "bool" else getattr(mx, name)
     if array.dtype != dtype:
         array = array.reshape(-1).view(dtype)
@@ -125,8 +120,6 @@ def is_shared(tensor) -> bool:
 
 def mps_shares() -> bool:
     """Whether MLX and torch's MPS tensors can share memory here: Metal on both sides, torch 2.12 or later."""
-    import mlx.core as mx
-
     version = sys.modules["torch"].__version__.split(".")
     return mx.metal.is_available() and (int(version[0]), int(version[1])) >= TORCH_FOR_MPS
 
@@ -157,8 +150,6 @@ def to_torch(array, device=None):
 
 
 def _mx_to_cpu(array):
-    import mlx.core as mx
-
     torch = sys.modules["torch"]
     bits, dtype = array, None  # of another dtype where torch.from_numpy does not take the array's own
     if array.dtype == mx.bfloat16:
@@ -178,8 +169,6 @@ def _mx_to_cpu(array):
 
 
 def _mx_to_mps(array):
-    import mlx.core as mx
-
     mx.eval(array)
     mx.synchronize()  # torch has its own queue and would not wait for MLX's
     return sys.modules["torch"].from_dlpack(array)
@@ -255,8 +244,6 @@ def to_numpy(array) -> np.ndarray:
     if which == "cupy":
         host = array.get()
         return host.astype(np.float32) if dtype_name(array) == "bfloat16" else host
-    import mlx.core as mx
-
     return np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array)
 
 

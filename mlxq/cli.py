@@ -1,8 +1,8 @@
-"""The command line: `mlxq convert | inspect | chat | doctor | autotune`.
+"""The command line: `mlxq convert | train | inspect | chat | doctor | autotune | parity`.
 
 Only argparse and the modules that declare flags are imported before a command runs, so `mlxq --help` answers
-at once. Exit codes: 0 done, 1 doctor found something wrong, 2 bad input (one line on stderr, no traceback
-unless MLXQ_TRACEBACK=1), 130 interrupted, 141 the reader of our output went away.
+at once. Exit codes: 0 done, 1 doctor or parity found something wrong, 2 bad input (one line on stderr, no
+traceback unless MLXQ_TRACEBACK=1), 130 interrupted, 141 the reader of our output went away.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 
-from mlxq import __version__, chat, doctor
+from mlxq import __version__, chat, doctor, parity, train
 
 # What bad input raises. Anything else is our own mistake and keeps its traceback.
 _BAD_INPUT = (ValueError, TypeError, OSError, ImportError)
@@ -30,7 +30,9 @@ def main(argv: list[str] | None = None) -> int:
         # The interpreter flushes stdout once more at exit: give it something that accepts the bytes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
+        if str(stopped):
+            print(f"mlxq: {stopped}", file=sys.stderr)
         return 130
     except _BAD_INPUT as error:
         if os.environ.get("MLXQ_TRACEBACK") == "1":
@@ -73,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
         ("chat", "talk to a model in this terminal, or answer one --prompt", chat.add_arguments, chat.run),
         ("convert", "quantize a Hugging Face or GGUF model to MLX format", _convert_arguments, _convert),
         ("inspect", "show layers, bits, sizes and bits per weight of a model", _inspect_arguments, _inspect),
+        ("train", "train scales or weights for the codes they have", train.add_arguments, _train),
+        ("eval", "measure quality, size and speed of a model on text", _eval_arguments, _eval),
         (
             "doctor",
             "check this installation and every kernel that runs here",
@@ -84,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
             "time the kernels against stock MLX here, and use what is faster",
             _autotune_arguments,
             _autotune,
+        ),
+        (
+            "parity",
+            "run a model on every back end here and prove that all give the same answer",
+            parity.add_arguments,
+            parity.run,
         ),
     ):
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
@@ -121,10 +131,56 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         "expression; bits:none keeps them in float; may be repeated, the first match wins",
     )
     parser.add_argument(
+        "--rules", metavar="FILE", help="TOML or JSON file of such rules; they follow those of --rule"
+    )
+    parser.add_argument(
+        "--allow-unused-rules",
+        action="store_true",
+        help="remark on a rule that matches no layer, instead of refusing",
+    )
+    parser.add_argument(
         "--quantization-rule",
         choices=("affine", "mlx"),
         default="affine",
         help="affine: ours, the same bits on every device (default); mlx: the codes of mx.quantize",
+    )
+    parser.add_argument(
+        "--method",
+        choices=("auto", "rtn", "gptq", "awq", "awq+gptq", "tune"),
+        help="rtn: round to nearest; gptq: keep the layers' outputs on calibration text; awq: scale input "
+        "channels, then round; tune: gptq, then train scales and biases; auto: gptq where it helps, and tune "
+        "in what is left of --minutes (default: auto with --calibration or --minutes, else rtn)",
+    )
+    parser.add_argument(
+        "--minutes", type=float, metavar="M", help="time for auto or tune, training included (tune: 10)"
+    )
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="text or .jsonl file for gptq and static input scales (default: one that comes with mlxq)",
+    )
+    parser.add_argument(
+        "--target-bpw",
+        type=float,
+        metavar="X",
+        help="bits per weight of the whole model: each layer gets bits by the KL divergence its error causes",
+    )
+    parser.add_argument(
+        "--plan", metavar="FILE", help="write what --target-bpw chose as a .json file for --rules"
+    )
+    parser.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="write float weights under Hugging Face's names instead, for transformers; takes --dtype",
+    )
+    parser.add_argument(
+        "--max-memory", metavar="SIZE", help="anonymous memory to stay below, like 3GB: slower, or refused"
+    )
+    parser.add_argument(
+        "--no-resume", action="store_true", help="start anew where an interrupted run of the same left off"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print sizes and estimates of time and memory; write nothing"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it is a model folder")
     parser.add_argument(
@@ -143,26 +199,71 @@ def _convert(args: argparse.Namespace) -> int:
     chat.quiet_transformers(args.src)
     from rich.console import Console
 
+    if args.dequantize:
+        return _dequantize(args)
     from mlxq.convert import convert
+    from mlxq.rules import read_rules
 
+    options = {"method": args.method}
+    if args.method == "tune" or (args.minutes is not None and args.method in (None, "auto")):
+        from mlxq.tune import convert_and_tune as convert
+
+        options = {"method": args.method or "auto", "minutes": args.minutes}
+    elif args.minutes is not None:
+        raise ValueError(f"convert: --minutes is for --method auto and tune, not for {args.method}")
     report = convert(
         args.src,
         args.dst,
         bits=args.bits,
         group_size=args.group_size,
         dtype=args.dtype,
-        rules=args.rule,
+        rules=args.rule + (read_rules(args.rules, args.quantization_rule) if args.rules else []),
+        allow_unused_rules=args.allow_unused_rules,
         embedding_bits=args.embedding_bits,
         quantization_rule=args.quantization_rule,
+        **options,
+        calibration=args.calibration,
+        target_bpw=args.target_bpw,
+        plan=args.plan,
         allow_nonfinite=args.allow_nonfinite,
         overwrite=args.overwrite,
         trust_remote_code=args.trust_remote_code,
+        max_memory=args.max_memory,
+        resume=not args.no_resume,
+        dry_run=args.dry_run,
     )
     console = Console(highlight=False)
     console.print(report.table())
+    if (plan := report.planned) is not None:
+        from mlxq.checkpoint.summary import human_bytes
+
+        console.print(
+            f"Nothing is written. It would take about {plan.seconds:.0f} s, {human_bytes(plan.memory)} of "
+            f"memory and {human_bytes(plan.disk)} of disk.",
+            markup=False,
+        )
+        return 0
     console.print(
         f"{report.path} is written in {report.seconds:.1f} s. Try: mlxq chat {args.dst}", markup=False
     )
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    chat.quiet_transformers(args.model)
+    return train.run(args)
+
+
+def _dequantize(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from mlxq.checkpoint.plain import dequantize
+
+    options = {"dtype": args.dtype, "overwrite": args.overwrite, "trust_remote_code": args.trust_remote_code}
+    report = dequantize(args.src, args.dst, **options)
+    console = Console(highlight=False)
+    console.print(report.table())
+    console.print(f"{report.path} is written in {report.seconds:.1f} s, for transformers", markup=False)
     return 0
 
 
@@ -177,6 +278,34 @@ def _inspect(args: argparse.Namespace) -> int:
 
     Console(highlight=False).print(inspect(args.model).table())
     return 0
+
+
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="model folder")
+    parser.add_argument("--against", metavar="FLOAT", help="folder of the float model: gives KL and top-1")
+    parser.add_argument(
+        "--compare", nargs="+", default=[], metavar="MODEL", help="more models for the same report"
+    )
+    parser.add_argument(
+        "--text",
+        action="append",
+        default=[],
+        metavar="[DOMAIN=]FILE",
+        help="text to measure on; may be repeated (default: a small set that comes with mlxq)",
+    )
+    parser.add_argument("--windows", type=int, metavar="N", help="windows of text altogether (default 12)")
+    parser.add_argument("--length", type=int, metavar="L", help="tokens of a window (default 512)")
+    parser.add_argument(
+        "--report", action="append", default=[], metavar="FILE", help=".html, .png or .json; may be repeated"
+    )
+    parser.add_argument("--card", action="store_true", help="add the numbers to MODEL's README.md")
+
+
+def _eval(args: argparse.Namespace) -> int:
+    chat.quiet_transformers(args.model)
+    from mlxq import evaluate
+
+    return evaluate.run(args)
 
 
 def _autotune_arguments(parser: argparse.ArgumentParser) -> None:

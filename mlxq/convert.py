@@ -2,32 +2,54 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Container, Iterable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from mlxq import format
+from mlxq import __version__, bridge, format
+from mlxq.checkpoint import journal
 from mlxq.checkpoint.gguf import GgufCheckpoint
 from mlxq.checkpoint.huggingface import HuggingFaceCheckpoint, resolve
-from mlxq.checkpoint.partial import check_destination, partial_folder
+from mlxq.checkpoint.journal import Journal, identity
+from mlxq.checkpoint.memory import Watch, anonymous_bytes, parse_bytes
+from mlxq.checkpoint.partial import check_destination
+from mlxq.checkpoint.ranks import Ranks, check_others, from_environment, share, shared_folder
 from mlxq.checkpoint.safetensors import STORED, Planned, Writer, as_stored
 from mlxq.checkpoint.skeleton import Skeleton
-from mlxq.checkpoint.summary import Layer, Summary, human_bytes, inspect
+from mlxq.checkpoint.summary import ACTIVATIONS, Estimate, Layer, Summary, human_bytes, inputs_shown, inspect
+from mlxq.checkpoint.tensors import ArrayTensor
 from mlxq.format import Format, Packed
-from mlxq.ptq import METHODS
-from mlxq.rules import Rule, assign, parse_rule
+from mlxq.ptq import METHODS, Statistics, qarray
+from mlxq.ptq.calibrate import calibrate_blocks
+from mlxq.ptq.calibrated import Changed, Solved, Spool, quantize_blocks
+from mlxq.ptq.pack import pack
+from mlxq.ptq.plan import Site, operation, site_of
+from mlxq.ptq.qarray import HowToQuantize
+from mlxq.ptq.sensitivity import allocate, plan_rules, sensitivities
+from mlxq.ptq.tensors import MxFormat, input_tensors, mx_format, mx_tensors
+from mlxq.ptq.text import read_text, token_windows
+from mlxq.rules import QuantizationRule, RuleSet
 
 __all__ = ["Report", "convert", "inspect"]
 
 DEFAULT = Format(4, 64)
 GGUF_DEFAULT = Format(4, 32)
+STATISTICS = "activation_statistics.npz"  # beside a model with static scales: what Statistics.save writes
+RANGING = "measuring ranges"
 SHARD_BYTES = 5 << 30  # mlx-lm's
+PROBE_WINDOWS, PROBE_LENGTH = 4, 128  # tokens on which sensitivity is measured: 210 layers, each half a pass
 SLAB_WEIGHTS = 1 << 18  # weights in float32 at once: 1 MB, and about five times that with every temporary
+SLAB_BYTES = 48  # of memory for a weight of a slab, at most: float32 and float64 copies, codes as bits
+MEMORY_MARGIN = 96 << 20  # for imports, headers and the report
+# Arguments that change how a conversion goes and not what it writes.
+_NOT_THE_RESULT = ("src", "dst", "overwrite", "max_memory", "resume", "dry_run", "progress")
 
 Report = Summary
 
@@ -38,14 +60,25 @@ class Step:
 
     format        None keeps it in float (or whatever it is)
     repack        codes are taken over as they are
+    grid          the quantizer that chooses codes, scales and biases: a name of rules.GRIDS
+    site          of a rule with another quantizer than those of rules.GRIDS
     dtype         of scales and biases, or of the tensor itself
+    inputs        "" or " + int8 inputs": what mlxq.load shall do with them
     """
 
     name: str
     tensor: object
     dtype: str
-    format: Format | None = None
+    format: Format | MxFormat | None = None
     repack: bool = False
+    grid: str = "affine"
+    site: Site | None = None
+    inputs: str = ""
+
+    @property
+    def stored(self) -> str:
+        """The format, as `inspect` shows it."""
+        return str(self.format or self.dtype) + self.inputs
 
     @property
     def path(self) -> str:
@@ -62,12 +95,11 @@ class Step:
             return [Planned(self.name, STORED.get(self.dtype, self.dtype), shape)]
         *leading, K = shape
         groups = (*leading, self.format.groups(K))
+        words = Planned(self.name, "U32", (*leading, self.format.words_per_row(K)))
+        if isinstance(self.format, MxFormat):
+            return [words, Planned(f"{self.path}.scales", "U8", groups)]
         scale = STORED[self.dtype]
-        return [
-            Planned(self.name, "U32", (*leading, self.format.words_per_row(K))),
-            Planned(f"{self.path}.scales", scale, groups),
-            Planned(f"{self.path}.biases", scale, groups),
-        ]
+        return [words, *(Planned(f"{self.path}.{part}", scale, groups) for part in ("scales", "biases"))]
 
 
 def convert(
@@ -77,13 +109,21 @@ def convert(
     bits: int | None = None,
     group_size: int | None = None,
     dtype: str | None = None,
-    rules: Iterable[str | Rule] = (),
+    rules: Iterable[str | QuantizationRule] = (),
+    allow_unused_rules: bool = False,
     embedding_bits: int | None = None,
     quantization_rule: str = "affine",
+    method: str | None = None,
+    calibration: str | Path | None = None,
+    target_bpw: float | None = None,
+    plan: str | Path | None = None,
     allow_nonfinite: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     max_shard_bytes: int = SHARD_BYTES,
+    max_memory: int | str | None = None,
+    resume: bool = True,
+    dry_run: bool = False,
     progress: bool = True,
 ) -> Report:
     """Write the model src in MLX format, quantized, as the new folder dst, and report what was done.
@@ -94,12 +134,25 @@ def convert(
                       when one is given, the other defaults to the source's (for a GGUF, to 4 or 32)
     dtype             of what stays in float and of scales and biases; default: the one that most of the
                       source's weights have, float16 for a GGUF
-    rules             "PATTERN=bits:8,group_size:32" or Rule; they win over embedding_bits, that over the
-                      model's own preferences, those over bits and group_size
+    rules             "PATTERN=bits:8,group_size:32" or QuantizationRule; they win over embedding_bits, that
+                      over the model's own preferences, those over bits and group_size
+    allow_unused_rules   a rule that matches nothing is a remark in the report, not an error
     embedding_bits    width of the token embedding and of the output head
     quantization_rule "affine" (ours) or "mlx" (the codes of mx.quantize)
+    method            "rtn" rounds each weight to the nearest code; "gptq" chooses codes, scales and biases
+                      that keep the layers' outputs on calibration text; "awq" scales input channels by how
+                      much they matter and rounds; "awq+gptq" does both; "auto" is gptq where it helps.
+                      Default: auto with a calibration text or target_bpw, else rtn
+    calibration       a text or .jsonl file for gptq and for the static input scales that rules ask for
+                      (default: a small set that comes with mlxq)
+    target_bpw        bits per weight of the whole model: bits and groups of the layers that no rule names are
+                      chosen by the KL divergence that each layer's error causes on the calibration text
+    plan              a .json file for the formats so chosen; given as rules it makes the same files again
     allow_nonfinite   keep layers that hold NaN or Inf in float and list them, instead of refusing
     overwrite         replace dst if it is a model folder; it stays until the new one is complete
+    max_memory        bytes of anonymous memory, or "3GB": less is held at once, or the conversion is refused
+    resume            go on with what an interrupted conversion with these arguments left beside dst
+    dry_run           write nothing; the report has sizes and estimates of time and memory
 
     A layer whose K its group size does not divide stays in float and is listed, as in mlx-lm. Integer codes
     of the source are repacked, not quantized again, where the wanted format holds them: as many bits or more,
@@ -109,35 +162,266 @@ def convert(
     Raises FileExistsError, FileNotFoundError, ValueError, ImportError or OSError with one sentence;
     nothing is left under dst then.
     """
+    arguments = {name: value for name, value in locals().items() if name not in _NOT_THE_RESULT}
     begin = time.monotonic()
     _check_arguments(bits, group_size, dtype, embedding_bits, quantization_rule, max_shard_bytes)
-    rules = [parse_rule(rule) if isinstance(rule, str) else rule for rule in rules]
+    if plan is not None and target_bpw is None:
+        raise ValueError("convert: a plan is what target_bpw makes; to follow one, give it as rules")
+    method = method or ("rtn" if calibration is None and target_bpw is None else "auto")
+    if method not in _METHOD_WORDS:
+        raise ValueError(f"convert: no method {method!r}; built: {', '.join(_METHOD_WORDS)}")
+    rules = RuleSet(rules, quantization_rule).rules
+    with_text = method != "rtn" or target_bpw is not None or any(rule.act_static_scale for rule in rules)
+    documents = read_text(calibration) if with_text else []
     dst = Path(dst).expanduser().absolute()
     check_destination(dst, overwrite)
     src = resolve(src)
     if dst.resolve() in (src.resolve(), *src.resolve().parents):
         raise ValueError(f"{dst} is or holds the source {src}: choose another folder")
+    limit = parse_bytes(max_memory) if max_memory is not None else None
+    if limit is not None and anonymous_bytes() is None:
+        raise ValueError("convert: this system does not tell how much memory is anonymous; omit max_memory")
+    digest = identity(src, arguments)
     checkpoint = _open(src)
-    with partial_folder(dst, overwrite) as folder:
-        workspace = folder / "workspace"
-        checkpoint.prepare(workspace)
+    group = Ranks() if dry_run else from_environment()
+    wanted = digest if resume else None
+    place = TemporaryDirectory() if dry_run else shared_folder(group, dst, overwrite, wanted)
+    with place as folder, Watch(limit) as memory:
+        folder = Path(folder)
+        workspace = folder / f"workspace-{group.rank}"
+        shutil.rmtree(workspace, ignore_errors=True)
+        checkpoint.prepare(workspace, values=not dry_run)
         dtype = dtype or checkpoint.float_dtype()
         planner = _Planner(checkpoint, bits, group_size, dtype, rules, embedding_bits, trust_remote_code)
+        planner.grid, planner.allow_unused_rules = quantization_rule, allow_unused_rules
         report = Summary(dst, f"{dst.name}: {checkpoint.config.get('model_type')}")
         broken = planner.nonfinite_layers() if allow_nonfinite else {}
         steps = planner.steps(report, broken)
-        plan = [planned for step in steps for planned in step.planned()]
-        writer = Writer(folder, plan, max_shard_bytes, parameters=sum(_size(step) for step in steps))
+        windows = _calibration_windows(checkpoint, documents, workspace) if documents else None
+        if target_bpw is not None:
+            formats = _spend(planner, steps, target_bpw, windows, broken, progress)
+            if plan is not None and group.rank == 0:
+                text = json.dumps(plan_rules(formats), indent=1)
+                Path(plan).expanduser().write_text(text + "\n", encoding="utf-8")
+        if method != "rtn" and not dry_run:
+            how = "gptq" if method == "auto" else method
+            _calibrate(planner, steps, windows, workspace, how, report, broken, progress)
+        if planner.static and not dry_run:
+            stats = _static_ranges(planner, steps, windows, report, progress)
+        stored = [planned for step in steps for planned in step.planned()]
+        writer = Writer(folder, stored, max_shard_bytes, parameters=sum(_size(step) for step in steps))
+        slab = _slab_weights(steps, limit)
+        if dry_run:
+            return _estimated(report, steps, writer, slab)
         _check_space(folder, writer.file_bytes)
-        bar = _progress_bar(writer.parameters) if progress else nullcontext()
-        with writer, bar as bar:  # nullcontext gives None
-            for step in steps:
-                report.layers.append(_write(step, writer, quantization_rule, broken, bar))
-        _write_config(checkpoint.config, planner, steps, dtype, folder)
-        report.notices += checkpoint.write_tokenizer(folder)
+        done = journal.read(folder, digest) or {}
+        group.gather("")  # nobody writes a journal before everybody has read them
+        bar = _progress_bar(writer.parameters) if progress and group.rank == 0 else nullcontext()
+        # nullcontext gives None
+        with closing(Journal(folder, digest, group.rank)) as log, writer, bar as bar:
+            mine = share(group, {s.name: _size(s) for s in steps}, writer.weight_map)
+            lines = _write_steps(steps, done, mine, writer, log, slab, memory, broken, bar)
+        for text in group.gather(json.dumps(lines)):
+            lines |= json.loads(text)
+        report.layers = [Layer(**lines[step.name]) for step in steps]
         shutil.rmtree(workspace, ignore_errors=True)
-    report.seconds = time.monotonic() - begin
+        report.seconds, report.peak_memory = time.monotonic() - begin, memory.peak
+        if limit is not None:
+            used, allowed = human_bytes(memory.peak), human_bytes(limit)
+            report.notices.append(f"at most {used} of anonymous memory were in use; {allowed} were allowed")
+        if group.rank == 0:
+            _write_config(checkpoint.config, planner, steps, dtype, folder)
+            if planner.static:
+                stats.save(folder / STATISTICS)
+            report.notices += checkpoint.write_tokenizer(folder)
+            text = "the set that comes with mlxq" if calibration is None else Path(calibration).name
+            tokens = 0 if windows is None else windows.size
+            _write_card(report, src, method, f"{tokens} tokens of {text}" if tokens else "", folder)
     return report
+
+
+def _solvable(steps: list[Step], broken: Container[str]) -> list[Step]:
+    """Steps that quantize float weights to a plain format."""
+    return [s for s in steps if s.format and not s.repack and s.site is None and s.name not in broken]
+
+
+def _calibration_windows(checkpoint, documents: list[str], workspace: Path) -> np.ndarray:
+    """Token ids (count, length) of the documents under the model's own tokenizer."""
+    from mlx_lm.utils import load_tokenizer, save_config
+
+    folder = workspace / "tokenizer"
+    folder.mkdir(parents=True)
+    checkpoint.write_tokenizer(folder)
+    save_config(dict(checkpoint.config), folder / "config.json")
+    tokenizer = load_tokenizer(folder)
+    # verbose: transformers else warns that a document is longer than the model's context
+    return token_windows(documents, lambda text: tokenizer.encode(text, verbose=False))
+
+
+@contextmanager
+def _streaming(planner: _Planner, steps: list[Step], wanted, what: str, progress: bool, changes=None):
+    """(model without weights, reader of its float32 parameters, progress function) for a pass over blocks.
+
+    changes   what to do to parameters that are read, by name
+    """
+    skeleton, weights = planner._load()
+
+    def read(name: str) -> np.ndarray:
+        tensor = weights.pop(name)
+        if changes and name in changes:
+            tensor = Changed(tensor, changes[name])
+        rows = int(np.prod(tensor.shape[:-1], dtype=np.int64))
+        values = tensor.read(0, rows) if _is_float(tensor.dtype) else tensor.read_raw(0, rows)
+        values = np.array(values).reshape(tensor.shape)
+        tensor.release()
+        return values
+
+    sizes = {step.path: _size(step) for step in steps}
+    bar = _progress_bar(sum(sizes[path] for path in wanted), what) if progress else nullcontext()
+    with bar as bar:
+
+        def advance(count: int) -> None:
+            if bar is not None:
+                bar.advance(bar.task_ids[0], count)
+
+        try:
+            yield skeleton.model, read, advance
+        except ValueError as error:
+            kind = planner.checkpoint.config.get("model_type")
+            way_out = "dynamic scales do" if what == RANGING else "--method rtn does"
+            raise ValueError(f"calibration does not work on {kind}: {error}; {way_out}") from error
+
+
+def _spend(
+    planner: _Planner, steps: list[Step], target_bpw: float, windows: np.ndarray, broken, progress
+) -> dict[str, Format]:
+    """Give the layers that no rule names formats that fit the target, by measured KL; all formats by path."""
+    named = planner.named_by_rules
+    free = {s.path: s for s in _solvable(steps, broken) if s.path not in named and _size(s)}
+    fixed = sum(p.nbytes for s in steps if s.path not in free for p in s.planned())
+    budget = target_bpw * sum(_size(step) for step in steps) - 8 * fixed
+    probes = min(len(windows), PROBE_WINDOWS)
+    chosen = windows[np.linspace(0, len(windows) - 1, probes).astype(int), :PROBE_LENGTH]
+    dtypes = {path: step.dtype for path, step in free.items()}
+    with _streaming(planner, steps, free, "measuring", progress) as (model, read, advance):
+        costs = sensitivities(model, read, chosen, dtypes, advance=advance)
+    try:
+        formats = allocate(costs, budget)
+    except ValueError as error:
+        raise ValueError(f"convert: {target_bpw:g} bits per weight cannot be met: {error}") from None
+    for path, fmt in formats.items():
+        free[path].format = fmt
+    return {step.path: step.format for step in steps if step.format}
+
+
+def _calibrate(
+    planner: _Planner, steps: list[Step], windows: np.ndarray, workspace: Path, method: str, report, broken,
+    progress,
+) -> None:  # fmt: skip
+    """Solve the layers of the blocks on calibration text, and make their steps take over what was found."""
+    wanted = {step.path: (step.format, step.dtype) for step in _solvable(steps, broken)}
+    spool = Spool(workspace / "solved")
+    with _streaming(planner, steps, wanted, "calibrating", progress) as (model, read, advance):
+        solved, remarks = quantize_blocks(
+            model, read, windows, wanted, spool, method=method, rule=planner.grid, storage=planner.dtype,
+            advance=advance,
+        )  # fmt: skip
+    for step in steps:
+        if step.name in spool.changes:
+            step.tensor = Changed(step.tensor, spool.changes[step.name])
+        if step.path in solved:
+            step.tensor, step.repack = Solved(step.tensor, spool.load(step.path)), True
+    rounded = [path for path in wanted if path not in solved]
+    report.notices += remarks
+    report.notices.append(
+        f"{method} on {windows.size} tokens: {len(solved)} layers"
+        + (f"; rounded to nearest: {', '.join(rounded[:3])}" if rounded else "")
+        + (f" and {len(rounded) - 3} more" if len(rounded) > 3 else "")
+    )
+
+
+def _static_ranges(planner: _Planner, steps: list[Step], windows: np.ndarray, report, progress) -> Statistics:
+    """Ranges of inputs with a static scale in the float model, with what awq did to it; notes the scales."""
+    changes = {step.name: change for step in steps if (change := getattr(step.tensor, "change", None))}
+    sites = planner.static
+    wanted = [site.path.replace("/", ".") for site in sites.values()]
+    with _streaming(planner, steps, wanted, RANGING, progress, changes) as (model, read, advance):
+        stats = calibrate_blocks(model, read, windows, sites, advance)
+    for path, site in sites.items():
+        scale = input_tensors(site, stats, windows.astype(np.float32))["scale_a"]
+        planner.activations[path.replace("/", ".")]["scale_a"] = float(scale)
+    report.notices.append(
+        f"{len(sites)} static scales of inputs from {windows.size} tokens; {STATISTICS} has their ranges"
+    )
+    return stats
+
+
+def _slab_weights(steps: list[Step], limit: int | None) -> int:
+    """How many weights to hold in float32 at once. Raises ValueError when the limit allows too few."""
+    if limit is None:
+        return SLAB_WEIGHTS
+    used = anonymous_bytes() or 0
+    held = {step.path: _held(step) for step in steps}
+    largest = max(held, key=held.get)
+    row = max(step.tensor.K for step in steps)
+    room = limit - used - held[largest] - MEMORY_MARGIN
+    if room < SLAB_BYTES * max(row, 1 << 12):
+        needed = used + held[largest] + MEMORY_MARGIN + SLAB_BYTES * max(row, 1 << 12)
+        what = f"{largest} is computed whole" if held[largest] else f"rows have {row} weights"
+        short = f"{human_bytes(limit)} of memory are too little, {human_bytes(needed)} are needed"
+        raise ValueError(f"convert: {short}: {what}")
+    return min(SLAB_WEIGHTS, room // SLAB_BYTES)
+
+
+def _held(step: Step) -> int:
+    """Bytes that reading a tensor holds whatever the slab: itself and what mlx-lm computes it from."""
+    return 3 * 4 * _size(step) if isinstance(step.tensor, ArrayTensor) else 0
+
+
+def _estimated(report: Report, steps: list[Step], writer: Writer, slab: int) -> Report:
+    """The report with planned sizes, and with the time that a sample of the largest tensor lets expect."""
+    for step in steps:
+        size = sum(planned.nbytes for planned in step.planned())
+        report.layers.append(Layer(step.path.replace(".", "/"), step.stored, _size(step), size))
+    step = max(steps, key=_size)
+    begin, sampled = time.monotonic(), 0
+    for start, stop in _bounds(step.tensor, slab):
+        if isinstance(step.tensor, ArrayTensor) or time.monotonic() - begin > 0.5:
+            break
+        values = step.tensor.read(start, stop)
+        if step.format is not None and np.isfinite(values).all():
+            _quantized(step, values, start, stop)
+        sampled += values.size
+    rate = sampled / (time.monotonic() - begin) if sampled else 2e7
+    memory = (anonymous_bytes() or 0) + MEMORY_MARGIN + SLAB_BYTES * slab + max(map(_held, steps))
+    report.planned = Estimate(writer.parameters / rate, memory, writer.file_bytes)
+    return report
+
+
+def _write_steps(steps, done, mine, writer: Writer, log: Journal, slab, memory, broken, bar) -> dict:
+    """Write the tensors of this process that no earlier run has written; lines of the report by name."""
+    lines = {}
+    try:
+        for step in steps:
+            check_others(writer.folder)
+            names = [planned.name for planned in step.planned()]
+            line = done.get(step.name, {})
+            same = line.get("stored") == step.stored
+            if same and all(writer.holds(name) for name in names):
+                lines[step.name] = line
+            elif step.name in mine:
+                lines[step.name] = asdict(_write(step, writer, broken, bar, slab, memory))
+                log.add(step.name, lines[step.name], lines[step.name]["bytes"], writer.files.values())
+                continue
+            for name in names:
+                writer.skip(name)
+            if bar is not None:
+                bar.advance(bar.task_ids[0], _size(step))
+    except KeyboardInterrupt:
+        log.flush(writer.files.values())
+        raise
+    log.flush(writer.files.values())
+    return lines
 
 
 def _check_arguments(bits, group_size, dtype, embedding_bits, quantization_rule, max_shard_bytes) -> None:
@@ -180,6 +464,10 @@ class _Planner:
         self.default = _with_defaults(bits, group_size, GGUF_DEFAULT if self.is_gguf else DEFAULT)
         self.requantized: dict[str, list[str]] = {}
         self.kept_float: dict[str, str] = {}
+        self.grid, self.allow_unused_rules = "affine", False
+        self.sites: dict[str, Site] = {}
+        self.activations: dict[str, dict] = {}
+        self.static: dict[str, Site] = {}
 
     def _load(self):
         checkpoint = self.checkpoint
@@ -207,7 +495,8 @@ class _Planner:
         self._take_the_sources_format(weights)
         self.keeps_vision = any("vision_tower" in name for name in weights)
         slashed = {path: path.replace(".", "/") for path in self.modules}
-        chosen = assign(self.rules, slashed.values())
+        chosen = self._chosen(slashed, skeleton.model, report)
+        self.named_by_rules = {path for path, slash in slashed.items() if slash in chosen}
         steps = []
         for name in skeleton.shapes():
             tensor, path = weights.pop(name), name.removesuffix(".weight")
@@ -218,16 +507,21 @@ class _Planner:
                 wanted = self._wanted(path, tensor, chosen.get(slashed[path]), opinion)
                 if name in broken:
                     wanted = broken[name]
-                if isinstance(wanted, Format) and tensor.shape[-1] % wanted.group_size:
+                if not isinstance(wanted, str) and tensor.shape[-1] % wanted.group_size:
                     fits = [g for g in format.GROUP_SIZES if tensor.shape[-1] % g == 0]
                     hint = f"; {fits[-1]} would fit" if fits else ""
                     wanted = (
                         f"K={tensor.shape[-1]} is not a multiple of the group size {wanted.group_size}{hint}"
                     )
-                if isinstance(wanted, Format):
+                if not isinstance(wanted, str):
+                    rule = chosen.get(slashed[path])
+                    step.grid = rule.grid or "" if rule else self.grid
+                    step.site = self.sites.get(path)
                     step = self._quantizing(step, wanted, report)
                 else:
                     self.kept_float[path] = report.kept_float[slashed[path]] = wanted
+                    self.activations.pop(path, None)
+                    self.static.pop(slashed[path], None)
             elif name in broken:
                 report.kept_float[name.replace(".", "/")] = broken[name]
             steps.append(step)
@@ -248,13 +542,70 @@ class _Planner:
         if sizes:
             self.default = _with_defaults(self.bits, self.group_size, max(sizes, key=sizes.get))
 
-    def _wanted(self, path: str, tensor, rule: Rule | None, opinion: bool | dict) -> Format | str:
+    def _chosen(self, slashed: dict[str, str], model, report: Summary) -> dict[str, QuantizationRule]:
+        """The rule of each layer that has one, by the path with '/'; convolutions are listed as float."""
+        found = RuleSet(self.rules)
+        chosen = {
+            slash: found.find(slash, operation(self.modules[path])) for path, slash in slashed.items()
+        }
+        for path, module in model.named_modules():
+            if path not in self.modules and operation(module) == "conv_general":
+                rule = found.find(slash := path.replace(".", "/"), "conv_general")
+                if rule is not None and rule.weight_qtype is not None:
+                    report.kept_float[slash] = "files of MLX's format hold no convolutions"
+        if self.allow_unused_rules:
+            report.notices += [f"rule {rule} matches no layer" for rule in found.unused_rules()]
+        else:
+            found.check()
+        return {path: rule for path, rule in chosen.items() if rule is not None}
+
+    def _format_of(self, rule: QuantizationRule, path: str, shape: tuple[int, ...]) -> Format | MxFormat:
+        """The format that a rule asks for; what else it says goes to self.sites and self.activations.
+
+        Raises ValueError, naming the path, the rule and what a file holds, for what no file does.
+        """
+        if rule.grid:
+            wanted = Format(rule.bits, rule.tile_size or self.default.group_size)
+            if rule.act_qtype is None or shape[-1] % wanted.group_size:
+                return wanted  # without a fitting group the layer stays in float
+            rule = replace(rule, tile_size=wanted.group_size)
+        kind = operation(self.modules[path])
+        try:
+            site = site_of(path.replace(".", "/"), kind, shape, self.dtype, rule)
+        except ValueError as error:
+            raise ValueError(f"{error} (rule {rule})") from None
+        rule = site.rule
+        if rule.act_qtype is not None:
+            if not site.integer:
+                raise ValueError(
+                    f"{site.path}: a file holds int8 inputs of linear layers with integer weights, with one "
+                    f"scale a row, one for all, or one for each of the weight's groups; rule {rule} asks for "
+                    "others: quantize_model serves them"
+                )
+            self.activations[path] = {"activation": site.activation}
+            if rule.act_static_scale:
+                self.static[site.path] = site
+        if rule.grid:
+            return site.packed
+        wanted = site.packed or mx_format(site)
+        if wanted is None:
+            raise ValueError(
+                f"{site.path}: {site.stored} has no place in a file of MLX's format, which holds int2 to "
+                "int8 in groups of 32, 64 or 128, and mxfp4, mxfp8 and nvfp4 in rows of a multiple of 32; "
+                f"quantize_model serves rule {rule}"
+            )
+        self.sites[path] = site
+        return wanted
+
+    def _wanted(
+        self, path: str, tensor, rule: QuantizationRule | None, opinion: bool | dict
+    ) -> Format | MxFormat | str:
         """The format of one layer, or the reason why it stays in float."""
         import mlx.nn as nn
 
         group_size = self.default.group_size
         if rule is not None:
-            return Format(rule.bits, rule.group_size or group_size) if rule.bits else "a rule says so"
+            return self._format_of(rule, path, tensor.shape) if rule.weight_qtype else "a rule says so"
         is_vocabulary = isinstance(self.modules[path], nn.Embedding) or path.split(".")[-1] == "lm_head"
         if self.embedding_bits is not None and is_vocabulary:
             return Format(self.embedding_bits, group_size)
@@ -276,8 +627,12 @@ class _Planner:
         group_size = GGUF_DEFAULT.group_size if self.is_gguf else self.default.group_size
         return Format(fitting[0] if fitting else format.KERNEL_BITS[-1], group_size)
 
-    def _quantizing(self, step: Step, wanted: Format, report: Summary) -> Step:
-        step = Step(step.name, step.tensor, self.dtype, wanted, step.tensor.packs_into(wanted))
+    def _quantizing(self, step: Step, wanted: Format | MxFormat, report: Summary) -> Step:
+        repack = step.site is None and step.tensor.packs_into(wanted)
+        inputs = inputs_shown(self.activations.get(step.name.removesuffix(".weight")))
+        step = Step(step.name, step.tensor, self.dtype, wanted, repack, step.grid, step.site, inputs)
+        if step.site is not None and step.site.weight.calibration_method.startswith("minmax"):
+            step.dtype = "float32"  # a bias with a zero point is a product that 16 bits round
         if not step.repack:
             if step.tensor.is_quantized:
                 reason = step.tensor.requantized or f"{step.tensor.repacks_to} codes do not fit {wanted}"
@@ -314,30 +669,31 @@ def _size(step: Step) -> int:
     return int(np.prod(step.tensor.shape, dtype=np.int64))
 
 
-def _bounds(tensor) -> Iterator[tuple[int, int]]:
+def _bounds(tensor, slab: int) -> Iterator[tuple[int, int]]:
     K = tensor.shape[-1] if tensor.shape else 1
     rows = int(np.prod(tensor.shape[:-1], dtype=np.int64))
-    height = max(1, SLAB_WEIGHTS // K)
+    height = max(1, slab // K)
     for start in range(0, rows, height):
         yield start, min(rows, start + height)
 
 
 def _slabs(tensor) -> Iterator[np.ndarray]:
-    for start, stop in _bounds(tensor):
+    for start, stop in _bounds(tensor, SLAB_WEIGHTS):
         yield tensor.read(start, stop)
 
 
-def _write(step: Step, writer: Writer, rule: str, broken: Container[str], bar) -> Layer:
+def _write(step: Step, writer: Writer, broken: Container[str], bar, slab: int, memory: Watch) -> Layer:
     """Read, quantize and write one tensor slab by slab; its line of the report."""
     tensor, stored = step.tensor, step.planned()
     layer = Layer(
         step.path.replace(".", "/"),
-        str(step.format or step.dtype),
+        step.stored,
         _size(step),
         sum(p.nbytes for p in stored),
     )
     error = norm = 0.0
-    for start, stop in _bounds(tensor):
+    for start, stop in _bounds(tensor, slab):
+        memory.check()
         if not _is_float(tensor.dtype):
             writer.write(step.name, tensor.read_raw(start, stop))
             continue
@@ -352,12 +708,11 @@ def _write(step: Step, writer: Writer, rule: str, broken: Container[str], bar) -
             writer.write(step.name, kept)
             restored = format.store(values, step.dtype)
         else:
-            packed = _pack(step, values, start, stop, rule)
-            for planned, array in zip(stored, (packed.words, packed.scales, packed.biases), strict=True):
+            arrays, restored = _quantized(step, values, start, stop)
+            for planned, array in zip(stored, arrays, strict=True):
                 writer.write(
-                    planned.name, array if array.dtype == np.uint32 else as_stored(array, step.dtype)
+                    planned.name, as_stored(array, step.dtype) if array.dtype == np.float32 else array
                 )
-            restored = format.dequantize(packed)
         if step.name not in broken:
             difference = (restored - values).reshape(-1)
             error += float(np.dot(difference, difference))
@@ -370,13 +725,41 @@ def _write(step: Step, writer: Writer, rule: str, broken: Container[str], bar) -
     return layer
 
 
-def _pack(step: Step, values: np.ndarray, start: int, stop: int, rule: str) -> Packed:
+def _quantized(step: Step, values: np.ndarray, start: int, stop: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """(the arrays of step.planned(), the values that they stand for) of rows."""
+    if not isinstance(step.format, MxFormat):
+        packed = _pack(step, values, start, stop)
+        return [packed.words, packed.scales, packed.biases], format.dequantize(packed)
+    array = qarray.quantize(_live(step, values), _of_rows(step.site))
+    tensors = mx_tensors(array)
+    arrays = [bridge.to_numpy(tensors[name]) for name in ("weight", "scales")]
+    return arrays, bridge.to_numpy(qarray.dequantize(array.astype("float32")))
+
+
+def _live(step: Step, values: np.ndarray):
+    """Rows as an mx.array of the dtype that they have in a live model, so that it gets the same codes."""
+    import mlx.core as mx
+
+    return mx.array(values).astype(getattr(mx, step.site.dtype))
+
+
+def _of_rows(site: Site) -> HowToQuantize:
+    """How rows (n, K) of a weight are quantized; experts are read as one matrix."""
+    tile = site.weight.tiles(site.shape).get(len(site.shape) - 1)
+    return replace(site.weight, channelwise_axes=(0,), tiled_axes={1: tile} if tile else {})
+
+
+def _pack(step: Step, values: np.ndarray, start: int, stop: int) -> Packed:
     if step.repack:
         packed = step.tensor.read_packed(start, stop, step.format)
         scales, biases = (format.store(array, step.dtype) for array in (packed.scales, packed.biases))
         return Packed(packed.words, scales, biases, packed.format)
     try:
-        return METHODS["rtn"](values, None, step.format, rule=rule, scale_dtype=step.dtype)
+        if step.site is not None:
+            packed = pack(_live(step, values), _of_rows(step.site), (step.format.bits,), step.dtype)
+            scales, biases = (bridge.to_numpy(a).astype(np.float32) for a in (packed.scales, packed.biases))
+            return Packed(bridge.to_numpy(packed.words), scales, biases, packed.format)
+        return METHODS["rtn"](values, None, step.format, rule=step.grid, scale_dtype=step.dtype)
     except ValueError as error:
         raise ValueError(f"{step.path}: {error}") from None
 
@@ -398,35 +781,72 @@ def _write_config(config: dict, planner: _Planner, steps: list[Step], dtype: str
     }
     quantized = [step for step in steps if step.format]
     if quantized:
-        sizes: dict[Format, int] = {}
+        sizes: dict[Format | MxFormat, int] = {}
         for step in quantized:
             sizes[step.format] = sizes.get(step.format, 0) + _size(step)
         common = planner.default if planner.default in sizes else max(sizes, key=sizes.get)
         if planner.keeps_own_widths:
             common = max(sizes, key=sizes.get)
-        block: dict[str, object] = {"group_size": common.group_size, "bits": common.bits, "mode": "affine"}
+        block: dict[str, object] = dict(_settings(common))
         for step in quantized:
             if step.format != common:
-                block[step.path] = {
-                    "group_size": step.format.group_size,
-                    "bits": step.format.bits,
-                    "mode": "affine",
-                }
+                block[step.path] = _settings(step.format)
         block |= dict.fromkeys(planner.kept_float, False)
         config["quantization"] = block
+        if planner.activations:
+            config[ACTIVATIONS] = planner.activations
     for key in ("dtype", "torch_dtype"):
         if key in config:
             config[key] = dtype
     save_config(config, folder / "config.json", keep_vision_config=planner.keeps_vision)
 
 
+def _settings(fmt: Format | MxFormat) -> dict[str, object]:
+    """A format as config.json writes it."""
+    mode = fmt.mode if isinstance(fmt, MxFormat) else "affine"
+    return {"group_size": fmt.group_size, "bits": fmt.bits, "mode": mode}
+
+
+def _write_card(report: Summary, src: Path, method: str, calibration: str, folder: Path) -> None:
+    """README.md: what was done, how, and what is known of the result."""
+    lines = [
+        "---", "library_name: mlx", "tags: [mlx, mlxq]", "---", "", f"# {report.path.name}", "",
+        f"{src.name}, quantized to MLX format by mlxq {__version__} in {report.seconds:.0f} s. It loads in "
+        "mlx-lm and in mlxq.", "",
+        f"Method: {_METHOD_WORDS[method]}" + (f", on {calibration}." if calibration else "."), "",
+        f"{human_bytes(report.total_bytes)}: {report.bits_per_weight:.3f} bits per weight, all included.", "",
+        "| layers | count | stored | weights | relative weight error |",
+        "| --- | ---: | --- | ---: | ---: |",
+    ]  # fmt: skip
+    for pattern, count, stored, weights, _, error in report.groups():
+        shown = "-" if error is None else f"{error:.4f}"
+        lines.append(f"| `{pattern}` | {count} | {stored} | {weights} | {shown} |")
+    lines += ["", *(f"- {notice}" for notice in report.notices)]
+    if calibration:
+        lines += ["", "A method that keeps outputs may well change weights more than rounding does."]
+    measure = f"mlxq eval {report.path.name} --against FLOAT --card"
+    lines += ["", f"Nothing else was measured: `{measure}` does it."]
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+_METHOD_WORDS = {
+    "rtn": "every weight rounded to the nearest code of its group",
+    "gptq": "codes, scales and biases that keep each layer's outputs (GPTQ, grids fitted under the Hessian)",
+    "awq": "input channels scaled by how much they matter (AWQ), then weights rounded to the nearest code",
+}
+_METHOD_WORDS["awq+gptq"] = f"input channels scaled by how much they matter (AWQ); {_METHOD_WORDS['gptq']}"
+_METHOD_WORDS["auto"] = _METHOD_WORDS["gptq"]
+
+
 def _check_space(folder: Path, wanted: int) -> None:
     free = shutil.disk_usage(folder).free
+    # what an earlier run has written already
+    wanted -= sum(512 * file.stat().st_blocks for file in folder.glob("model*.safetensors"))
     if wanted > free:
         raise OSError(f"{folder.parent}: {human_bytes(wanted)} are needed and {human_bytes(free)} are free")
 
 
-def _progress_bar(total: int):
+def _progress_bar(total: int, what: str = "converting"):
     """A bar on stderr with rate and remaining time; silent when that is not a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -439,8 +859,8 @@ def _progress_bar(total: int):
 
     console = Console(stderr=True)
     bar = Progress(
-        TextColumn("converting"), BarColumn(), TaskProgressColumn(), Rate(""), TimeRemainingColumn(),
+        TextColumn(what), BarColumn(), TaskProgressColumn(), Rate(""), TimeRemainingColumn(),
         console=console, disable=not console.is_terminal, transient=True,
     )  # fmt: skip
-    bar.add_task("converting", total=total)
+    bar.add_task(what, total=total)
     return bar

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -143,6 +145,7 @@ def _machine() -> dict[str, str]:
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "libc": " ".join(platform.libc_ver()).strip() or "-",
+        **({"macOS": _output("sw_vers", "-productVersion")} if sys.platform == "darwin" else {}),
         "cpu": _cpu_name(),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         "python": sys.executable.replace(str(Path.home()), "~"),
@@ -258,6 +261,10 @@ def _self_test(ops):
         for family in ops.isa_levels():
             with ops.forced_isa(family):
                 _run_case(ops, case, results, wrong, family)
+    for case in _int8_cases(format.KERNEL_BITS if native else ()):
+        for family in ops.isa_levels():
+            with ops.forced_isa(family):
+                _run_int8(ops, case, results)
     # Few rows are enough where MLX's own loops do the work: they are slow.
     for case in _cases([b for b in format.BITS if not native or b not in format.KERNEL_BITS], rows=ROWS[:2]):
         _run_case(ops, case, results, wrong, None)
@@ -282,7 +289,7 @@ def _self_test(ops):
 
 
 def _metal(ops):
-    """Our Metal kernels on this GPU, every format and orientation, against float64; nothing without Metal."""
+    """Our Metal kernels on this GPU against float64, each of them and every format; nothing without Metal."""
     from mlxq import format
     from mlxq.ops import native
 
@@ -290,15 +297,134 @@ def _metal(ops):
         return {}, []
     results: dict[str, dict] = {}
     with native.untuned():
-        for case in _cases(format.KERNEL_BITS):
-            if case.dtypes == ("float16", "float16"):
-                _run_case(ops, case, results, [], None, lambda: ops.metal_status()["kernels"])
+        cases = (case for case in _cases(format.KERNEL_BITS) if case.dtypes == ("float16", "float16"))
+        for case in itertools.chain(cases, _metal_cases()):
+            _run_case(ops, case, results, [], None, lambda: ops.metal_status()["kernels"])
+    differ = _differing_bits(ops) if ops.metal_status()["error"] is None else []
     status = ops.metal_status()
     wrong = status["error"] or "".join(r["wrong"] for r in results.values()).lstrip("; ")
     worst = max((r["error"] for r in results.values()), default=0.0)
     ran = len(results.keys() - {"stock"})
     detail = f"{ran} kernels on {status['architecture']}, error at most {_percent_of_bar(worst)}"
-    return {"metal": status}, [_check("Metal kernels", not wrong, wrong or detail)]
+    same = "quantize, dequantize, q8_rows and q8mm give the bits of numpy"
+    checks = [_check("Metal kernels", not wrong, wrong or detail)]
+    if status["error"] is None:  # stock MLX promises no bits
+        detail = f"not numpy's: {', '.join(differ)}" if differ else same
+        checks.append(_check("Metal bits", not differ, detail))
+        kinds = {re.sub(r"_(float|half|bfloat)(_.*)?$", "", name.removeprefix("mlxq_")) for name in results}
+        wanted = _METAL_VECTOR if status["nax"] else (*_METAL_VECTOR, *_METAL_MATRIX)
+        if idle := [kind for kind in wanted if kind not in kinds]:
+            checks.append(_check("Metal coverage", False, f"no case reached {', '.join(idle)}"))
+    return {"metal": status}, checks
+
+
+# Kernels of products. Where MLX has matrix units it serves what the second ones are for.
+_METAL_VECTOR = ("qmv", "qvm", "qvm_split", "sum_splits", "gather_qmv", "gather_qvm")
+_METAL_MATRIX = ("qmm", "qmm_split", "qmm_n", "qmm_n_split", "gather_qmm", "gather_qmm_n")
+_METAL_MATRIX += ("gather_qmm_sorted", "gather_qmm_n_sorted", "schedule_tiles")
+
+
+def _metal_cases():
+    """Shapes that reach every kernel of products, in what most models are: bfloat16, 4 bits, groups of 64."""
+    import mlx.core as mx
+    import numpy as np
+
+    from mlxq import format
+    from mlxq.ops import reference
+
+    rng = np.random.default_rng(4)
+
+    def weight(N: int, K: int):
+        values = rng.standard_normal((N, K)).astype(np.float32)
+        return _to_mx(format.quantize(values, format.Format(4, 64), "affine", "bfloat16"), "bfloat16")
+
+    def rows(*shape: int):
+        return mx.array(rng.standard_normal(shape).astype(np.float32)).astype(mx.bfloat16)
+
+    for transpose in (True, False):
+        for M, inner in ((2, 256), (20, 256), (2, 1024), (12, 1024)):
+            w = weight(OUTPUTS, inner) if transpose else weight(inner, 128)
+            x = rows(M, inner)
+            yield _Case(w, x, transpose, reference.qmm(x, w, transpose))
+        w = weight(3 * OUTPUTS, 128)
+        parts = (a.reshape(3, OUTPUTS, -1) for a in (w.words, w.scales, w.biases))
+        w = format.Packed(*parts, w.format)
+        for M, experts in ((2, (2, 0, 1, 2)), (18, (1, 0)), (1, (0,) * 5 + (2,) * 20)):
+            x = rows(len(experts), M, 128 if transpose else OUTPUTS)
+            want = reference.gather_qmm(x, w, rhs_indices=mx.array(experts), transpose=transpose)
+            yield _Case(w, x, transpose, want, experts, list(experts) == sorted(experts))
+
+
+def _differing_bits(ops) -> list[str]:
+    """Operations whose results on the current stream differ from numpy's; all of them must not."""
+    import mlx.core as mx
+    import numpy as np
+
+    from mlxq import bridge, format
+    from mlxq.ops import reference
+
+    def same(got, want) -> bool:
+        return np.array_equal(bridge.to_numpy(got), want)
+
+    found = []
+    x = _weights(seed=2)
+    if not all(map(same, ops.q8_rows(mx.array(x)), reference.q8_rows(x))):
+        found.append("q8_rows")
+    for bits in format.KERNEL_BITS:
+        for group_size in format.GROUP_SIZES:
+            fmt = format.Format(bits, group_size)
+            packed, want = ops.quantize(mx.array(x), fmt), format.quantize(x, fmt)
+            parts = [(getattr(p, n) for p in (packed, want)) for n in ("words", "scales", "biases")]
+            if not all(same(*pair) for pair in parts):
+                found.append(f"quantize {fmt}")
+            if not same(ops.dequantize(packed), format.dequantize(want)):
+                found.append(f"dequantize {fmt}")
+    for codes, scales, packed, per_row, want in _int8_cases(format.KERNEL_BITS):
+        if per_row and not same(ops.q8mm(codes, scales, packed, per_row=True), want):
+            found.append(f"q8mm {packed.format} M={len(want)}")
+    return found
+
+
+def _int8_cases(widths):
+    """(codes, scales, packed, per_row, answer): few and many int8 rows times every format."""
+    import mlx.core as mx
+    import numpy as np
+
+    from mlxq import format
+    from mlxq.ops import reference
+
+    codes, scales = reference.q8_rows(_weights(seed=3)[: ROWS[0] + ROWS[1] + 5])
+    for bits in widths:
+        for group_size in format.GROUP_SIZES:
+            fmt = format.Format(bits, group_size)
+            packed = format.quantize(_weights(seed=bits), fmt)
+            even = np.full_like(packed.scales, 0.01)
+            even = format.Packed(packed.words, even, -(2.0 ** (bits - 1)) * even, fmt)
+            for per_row, w in ((False, packed), (True, even)):
+                there = _to_mx(w, "float32")
+                for M in (ROWS[1] // 2, len(codes)):
+                    want = reference.q8mm(codes[:M], scales[:M], w, per_row)
+                    yield mx.array(codes[:M]), mx.array(scales[:M]), there, per_row, want
+
+
+def _run_int8(ops, case, results: dict) -> None:
+    """Adds an int8 product to the results of the kernel that ran; with per_row every bit counts."""
+    import numpy as np
+
+    from mlxq.ops.reference import TOLERANCE
+
+    codes, scales, packed, per_row, want = case
+    before = ops.kernel_calls()
+    got = np.array(ops.q8mm(codes, scales, packed, per_row=per_row)).astype(np.float64)
+    off = float(np.sqrt(((got - want) ** 2).sum() / (want**2).sum())) / TOLERANCE["float32"]
+    share = off if not per_row else 0.0 if np.array_equal(got, want) else np.inf
+    after = ops.kernel_calls()
+    for name in (name for name in after if after[name] != before.get(name, 0)):
+        result = results.setdefault(name, {"cases": 0, "error": 0.0, "wrong": ""})
+        result["cases"] += 1
+        result["error"] = max(result["error"], share)
+        if not share <= 1 and not result["wrong"]:
+            result["wrong"] = f"; WRONG: q8mm {packed.format} M={len(want)} per_row={per_row}"
 
 
 def _percent_of_bar(share: float) -> str:
@@ -309,17 +435,19 @@ def _percent_of_bar(share: float) -> str:
 class _Case:
     """One product: operands as mx.arrays and its float64 answer, which serves every family.
 
-    x is (M, inner), or (2, M, inner) for experts in the order _EXPERTS.
+    x is (M, inner), or (blocks, M, inner) with an expert for each block.
     """
 
     packed: object
     x: object
     transpose: bool
     want: object
+    experts: tuple[int, ...] = ()
+    ascending: bool = False  # the experts, and the kernels are told
 
     @property
     def gather(self) -> bool:
-        return self.x.ndim == 3
+        return bool(self.experts)
 
     @property
     def M(self) -> int:
@@ -336,7 +464,7 @@ class _Case:
         return f"{op} {self.packed.format} M={self.M} x={x} scales={scales} transpose={self.transpose}"
 
 
-_EXPERTS = [1, 0]
+_EXPERTS = (1, 0)
 
 
 def _cases(widths, rows=ROWS):
@@ -373,7 +501,7 @@ def _cases(widths, rows=ROWS):
                             want = reference.gather_qmm(
                                 blocks, stacked, rhs_indices=experts, transpose=transpose
                             )
-                            yield _Case(stacked, blocks, transpose, want)
+                            yield _Case(stacked, blocks, transpose, want, _EXPERTS)
 
 
 def _to_mx(packed, storage: str):
@@ -395,7 +523,8 @@ def _run_case(ops, case: _Case, results: dict, wrong: list[str], family: str | N
     calls = calls or ops.kernel_calls
     before = calls()
     if case.gather:
-        y = ops.gather_qmm(case.x, case.packed, rhs_indices=mx.array(_EXPERTS), transpose=case.transpose)
+        given = {"rhs_indices": mx.array(case.experts), "sorted_indices": case.ascending}
+        y = ops.gather_qmm(case.x, case.packed, transpose=case.transpose, **given)
     else:
         y = ops.qmm(case.x, case.packed, transpose=case.transpose)
     with mx.stream(mx.cpu):

@@ -41,8 +41,8 @@ def load(
     else that keeps it from loading: float weights (convert them first), an architecture that mlx-lm lacks,
     tensors that are missing, truncated or disagree with config.json, a tokenizer that does not load.
     """
-    folder = _folder(path, revision)
-    config = _checked_config(folder, model_config or {})
+    folder = model_folder(path, revision)
+    config = checked_config(folder, model_config or {})
     if "model_file" in config and not trust_remote_code:
         raise ValueError(
             f"load: {folder} has its own code, {config['model_file']}; to run it pass trust_remote_code=True"
@@ -54,7 +54,7 @@ def load(
         model, config = utils.load_model(folder, lazy, **arguments)
     except CONFIG_LIES as error:
         raise ValueError(
-            f"load: mlx-lm {mlx_lm.__version__} cannot build {folder}: {_short(error)}"
+            f"load: mlx-lm {mlx_lm.__version__} cannot build {folder}: {in_one_line(error)}"
         ) from error
     adopt(model)
     q8.restore(model, config, folder)
@@ -64,13 +64,13 @@ def load(
     try:
         tokenizer = utils.load_tokenizer(folder, tokenizer_config, eos_token_ids=config.get("eos_token_id"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"load: the tokenizer in {folder} does not load: {_short(error)}") from error
+        raise ValueError(f"load: the tokenizer in {folder} does not load: {in_one_line(error)}") from error
     if not lazy:
         ops.advise_huge_pages(a for _, a in tree_flatten(model.parameters()))
     return (model, tokenizer, config) if return_config else (model, tokenizer)
 
 
-def _folder(path: str | Path, revision: str | None) -> Path:
+def model_folder(path: str | Path, revision: str | None) -> Path:
     """The local folder of a model, downloaded from the hub when path is not here and reads as a hub id."""
     local = Path(path).expanduser()
     if local.is_dir():
@@ -86,11 +86,12 @@ def _folder(path: str | Path, revision: str | None) -> Path:
         return utils._download(name, revision=revision)
     except (OSError, ValueError) as error:  # huggingface_hub's errors are of these two kinds
         raise FileNotFoundError(
-            f"load: {path} is neither a folder nor a model that the Hugging Face hub gave: {_short(error)}"
+            f"load: {path} is neither a folder nor a model that the Hugging Face hub gave: "
+            f"{in_one_line(error)}"
         ) from error
 
 
-def _checked_config(folder: Path, model_config: dict[str, Any]) -> dict[str, Any]:
+def checked_config(folder: Path, model_config: dict[str, Any]) -> dict[str, Any]:
     """config.json with model_config over it, of a folder whose files are all there, whole and quantized.
 
     Raises ValueError or FileNotFoundError for what mlx-lm would reject obscurely, or would run in float.
@@ -143,7 +144,7 @@ def _json(folder: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def _short(error: Exception, lines: int = 4) -> str:
+def in_one_line(error: Exception, lines: int = 4) -> str:
     """An error of another library in one line: MLX lists every missing tensor, the first few are enough."""
     text = f"no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
     said = [line.strip() for line in text.splitlines() if line.strip()]

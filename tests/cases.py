@@ -42,5 +42,5 @@ def harness_lines() -> list[str]:
             if M in (4, 6):
                 lines.append(f"{case} nonfinite")
             if transpose:
-                lines += [f"{case} q8", f"{case} q8_row"]
+                lines += [f"{case} q8", f"{case} q8_row", f"{case} q8_tile"]
     return lines

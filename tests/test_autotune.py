@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -184,6 +185,15 @@ def test_bad_input_is_refused_in_the_same_words_where_stock_serves():
     assert ops.qmm(mx.zeros((0, K)), w).shape == (0, N)
     nobody = mx.zeros((0,), mx.uint32)
     assert ops.gather_qmm(mx.zeros((0, 1, K)), experts, rhs_indices=nobody).shape == (0, 1, N)
+
+
+def test_indices_out_of_range_read_nothing_outside_where_stock_serves():
+    experts = packed(lead=(3,))
+    store(replace(HERE, op="gather_qmm", rows=4))
+    x, chosen, inside = rows(4, 1, K), mx.array([1, -1, 3, 2**31 - 1]), mx.array([1, 2, 2, 2])
+    side, y = served_by(lambda: ops.gather_qmm(x, experts, mx.array([0, 9, -5, 2]), chosen))
+    assert side == "stock"
+    assert error(y, reference.gather_qmm(x, experts, mx.array([0, 3, 3, 2]), inside)) < 1e-5
 
 
 def test_transformations_work_where_stock_serves():
@@ -373,6 +383,20 @@ def test_contenders_take_turns_and_the_medians_are_compared(clock, monkeypatch):
     monkeypatch.setattr(autotune, "_seconds", lambda name, *_: next(series[name]))
     monkeypatch.setattr(autotune, "CLEARLY", 100)
     assert autotune.measure(product, autotune.random_weight(product), 0.0) == (2.0, 2.1)
+
+
+def test_a_round_on_a_gpu_is_not_measured_by_the_call_that_compiles(monkeypatch):
+    """Else our kernel would be timed with a wait for each call, and stock MLX's with one for many."""
+    monkeypatch.setattr(autotune, "ROUND", 0.05)
+    for device, fewest, most in (("gpu", 2, 10**6), ("cpu", 1, 1)):
+        pauses = iter((0.06,))
+
+        def call(pauses=pauses):
+            time.sleep(next(pauses, 0))
+            return mx.zeros((1,))
+
+        calls, y = autotune._calls(call, device)
+        assert fewest <= calls <= most and y.shape == (1,), device
 
 
 def test_stock_has_to_win_twice(monkeypatch):

@@ -109,6 +109,7 @@ def test_a_reader_that_goes_away_is_no_traceback():
 def test_convert_passes_every_flag_on(monkeypatch, capsys, tmp_path):
     import mlxq.convert
     from mlxq.checkpoint.summary import Layer, Summary
+    from mlxq.rules import QuantizationRule
 
     seen = {}
 
@@ -119,19 +120,25 @@ def test_convert_passes_every_flag_on(monkeypatch, capsys, tmp_path):
         return report
 
     monkeypatch.setattr(mlxq.convert, "convert", convert)
+    rules = tmp_path / "rules.json"
+    rules.write_text('[{"module_path": "c", "weight_qtype": "int8"}]')
     line = "convert S D --bits 2 --group-size 32 --dtype float16 --embedding-bits 8"
-    flags = " --rule a=bits:8 --rule b=bits:none"
-    flags += " --quantization-rule mlx --overwrite --allow-nonfinite --trust-remote-code"
+    flags = f" --rule a=bits:8 --rule b=bits:none --rules {rules} --allow-unused-rules"
+    flags += " --quantization-rule mlx --overwrite --allow-nonfinite --trust-remote-code --method gptq"
+    flags += " --calibration C --target-bpw 3.5 --plan P --max-memory 3GB --no-resume --dry-run"
     assert cli.main((line + flags).split()) == 0
     assert seen == {
         "src": "S", "dst": "D", "bits": 2, "group_size": 32, "dtype": "float16", "embedding_bits": 8,
-        "rules": ["a=bits:8", "b=bits:none"], "quantization_rule": "mlx", "overwrite": True,
-        "allow_nonfinite": True, "trust_remote_code": True,
+        "rules": ["a=bits:8", "b=bits:none", QuantizationRule(module_path="c", weight_qtype="int8")],
+        "allow_unused_rules": True, "quantization_rule": "mlx", "overwrite": True,
+        "allow_nonfinite": True, "trust_remote_code": True, "method": "gptq", "calibration": "C",
+        "target_bpw": 3.5, "plan": "P", "max_memory": "3GB", "resume": False, "dry_run": True,
     }  # fmt: skip
     out = capsys.readouterr().out
     assert "a/b" in out and "4-bit/64" in out and "mlxq chat D" in out
     cli.main(["convert", "S", "D"])
-    assert {k: v for k, v in seen.items() if v} == {"src": "S", "dst": "D", "quantization_rule": "affine"}
+    wanted = {"src": "S", "dst": "D", "quantization_rule": "affine", "resume": True}
+    assert {k: v for k, v in seen.items() if v} == wanted
 
 
 def test_convert_then_inspect_a_model_and_refuse_to_write_over_it(tmp_path, capsys, monkeypatch):

@@ -212,7 +212,7 @@ def test_what_belongs_to_the_model_travels_along(llama, tmp_path):
     assert names == {
         "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json",
         "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "LICENSE",
-        "additional_chat_templates/tool.jinja",
+        "additional_chat_templates/tool.jinja", "README.md",
     }  # fmt: skip
 
 
@@ -394,6 +394,6 @@ def test_a_signal_half_way_leaves_nothing_under_the_final_name(number, llama, tm
     assert time.monotonic() - begin < 30
     process.stdout.close()
     assert not (out / "q").exists()
-    assert [path.name for path in out.iterdir()] == ([partial[0].name] if number == signal.SIGKILL else [])
-    convert(llama, out / "q", progress=False)  # the next run works and clears what the dead one left
+    assert [path.name for path in out.iterdir()] == [partial[0].name]
+    convert(llama, out / "q", bits=3, progress=False)  # another conversion clears what the dead one left
     assert [path.name for path in out.iterdir()] == ["q"]

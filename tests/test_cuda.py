@@ -70,6 +70,22 @@ def test_products_equal_float64_for_every_format_and_type(fmt, x_type, s_type):
         assert bool((y == ops.qmm(x, w)).all()), "not the same bits when repeated"
 
 
+@pytest.mark.parametrize("x_type", ("float16", "bfloat16"))
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_few_rows_equal_float64_however_long_and_large(fmt, x_type):
+    gpu = cuda._device(torch_gpu().cuda.current_device())
+    shapes = [(1, 4096, 4096), (2, 2100, 8192), (3, 18, 1024), (4, 2125, 3072), (7, 30, 5120), (8, 14336, 4096)]
+    for M, N, K in shapes:
+        x, w = problem(fmt, M, N, K, x_type, "bfloat16")
+        streamed = fmt != Format(2, 32)
+        assert (cuda.stream_shape(M, N, K, fmt, x_type, "bfloat16", gpu) is not None) == (gpu["early"] and streamed)
+        expected = reference.qmm(x, w)
+        factors = (1, 2.0**-3) if x_type == "float16" else (1, 2.0**-75, 2.0**33, 2.0**38, 2.0**100)
+        for factor in factors:  # beyond 2^36 bfloat16 x takes another way
+            assert error(ops.qmm(x * factor, w), expected * factor) < ROUNDING[x_type], (M, N, K, factor)
+        assert bool((ops.qmm(x, w) == ops.qmm(x, w)).all()), "not the same bits when repeated"
+
+
 @pytest.mark.parametrize("x_type", STORAGE)
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_transposed_products_equal_float64(fmt, x_type):
@@ -148,10 +164,20 @@ def test_products_of_int8_have_exact_sums(fmt, per_row):
             expected = reference.q8mm(host_codes, bridge.to_numpy(scale), host, per_row).astype(np.float64)
             assert error(y, expected) < {"float32": 1e-6, "float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
             assert bool((y == ops.q8mm(codes, scale, w, per_row=per_row, dtype=dtype)).all())
+        if not per_row:
+            tiled_codes, tile_scales = ops.q8_rows(x, fmt.group_size)
+            host_tiled = [bridge.to_numpy(a) for a in (tiled_codes, tile_scales)]
+            for ours, theirs in zip(host_tiled, ops.q8_rows(bridge.to_numpy(x), fmt.group_size), strict=True):
+                assert np.array_equal(ours, theirs)
+            tiled = reference.q8mm(*host_tiled, host)
+            assert error(ops.q8mm(tiled_codes, tile_scales, w), tiled) < 1e-6
         with pytest.MonkeyPatch.context() as patch:  # as on a GPU before Hopper
             patch.setattr(cuda, "q8mm_shape", lambda *a: None)
             cuda._plans.clear()
-            assert error(ops.q8mm(codes, factors, w, per_row=per_row), reference.q8mm(host_codes, host_factors, host, per_row)) < 1e-6
+            one = reference.q8mm(host_codes, host_factors, host, per_row)
+            assert error(ops.q8mm(codes, factors, w, per_row=per_row), one) < 1e-6
+            if not per_row:
+                assert error(ops.q8mm(tiled_codes, tile_scales, w), tiled) < 1e-6
         cuda._plans.clear()
     torch.cuda.synchronize()
 
@@ -300,10 +326,14 @@ def instances(gpu):
         many = cuda.qmm_shape(33 * M, 512, 1024, fmt, x_type, s_type, gpu, M == 1, 3 * (M == 8))
         if many:
             yield "qmm.cu", cuda.options(gpu["arch"], many["defines"])
-        int8 = cuda.q8mm_shape(33 * M, 512, 1024, fmt, s_type, x_type, False, M == 1, gpu)
+        int8 = cuda.q8mm_shape(33 * M, 512, 1024, fmt, s_type, x_type, 1 + (M == 8), M == 1, gpu)
         if int8:
             yield "q8mm.cu", cuda.options(gpu["arch"], int8["defines"])
-        yield "q8_rows.cu", cuda.options(gpu["arch"], {"X_TYPE": cuda.TYPES[x_type]}, exact=True)
+        rows = {"X_TYPE": cuda.TYPES[x_type], "ROW_WARPS": M}
+        yield "q8_rows.cu", cuda.options(gpu["arch"], rows, exact=True)
+        stream = cuda.stream_shape(M, 512, 2048, fmt, x_type, s_type, gpu)
+        if stream:
+            yield "qmv_stream.cu", cuda.options(gpu["arch"], stream["defines"])
 
 
 @pytest.mark.parametrize("arch", GPUS)
@@ -338,6 +368,10 @@ def test_blocks_fit_in_shared_memory_and_in_the_register_file(arch, fmt):
             assert (1 << shape["wk_bits"]) <= defines["WARPS"] and defines["MP"] <= defines["WARPS"]
             parts = 3 if x_type == "float32" else 1
             assert shape["rows"] * parts <= defines["MP"]
+            stream = cuda.stream_shape(M, N, K, fmt, x_type, "bfloat16", gpu)
+            if stream:
+                assert arch != "sm_80" and stream["shared"] <= gpu["shared"] and stream["threads"] <= 1024
+                assert stream["defines"]["DEPTH"] >= 2 and stream["defines"]["MP"] >= M
 
 
 def fake_nvrtc(log="", fails=False):
@@ -420,11 +454,8 @@ def test_a_gpu_before_ampere_is_refused(monkeypatch):
         cuda._device.__wrapped__(0)
 
 
-def test_torch_on_the_cpu_is_refused_with_the_way_out():
+def test_arrays_of_two_frameworks_are_refused():
     torch = pytest.importorskip("torch", reason="needs the package torch")
-    w = ops.quantize(torch.ones((4, 64)), Format(4, 64))
-    with pytest.raises(TypeError, match="move them to an NVIDIA GPU"):
-        ops.qmm(torch.ones((1, 64)), w)
     with pytest.raises(TypeError, match="arrays of numpy and torch"):
         cuda._side("qmm", torch.ones(1), np.ones(1))
 

@@ -200,7 +200,7 @@ def test_a_planted_defect_shows(build, defect):
     assert not all(e < BOUND["bfloat16"] for e in errors)
 
 
-def run_q8(build, bits, group_size, s_type, y_type, M, N, K, per_row, one_scale, late, ranks=None, seed=0):
+def run_q8(build, bits, group_size, s_type, y_type, M, N, K, per_row, kind, late, ranks=None, seed=0):
     """(y, the exact answer from integers and float64)."""
     rng, fmt, zero = np.random.default_rng(seed), Format(bits, group_size), 2 ** (bits - 1)
     codes = rng.integers(0, fmt.levels, (N, K), dtype=np.uint8, endpoint=True)
@@ -213,10 +213,10 @@ def run_q8(build, bits, group_size, s_type, y_type, M, N, K, per_row, one_scale,
         np.repeat(rng.normal(0, 1, (N, 1)), groups[1], 1) if per_row else rng.normal(0, 1, groups), s_type
     )
     biases, exact_biases = stored(-zero * exact_scales if per_row else rng.normal(0, 4, groups), s_type)
-    x_scales = aligned(rng.uniform(0.001, 0.01, 1 if one_scale else M).astype(np.float32))
+    x_scales = aligned(rng.uniform(0.001, 0.01, ((1, 1), (M, 1), (M, groups[1]))[kind]).astype(np.float32))
     w = np.repeat(exact_scales, group_size, 1) * codes + np.repeat(exact_biases, group_size, 1)
-    want = x_scales.astype(np.float64)[:, None] * (x.astype(np.float64) @ w.T)
-    shape = cuda.q8mm_shape(M, N, K, fmt, s_type, y_type, one_scale, per_row, H100)
+    want = (x * np.repeat(x_scales.astype(np.float64), K // x_scales.shape[1], 1)) @ w.T
+    shape = cuda.q8mm_shape(M, N, K, fmt, s_type, y_type, kind, per_row, H100)
     y = aligned(np.full((M, N), -1, np.int32 if y_type == "float32" else np.int16))
     library = build("q8mm.cu", tuple(shape["defines"].items()))
     arrays = (x, x_scales, words, scales, biases, y, y, y)
@@ -232,13 +232,16 @@ def run_q8(build, bits, group_size, s_type, y_type, M, N, K, per_row, one_scale,
 @pytest.mark.parametrize(
     "case",
     [
-        (8, 64, "float32", "float32", 13, 200, 576, True, False, 2),
-        (8, 64, "bfloat16", "bfloat16", 130, 100, 320, False, False, 1),
-        (8, 128, "float16", "float16", 5, 129, 384, False, True, 1),
-        (4, 32, "float16", "float32", 20, 130, 416, False, False, 2),
-        (4, 64, "bfloat16", "bfloat16", 300, 70, 192, True, True, 1),
-        (2, 32, "bfloat16", "float32", 9, 130, 160, False, False, 1),
-        (2, 128, "float32", "float16", 33, 129, 256, False, False, 1),
+        (8, 64, "float32", "float32", 13, 200, 576, True, 1, 2),
+        (8, 64, "bfloat16", "bfloat16", 130, 100, 320, False, 1, 1),
+        (8, 128, "float16", "float16", 5, 129, 384, False, 0, 1),
+        (4, 32, "float16", "float32", 20, 130, 416, False, 1, 2),
+        (4, 64, "bfloat16", "bfloat16", 300, 70, 192, True, 0, 1),
+        (2, 32, "bfloat16", "float32", 9, 130, 160, False, 1, 1),
+        (2, 128, "float32", "float16", 33, 129, 256, False, 1, 1),
+        (4, 64, "bfloat16", "float32", 20, 130, 448, False, 2, 2),
+        (8, 128, "float16", "bfloat16", 70, 100, 384, False, 2, 1),
+        (2, 32, "float32", "float32", 5, 66, 256, False, 2, 1),
     ],
     ids=lambda c: "-".join(map(str, c)),
 )

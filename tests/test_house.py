@@ -18,28 +18,34 @@ PICTURE = """
     __main__
     cli
     doctor
-    chat  autotune
+    tune
+    chat  autotune  evaluate  parity  train
     checkpoint.embedded
     __init__
+    torch_model
     convert  load
     ptq  checkpoint
-    nn
+    qat
+    nn  optim
     ops  rules
     bridge
     format  cache
 """
 LAYER = {unit: depth for depth, line in enumerate(PICTURE.split("\n")) for unit in line.split()}
 
-FROM_NN_UP = ("nn", "ptq", "checkpoint", "load", "convert", "chat", "autotune", "doctor")
-TERMINAL = ("checkpoint.summary", "convert", "chat", "autotune", "doctor", "cli")
+FROM_NN_UP = ("nn", "optim", "qat.mlx", "ptq", "checkpoint", "load", "torch_model", "convert", "chat")
+FROM_NN_UP += ("autotune", "evaluate", "parity", "train", "doctor")
+TERMINAL = ("checkpoint.summary", "convert", "chat", "autotune", "evaluate", "parity", "train")
+TERMINAL += ("doctor", "cli")
 # Which third-party modules may be imported, and where. Besides these, files named for torch may import torch.
 MAY_IMPORT = {
     "numpy": ("",),
     "mlx": ("bridge", "ops.native", *FROM_NN_UP),
     "mlx_lm": FROM_NN_UP,
-    "torch": ("bridge", "ops.cuda", "checkpoint.huggingface"),  # the last reads PyTorch's own .bin files
+    # .bin files are PyTorch's own, and so are the processes of torchrun
+    "torch": ("bridge", "ops.cuda", "torch_model", "checkpoint.huggingface", "checkpoint.ranks"),
     "cupy": ("bridge", "ops.cuda"),
-    "transformers": ("checkpoint",),
+    "transformers": ("checkpoint", "torch_model", "train.torch"),
     "tokenizers": ("checkpoint",),
     "jinja2": ("chat",),
     "gguf": ("checkpoint.gguf",),
@@ -48,6 +54,7 @@ MAY_IMPORT = {
     "packaging": ("doctor",),
     "rich": TERMINAL,
     "markdown_it": ("chat",),
+    "matplotlib": ("evaluate",),
     "prompt_toolkit": ("chat",),
 }
 
@@ -157,8 +164,10 @@ def test_a_misplaced_third_party_import_would_be_seen(module, name):
 def test_the_declared_packages_are_the_imported_ones():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     required = text.split("\ndependencies = [", 1)[1].split("\n]", 1)[0]
-    declared = set(re.findall(r'^ *"([A-Za-z0-9_-]+)', required, re.M)) | {"torch", "cupy"}  # two extras
-    assert '\ntorch = ["torch==' in text and '\ncuda = ["cupy-' in text
+    declared = set(re.findall(r'^ *"([A-Za-z0-9_-]+)', required, re.M))
+    declared |= {"torch", "cupy", "matplotlib"}  # extras
+    for extra in ("torch==", "cupy-", "matplotlib"):
+        assert re.search(rf'\n\w+ = \["{extra}', text)
     imported = {n.split(".")[0] for names in IMPORTS.values() for n in names}
     imported -= {*sys.stdlib_module_names, "mlxq"}
     names = {name.lower().replace("-", "_").removesuffix("_py") for name in declared}

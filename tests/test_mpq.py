@@ -11,7 +11,15 @@ import torch
 
 from mlxq.format import Format, dequantize, quantize
 from mlxq.nn.mpq import Layout
-from mlxq.nn.mpq.torch import MPQLinear, MPQWeight, collect_layers, pack_layers, prepare_layers
+from mlxq.nn.mpq.torch import (
+    MPQLinear,
+    MPQWeight,
+    collect_layers,
+    freeze_words,
+    pack_layers,
+    prepare_layers,
+)
+from mlxq.nn.torch import QuantizedLinear
 
 K, N = 256, 96
 
@@ -420,3 +428,20 @@ def test_models_are_packed_collected_and_prepared():
     assert torch.load(io.BytesIO(buffer.getvalue()))["2.qweight"].shape == (12, 32)
     with pytest.raises(ValueError, match="pack_layers: 0: quantize: w has K=40, not a multiple"):
         pack_layers(torch.nn.Sequential(torch.nn.Linear(40, 8)), Format(4, 32))
+
+
+def test_layers_become_mlx_layers_and_back_on_the_same_words():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 32, bias=False))
+    pack_layers(model, Format(2, 32))
+    x = torch.randn(5, 64)
+    y, words = model(x).detach(), model[0].words.clone()
+    assert freeze_words(model) == ["0", "1"]
+    assert type(model[0]) is QuantizedLinear and torch.equal(model[0].weight, words)
+    assert torch.allclose(model(x), y, atol=1e-6)
+    assert pack_layers(model) == ["0", "1"] and torch.equal(model[0].words, words)
+    assert torch.allclose(model(x), y, atol=1e-6)
+    layout = Layout(K, N, 4, 64, use_gba_quant=False)
+    ordered = torch.nn.Sequential(layer_of(layout, random_tensors(layout, g_idx=shuffled(K, 64))))
+    with pytest.raises(ValueError, match="freeze_words: 0 has act-order"):
+        freeze_words(ordered)

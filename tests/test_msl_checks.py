@@ -14,6 +14,7 @@ import mlx_kernels  # noqa: E402
 from tools.msl import checks, harness  # noqa: E402
 
 needs_clang = pytest.mark.skipif(checks.clang() is None, reason="needs clang++ 19: apt-get install clang-19")
+needs_harness = pytest.mark.skipif(harness.absent() is not None, reason=str(harness.absent()))
 FILES = sorted(p for p in shader_cases.SHADERS.iterdir() if p.suffix in (".h", ".metal"))
 MODES = {"plain": checks.PLAIN, "opencl": checks.OPENCL}
 
@@ -72,6 +73,16 @@ def test_a_front_end_sees(what):
         assert all(error.startswith("source0.metal:") for error in errors)
 
 
+def test_apples_clang_is_not_taken_for_one_with_opencl(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    taken = {"Apple clang version 21.0.0 (clang-2100.1)": None, "clang version 21.1.0": "clang++"}
+    for version, found in taken.items():
+        (tmp_path / "clang++").write_text(f"#!/bin/sh\necho '{version}'\n")
+        (tmp_path / "clang++").chmod(0o755)
+        assert checks.clang.__wrapped__() == (found and str(tmp_path / found))
+
+
+@needs_harness
 def test_a_float_becomes_a_bfloat_only_by_a_cast(tmp_path):
     good, bad = shader("y[0] = static_cast<T>(1.5f);"), shader("y[0] = 1.5f;")
     harness.compile(good, [("k", "bfloat")], cache_dir=tmp_path)

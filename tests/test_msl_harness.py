@@ -13,6 +13,7 @@ import mlx_kernels  # noqa: E402
 
 from tools.msl import harness  # noqa: E402
 
+pytestmark = pytest.mark.skipif(harness.absent() is not None, reason=str(harness.absent()))
 PLANTED = ROOT / "tests" / "msl" / "planted.metal"
 LANGUAGE = ROOT / "tests" / "msl" / "language.metal"
 N, K = 6, 96
@@ -46,6 +47,16 @@ def is_right(y, answer):
 @pytest.mark.parametrize("count", [False, True])
 def test_a_right_kernel_is_right_in_every_order_of_lanes(planted, seed, count):
     assert is_right(*row_sums(planted, 0, seed, count))
+
+
+@pytest.mark.parametrize("what, said", [("Darwin", "for Linux, and this is Darwin"), ("pages", "16384")])
+def test_a_machine_that_cannot_run_it_is_told_in_one_sentence(monkeypatch, what, said):
+    if what == "pages":
+        monkeypatch.setattr(harness.os, "sysconf", lambda name: 16384)
+    else:
+        monkeypatch.setattr(harness.platform, "system", lambda: what)
+    with pytest.raises(harness.CompileError, match=said):
+        harness.compile(PLANTED, [("order", "")])
 
 
 def test_the_wrong_group_index_gives_wrong_numbers(planted):

@@ -71,7 +71,7 @@ def test_the_wheel_holds_the_package_and_one_extension_for_this_python(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     extension = f"mlxq/_ext{sysconfig.get_config_var('EXT_SUFFIX')}"
     package = {name for name in names if name.startswith("mlxq/")}
-    assert package == sources("mlxq", ".py", ".h", ".cu") | {extension}
+    assert package == sources("mlxq", ".py", ".h", ".cu", ".txt") | {extension}
     outside = {name.split("/")[0] for name in names - package}
     assert outside == {"mlxq-0.1.0.dist-info"}
     assert f"-cp{sys.version_info[0]}{sys.version_info[1]}-" in wheel.name
@@ -81,10 +81,11 @@ def test_the_wheel_holds_the_package_and_one_extension_for_this_python(wheel):
 def test_the_sdist_holds_all_that_the_wheel_is_built_from(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames()}
-    wanted = sources("metal", ".cpp", ".h", ".txt", ".metal") | sources("mlxq", ".py", ".h", ".cu")
+    wanted = sources("metal", ".cpp", ".h", ".txt", ".metal") | sources("mlxq", ".py", ".h", ".cu", ".txt")
     assert wanted | {"pyproject.toml", "README.md", "LICENSE"} <= names
     assert not {name for name in names if name.endswith((".so", ".o", ".pyc")) or name[0] == "."}
-    assert {name.split("/")[0] for name in names if "/" in name} == {"docs", "metal", "mlxq", "tests", "tools"}
+    folders = {name.split("/")[0] for name in names if "/" in name}
+    assert folders == {"docs", "metal", "mlxq", "tests", "tools"}
 
 
 def test_mlx_is_pinned_exactly_and_mlx_lm_to_a_minor(wheel):
@@ -99,7 +100,7 @@ def test_mlx_is_pinned_exactly_and_mlx_lm_to_a_minor(wheel):
         low, high = (int(bounds[sign].split(".")[1]) for sign in (">=", "<"))
         assert high == low + 1, requirement
     extras = re.findall(r"^Provides-Extra: (.*)$", metadata, re.M)
-    assert sorted(extras) == ["cuda", "dev", "gguf", "test", "torch"]
+    assert sorted(extras) == ["cuda", "dev", "gguf", "plot", "test", "torch"]
 
 
 # Quantize, multiply, differentiate; the answer of each against float64.

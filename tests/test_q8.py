@@ -14,19 +14,17 @@ import numpy as np
 import pytest
 from tiny_models import make_hf_model
 
+import mlxq.convert
 import mlxq.load
 from mlxq import format as fm
-from mlxq import ops
 from mlxq.checkpoint.q8 import save
 from mlxq.format import Format, Packed
 from mlxq.nn import q8
 from mlxq.nn.q8 import mlx as q8_mlx
+from mlxq.ptq import quantize_model
 
 torch = pytest.importorskip("torch", reason="needs the package torch: pip install 'mlxq[torch]'")
 from mlxq.nn.q8 import torch as q8_torch  # noqa: E402
-
-if not hasattr(ops, "q8mm"):
-    pytest.skip("needs mlxq.ops.q8mm, which this checkout lacks", allow_module_level=True)
 
 EPS = 2.0**-24  # of float32, relative error of one operation
 
@@ -101,14 +99,16 @@ def normal(*shape, seed=0, size=1.0):
 def written_out(x, w, rule, group_size, activation, scale_a=None, bias_a=None):
     """Spec B.1 and the other scales, literally: x and w as integers, their scales, in float32 and int64.
 
-    q_x (M, K), s_x (M, 1) or number, q_w (N, K), s_w broadcast to (N, K); the answer in float64.
+    q_x (M, K), s_x (M, 1), (M, K) or number, q_w (N, K), s_w broadcast to (N, K); the answer in float64.
     """
     x = x.reshape(-1, x.shape[-1])
     if bias_a is not None:
         x = x + bias_a
-    if activation == "token":
-        s_x = np.abs(x).max(1, keepdims=True) / np.float32(127)
+    if activation in ("token", "tile"):
+        tile = x.shape[1] if activation == "token" else group_size or 64
+        s_x = np.abs(x).reshape(len(x), -1, tile).max(2) / np.float32(127)
         s_x[s_x == 0] = 1
+        s_x = s_x if activation == "token" else np.repeat(s_x, tile, axis=1)
     else:
         s_x = max(np.float32(scale_a), np.float32(1e-5))
     q_x = np.clip(np.rint(x / s_x), -128, 127).astype(np.int64)
@@ -123,7 +123,7 @@ def written_out(x, w, rule, group_size, activation, scale_a=None, bias_a=None):
         s_w = np.repeat(grouped, group_size, axis=1)
     s_w = np.broadcast_to(np.maximum(s_w, np.float32(2.0**-90)), w.shape)
     q_w = np.clip(np.rint(w / s_w), -128, 127).astype(np.int64)
-    y = np.float64(s_x) * np.einsum("mk,nk,nk->mn", q_x, q_w, np.float64(s_w))
+    y = np.einsum("mk,nk,nk->mn", q_x * np.float64(s_x), q_w, np.float64(s_w))
     return SimpleNamespace(q_x=q_x, s_x=s_x, q_w=q_w, s_w=s_w, y=y)
 
 
@@ -131,7 +131,7 @@ RULES = ("row", "tensor", "group", "lsq")
 
 
 def make(fw, w, bias=None, scale_a=0.02, **settings):
-    if settings.get("activation", "token") != "token":
+    if settings.get("activation", "token") in ("learned", "static"):
         settings["scale_a"] = scale_a
     return fw.Linear.from_linear(fw.plain(w, bias), **settings)
 
@@ -151,13 +151,15 @@ def test_the_sum_is_the_exact_integer_one(fw, rule, activation):
     if rule == "lsq":  # the mean's last bit is the framework's own; the sum is still exact for its codes
         assert np.abs(codes - want.q_w).max() <= 1
         s_w = np.float64(host(packed.scales)[0, 0])
-        want.y = np.float64(want.s_x) * (want.q_x @ codes.T) * s_w
+        want.y = (np.float64(want.s_x) * want.q_x) @ codes.T * s_w
     else:
         assert np.array_equal(codes, want.q_w)
     y = fw.run(layer, x)
     # Whole rows: the integer, two scales, two products. Groups: nine terms added one by one.
-    terms = np.abs(want.y) if rule != "group" else np.abs(want.q_x) @ np.abs(want.q_w.T) * want.s_w.max()
-    bound = (4 if rule != "group" else 12) * EPS * terms * (want.s_x if rule == "group" else 1)
+    if rule != "group" and activation != "tile":
+        bound = 4 * EPS * np.abs(want.y)
+    else:
+        bound = 13 * EPS * np.abs(want.s_x * want.q_x) @ np.abs(codes.T) * want.s_w.max()
     assert (np.abs(y - want.y) <= bound).all()
 
 
@@ -201,15 +203,16 @@ def autograd_float64(x, w, dy, s_w, activation, scale_a, shift, clipped_weights)
         return v + (v.round() - v).detach()
 
     moved = x + shift
-    if activation == "token":
-        step = moved.detach().float().abs().amax(-1, keepdim=True).div(127).double()
+    if activation in ("token", "tile"):
+        tiles = moved.detach().float().reshape(len(x), -1, 32 if activation == "tile" else x.shape[1])
+        step = tiles.abs().amax(-1, keepdim=True).div(127).double().expand(tiles.shape).reshape(x.shape)
     else:
         # LSQ's factor on the scale's gradient alone: a number whose value is s and whose gradient is c ds.
         c = 1 / math.sqrt(x.numel() * 127)
         step = s * c + (s * (1 - c)).detach()
     # Clamped before it is rounded, so that gradients pass where v itself is in range.
     v = moved / step
-    q_x = rounded(v if activation == "token" else v.clamp(-128, 127))
+    q_x = rounded(v.clamp(-128, 127) if activation in ("learned", "static") else v)
     q_w = rounded((w / s_w).clamp(-128, 127) if clipped_weights else w / s_w)
     y = (step * q_x) @ (s_w * q_w).T + bias
     (y * dy).sum().backward()
@@ -224,7 +227,7 @@ CLIPPING = {"unclipped": 0.05, "clipped": 0.008}  # times 127: 6.3 and 1.0 stand
 
 @pytest.mark.parametrize("clipping", CLIPPING)
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("activation", ["learned", "token", "static"])
+@pytest.mark.parametrize("activation", ["learned", "token", "tile", "static"])
 def test_gradients_equal_float64_autograd(fw, activation, rule, clipping):
     K, N, M = 96, 40, 24
     x, w, dy = normal(M, K, seed=11), normal(N, K, seed=12, size=0.1), normal(M, N, seed=13)
@@ -238,7 +241,7 @@ def test_gradients_equal_float64_autograd(fw, activation, rule, clipping):
     assign(layer, "bias_a", shift)
     s_w = np.repeat(host(layer.packed.scales).astype(np.float64), 32, axis=1)
     share = np.mean(np.abs(x + shift) / scale_a > 127.5)
-    assert activation == "token" or (share > 0.2) == (clipping == "clipped")
+    assert activation in ("token", "tile") or (share > 0.2) == (clipping == "clipped")
     want = autograd_float64(x, w, dy, s_w, activation, scale_a, shift, rule == "lsq")
     got = fw.gradients(layer, x, dy)
     assert set(got) == set(want)
@@ -372,7 +375,11 @@ def test_three_dimensional_input_is_its_rows(fw, activation):
     y = fw.run(layer, x)
     assert y.shape == (2, 3, 24)
     assert np.array_equal(y.reshape(6, 24), fw.run(layer, x.reshape(6, 64)))
-    assert np.array_equal(y[1, 2], fw.run(layer, x[1, 2]))
+    alone = fw.run(layer, x[1, 2])
+    if activation == "tile":  # groups are added in the order of the kernel for so many rows
+        assert np.allclose(y[1, 2], alone, rtol=0, atol=8 * EPS * np.abs(y).max())
+    else:
+        assert np.array_equal(y[1, 2], alone)
     deep = fw.gradients(layer, x, dy)
     if isinstance(layer, torch.nn.Module):
         layer.zero_grad()
@@ -444,7 +451,7 @@ def test_torch_layers_survive_state_dict_deepcopy_pickle_and_half():
             half = copy.deepcopy(layer).half()
             assert half(x.half()).dtype == torch.float16
             assert torch.allclose(half(x.half()).float(), y, rtol=0.02, atol=0.05 * y.abs().max().item())
-            if activation != "token":
+            if activation in ("learned", "static"):
                 assert half.scale_a.dtype == torch.float32 and torch.equal(half.scale_a, layer.scale_a)
 
 
@@ -494,6 +501,18 @@ def test_torch_optimisers_and_compiled_mlx_training_steps_train():
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiled_torch_layers_give_the_same_bits_and_gradients(packed):
+    layer = make(FRAMEWORKS["torch"], normal(24, 64, seed=83), activation="learned", bias_a=True)
+    layer = layer.pack() if packed else layer
+    compiled = torch.compile(layer, backend="aot_eager")
+    inputs = [torch.from_numpy(normal(4, 64, seed=84)).requires_grad_() for _ in range(2)]
+    outputs = [run(x) for run, x in zip((layer, compiled), inputs, strict=True)]
+    for y in outputs:
+        y.square().sum().backward()
+    assert torch.equal(*outputs) and torch.equal(inputs[0].grad, inputs[1].grad)
+
+
 def test_half_inputs_give_half_outputs(fw):
     layer = make(fw, normal(24, 64, seed=91), normal(24, seed=92))
     x = normal(4, 64, seed=93)
@@ -528,7 +547,9 @@ def test_packed_q8_weights_are_known_by_their_one_scale_a_row(fw):
 
 
 def test_bad_settings_are_one_sentence(fw):
-    with pytest.raises(ValueError, match="activation 'row' does not exist; built: token, learned, static"):
+    with pytest.raises(
+        ValueError, match="activation 'row' does not exist; built: token, tile, learned, static"
+    ):
         fw.Linear(64, 16, activation="row")
     with pytest.raises(
         ValueError, match="weight_scales 'max' does not exist; built: row, tensor, group, lsq"
@@ -569,7 +590,7 @@ def w8a8_model(tiny, **settings):
     model, config = mlx_lm.utils.load_model(tiny)
     changed = q8_mlx.replace_linears(model, **settings)
     assert "model.layers.0.mlp.down_proj" in changed and "model.layers.1.self_attn.q_proj" in changed
-    if settings["activation"] != "token":
+    if settings["activation"] in ("learned", "static"):
         with q8_mlx.observing(model):
             mx.eval(model(TOKENS))
     return model, config
@@ -587,7 +608,8 @@ def test_a_model_survives_the_disk_and_mlx_lm_reads_the_same_weights(tiny, tmp_p
 
     ours, _, read = mlxq.load(tmp_path / "m", return_config=True)
     again = ours.model.layers[0].self_attn.q_proj
-    assert type(again) is q8_mlx.Q8Linear and again.per_row and again.settings.activation == activation
+    assert type(again) is q8_mlx.Q8Linear and again.settings.activation == activation
+    assert again.per_row == (activation != "tile")
     assert np.array_equal(ours(TOKENS), want)
     assert ours.training == again.training is False
 
@@ -615,6 +637,18 @@ def test_a_quantized_model_takes_8_bit_activations_as_it_is(tiny, tmp_path):
     assert np.array_equal(again(TOKENS), want)
     stock, _ = mlx_lm.load(str(tmp_path / "w4a8"))
     assert np.linalg.norm(np.array(stock(TOKENS)) - exact) < 1e-4 * np.linalg.norm(exact)
+
+
+def test_a_file_converted_by_a_rule_with_tiles_holds_the_layers_of_the_live_model(tiny, tmp_path):
+    rule = ".*_proj=weight_qtype:int8,act_qtype:int8,tile_size:32"
+    mlxq.convert.convert(tiny, tmp_path / "m", rules=[rule], progress=False)
+    loaded, _ = mlxq.load(tmp_path / "m")
+    live = quantize_model(mlx_lm.utils.load_model(tiny)[0], [rule])
+    for have, want in zip(loaded.model.layers, live.model.layers, strict=True):
+        have, want = have.mlp.down_proj, want.mlp.down_proj
+        x = mx.array(normal(3, want.packed.K, seed=81))
+        assert have.settings.activation == want.settings.activation == "tile"
+        assert mx.array_equal(have(x), want(x))
 
 
 def test_what_cannot_be_saved_or_restored_names_the_layer(tiny, tmp_path):

@@ -4,8 +4,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxq import ops
+from mlxq import bridge, ops
 from mlxq.format import FORMATS, Format, Packed, pack, unpack
+from mlxq.ops import native
 
 if not ops.native_available():
     pytest.skip(f"the compiled extension is missing: {ops.native_error()}", allow_module_level=True)
@@ -50,15 +51,20 @@ def parts(w):
 
 
 def answer(x, x_scales, w):
-    """(y, sum of |terms|) in float64 from int64 sums of groups."""
+    """(y, sum of |terms|) in float64 from int64 sums of groups; x_scales (M,) or (M, groups)."""
     codes, scales, rest = parts(w)
     x = x.astype(np.int64).reshape(len(x), -1, w.format.group_size)
     sums = np.einsum("mgk,ngk->mng", x, codes.reshape(w.N, -1, w.format.group_size))
-    terms = np.concatenate([sums * scales, x.sum(-1)[:, None] * rest], -1)
+    by = x_scales.astype(np.float64).reshape(len(x), 1, -1)
+    terms = np.concatenate([sums * scales * by, x.sum(-1)[:, None] * rest * by], -1)
     # The rest is a difference of two numbers as large as z * scale, rounded.
-    lost = np.abs(x.sum(-1)[:, None] * (2 ** (w.format.bits - 1)) * scales).sum(-1)
-    by_row = x_scales.astype(np.float64)[:, None]
-    return terms.sum(-1) * by_row, (np.abs(terms).sum(-1) + lost) * by_row
+    lost = np.abs(x.sum(-1)[:, None] * (2 ** (w.format.bits - 1)) * scales * by).sum(-1)
+    return terms.sum(-1), np.abs(terms).sum(-1) + lost
+
+
+def tile_scales(M, groups):
+    """A scale for each group of each row, over four orders of magnitude."""
+    return (10 ** np.random.default_rng((M, groups)).uniform(-4, 0, (M, groups))).astype(np.float32)
 
 
 def whole_rows(x, x_scales, w):
@@ -83,6 +89,73 @@ def test_every_family_is_within_float32_of_the_integer_sums(fmt):
             off = np.abs(np.array(y.astype(mx.float32)) - want)
             bound = SUM_ERROR * size + ROUNDING[dtype] * np.abs(want)
             assert (off <= bound).all(), (family, M, N, K, dtype, np.max(off / bound))
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_every_family_scales_each_group_of_a_row_by_its_own_number(fmt):
+    for i, (M, N, groups) in enumerate(SHAPES):
+        K = groups * fmt.group_size
+        scale_dtype, dtype = list(DTYPE)[i % 3], list(DTYPE)[i // 2 % 3]
+        w = weight(fmt, N, K, scale_dtype=scale_dtype)
+        x, _ = activations(M, K)
+        x_scales = tile_scales(M, groups)
+        want, size = answer(x, x_scales, w)
+        for family in FAMILIES:
+            with ops.forced_isa(family):
+                y = ops.q8mm(mx.array(x), mx.array(x_scales), w, dtype=dtype)
+                mx.eval(y)
+            off = np.abs(np.array(y.astype(mx.float32)) - want)
+            bound = SUM_ERROR * size + ROUNDING[dtype] * np.abs(want)
+            assert (off <= bound).all(), (family, M, N, K, dtype, np.max(off / bound))
+
+
+def test_equal_scales_of_the_groups_are_the_scale_of_the_row():
+    """By powers of two nothing is rounded, so the bits are those of a row's scale."""
+    w = weight(Format(4, 64), 40, 320)
+    for M in (1, 9):
+        x, _ = activations(M, 320)
+        rows = (2.0 ** -np.arange(M, dtype=np.float32)).astype(np.float32)
+        for family in FAMILIES:
+            with ops.forced_isa(family):
+                by_row = ops.q8mm(mx.array(x), mx.array(rows), w)
+                by_group = ops.q8mm(mx.array(x), mx.array(np.repeat(rows[:, None], 5, 1)), w)
+                assert mx.array_equal(by_row, by_group), family
+
+
+def test_tiles_of_views_cubes_vectors_and_lanes_are_those_of_the_rows():
+    w = weight(Format(8, 32), 21, 96)
+    x, x_scales = activations(12, 96)[0], tile_scales(12, 3)
+    flat = np.array(ops.q8mm(mx.array(x), mx.array(x_scales), w))
+    cube = [mx.array(a.reshape(3, 4, -1)) for a in (x, x_scales)]
+    np.testing.assert_array_equal(np.array(ops.q8mm(*cube, w)).reshape(12, 21), flat)
+    lanes = mx.vmap(lambda x, s: ops.q8mm(x, s, w), in_axes=(1, 1))(*cube)
+    np.testing.assert_array_equal(np.array(lanes), flat.reshape(3, 4, 21).swapaxes(0, 1))
+    strided = ops.q8mm(mx.array(x)[::2], mx.array(x_scales.T.copy()).T[::2], w)
+    np.testing.assert_allclose(np.array(strided), flat[::2], rtol=1e-5, atol=1e-5)
+    row = ops.q8mm(mx.array(x[3]), mx.array(x_scales[3]), w)
+    np.testing.assert_allclose(np.array(row), flat[3], rtol=1e-5, atol=1e-5)
+    assert ops.q8mm(mx.zeros((0, 96), mx.int8), mx.zeros((0, 3)), w).shape == (0, 21)
+
+
+def test_numpy_torch_and_mlx_without_our_kernels_serve_tiles(monkeypatch):
+    torch = pytest.importorskip("torch")
+    w = weight(Format(2, 64), 9, 192)
+    x, x_scales = activations(5, 192)[0], tile_scales(5, 3)
+    want, size = answer(x, x_scales, w)
+    y = np.array(ops.q8mm(mx.array(x), mx.array(x_scales), w))
+    host = Packed(np.array(w.words), np.array(w.scales), np.array(w.biases), w.format)
+    np.testing.assert_allclose(ops.q8mm(x, x_scales, host), want, rtol=1e-6)
+    words = torch.from_numpy(np.array(w.words).view(np.int32)).view(torch.uint32)
+    there = Packed(words, *(torch.from_numpy(np.array(a)) for a in (w.scales, w.biases)), w.format)
+    on_torch = ops.q8mm(torch.from_numpy(x), torch.from_numpy(x_scales), there)
+    np.testing.assert_array_equal(on_torch.numpy(), y)
+    floats = mx.random.normal((5, 192))
+    codes, scales = ops.q8_rows(floats, 64)
+    monkeypatch.setattr(native, "_ext", lambda: None)
+    stock = np.array(ops.q8mm(mx.array(x), mx.array(x_scales), w))
+    assert (np.abs(stock - want) <= (192 + 8) * 2.0**-24 * size).all()
+    for ours, theirs in zip((codes, scales), ops.q8_rows(floats, 64), strict=True):
+        np.testing.assert_array_equal(np.array(ours), np.array(theirs))
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
@@ -145,6 +218,23 @@ def test_rows_become_codes_and_scales_as_numpy_makes_them(dtype):
         rounded = np.clip(np.rint(exact / want[:, None]), -127, 127).astype(np.int8)
         np.testing.assert_array_equal(np.array(codes), rounded)
         assert codes.dtype == mx.int8 and np.abs(np.array(codes)).max() == 127
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_tiles_of_a_row_become_codes_as_rows_of_their_own(group_size):
+    torch = pytest.importorskip("torch")
+    for dtype, storage in DTYPE.items():
+        x = mx.array(np.random.default_rng(7).normal(size=(3, 5, 384)).astype(np.float32)).astype(storage)
+        x[1, 2, :group_size] = 0
+        exact = np.array(x.astype(mx.float32)).reshape(3, 5, -1, group_size)
+        peak = np.abs(exact).max(-1)
+        want = np.where(peak == 0, np.float32(1), peak / np.float32(127))
+        rounded = np.clip(np.rint(exact / want[..., None]), -127, 127).astype(np.int8).reshape(x.shape)
+        on_torch = torch.from_numpy(exact.reshape(x.shape)).to(getattr(torch, dtype))
+        for given in (x, exact.reshape(x.shape), on_torch):
+            codes, scales = ops.q8_rows(given, group_size)
+            np.testing.assert_array_equal(bridge.to_numpy(scales), want)
+            np.testing.assert_array_equal(bridge.to_numpy(codes), rounded)
 
 
 def test_a_row_with_nan_or_infinity_gets_a_scale_that_says_so():
@@ -234,6 +324,8 @@ def test_no_gradient_is_invented():
         ({"x": mx.zeros((2, 128))}, TypeError, "x_codes are float32; wanted int8"),
         ({"x": mx.zeros((2, 64), mx.int8)}, ValueError, r"x_codes have shape \(2, 64\) but w holds K=128"),
         ({"s": mx.zeros((3,))}, ValueError, r"x_scales have shape \(3,?\); wanted one number, or one for"),
+        ({"s": mx.zeros((2, 3))}, ValueError, r"x_scales have shape \(2, 3\); .* for each 64 codes of a row"),
+        ({"s": mx.zeros((2, 2)), "per_row": True}, ValueError, r"\(2, 2\), one for each group, and per_row"),
         ({"s": mx.zeros((2,), mx.float16)}, TypeError, "x_scales are float16; wanted float32"),
         ({"dtype": "int8"}, ValueError, "dtype is int8; wanted float32, float16"),
         ({"bits": 5}, ValueError, "5-bit"),
@@ -244,11 +336,11 @@ def test_bad_input_is_refused_in_one_sentence_by_mlx_and_numpy(given, error, mes
     w = weight(fmt, 9, 128)
     x, s = given.get("x", mx.zeros((2, 128), mx.int8)), given.get("s", mx.ones((2,)))
     host = Packed(np.array(w.words), np.array(w.scales), np.array(w.biases), fmt)
-    dtype = given.get("dtype", "float32")
+    settings = {"dtype": given.get("dtype", "float32"), "per_row": given.get("per_row", False)}
     with pytest.raises(error, match=message):
-        ops.q8mm(x, s, w, dtype=dtype)
+        ops.q8mm(x, s, w, **settings)
     with pytest.raises(error, match=message):
-        ops.q8mm(np.array(x), np.array(s), host, dtype=dtype)
+        ops.q8mm(np.array(x), np.array(s), host, **settings)
 
 
 def test_too_long_a_row_and_rows_of_nothing_are_refused():
@@ -259,5 +351,10 @@ def test_too_long_a_row_and_rows_of_nothing_are_refused():
     for empty in (mx.zeros((3, 0)), np.zeros((3, 0), np.float32)):
         with pytest.raises(ValueError, match=r"q8_rows: x has shape \(3, 0\)"):
             ops.q8_rows(empty)
+    for given in (mx.zeros((3, 96)), np.zeros((3, 96), np.float32)):
+        with pytest.raises(ValueError, match="q8_rows: group_size is 48; wanted 32, 64 or 128"):
+            ops.q8_rows(given, 48)
+        with pytest.raises(ValueError, match=r"\(3, 96\), whose rows are no multiple of group_size=64"):
+            ops.q8_rows(given, 64)
     with pytest.raises(TypeError, match="q8_rows: x is int32"):
         ops.q8_rows(mx.zeros((3, 4), mx.int32))

@@ -1,14 +1,19 @@
 """The Metal shaders, run on this CPU by tools/msl, equal float64, and move the bytes that they say.
 
 MLXQ_SHADERS=all runs every instantiation of the table (about half an hour) and the 10^7 groups of the
-quantizer's golden hash.
+quantizer's golden hash, as tools/msl/golden.py does.
 
 Nothing here says how fast an Apple GPU runs them, or that Apple's compiler takes them.
 """
 
+import contextlib
+import ctypes
+import hashlib
+import json
 import multiprocessing
 import os
 import re
+import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -26,7 +31,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "msl")]  # tools/ is no installe
 import mlx_kernels  # noqa: E402
 
 from tools.msl import harness, source  # noqa: E402
+from tools.msl.golden import SHADER, by_shader  # noqa: E402
 
+pytestmark = pytest.mark.skipif(harness.absent() is not None, reason=str(harness.absent()))
 EVERYTHING = os.environ.get("MLXQ_SHADERS") == "all"
 CASES = sc.every() if EVERYTHING else sc.core()
 SEEDS = (0, 3) if EVERYTHING else (0, 1, 2, 5)
@@ -273,36 +280,115 @@ def test_one_barrier_a_step_of_32(counted):
 # -------------------------------------------------------------------------------- quantizer
 
 
-def by_shader(libs, w: np.ndarray, fmt: Format, S: str) -> bytes:
-    """words | scales | biases, as test_quantize hashes them."""
-    stored = np.uint16 if S == "bfloat" else np.float16 if S == "half" else np.float32
-    words, scales = np.zeros((len(w), fmt.words_per_row(fmt.group_size)), np.uint32), np.zeros(len(w), stored)
-    biases, report = np.zeros_like(scales), np.zeros(2, np.uint32)
-    entry = sc.entry("quantize", "float", S, fmt.bits, fmt.group_size)
-    buffers = {0: np.ascontiguousarray(w), 1: words, 2: scales, 3: biases, 4: report, 5: np.int32(len(w))}
-    grid, threads = sc.geometry("quantize", ("float", S, fmt.bits, fmt.group_size), {"groups": len(w)})
-    libs[sc.SHADERS / "quantize.metal"].run(entry, buffers, grid, threads, seconds=3600)
-    assert report.tolist() == [0, 0]
-    return words.tobytes() + scales.tobytes() + biases.tobytes()
-
-
 @pytest.fixture(scope="module")
 def quantizer():
     entries = [sc.entry("quantize", "float", S, *f) for S in sc.STORED for f in ((4, 32), (2, 64), (8, 128))]
-    return {sc.SHADERS / "quantize.metal": harness.compile(sc.SHADERS / "quantize.metal", entries)}
+    return {SHADER: harness.compile(SHADER, entries)}
 
 
 def test_quantizer_gives_the_hash_of_rule_affine_over_all_kinds_of_groups(quantizer):
     S = {name: short for short, name in sc.STORED.items()}
     if EVERYTHING:
-        assert digest(by_shader(quantizer, chunk(i), FMT, S[storage_of(i)]) for i in range(100)) == ALL
+        library = quantizer[SHADER]
+        assert digest(by_shader(library, chunk(i), FMT, S[storage_of(i)]) for i in range(100)) == ALL
     for fmt in (FMT, Format(2, 64), Format(8, 128)):
         for kind in range(30):  # ten kinds of weights in each of the three storages
             w = chunk(kind)[: 1200 * fmt.group_size // 32].reshape(-1, fmt.group_size)
             storage = storage_of(kind)
-            assert digest([by_shader(quantizer, w, fmt, S[storage])]) == digest(
+            assert digest([by_shader(quantizer[SHADER], w, fmt, S[storage])]) == digest(
                 [by_numpy(w, fmt, storage)]
             ), (fmt, kind)
+
+
+# For this thread, which runs the shaders, float32 subnormals count as zero, as on GPUs that flush them.
+FLUSH = r"""
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+extern "C" void flush(int on) { _mm_setcsr((_mm_getcsr() & ~0x8040u) | (on ? 0x8040u : 0u)); }
+#else
+extern "C" void flush(int on) {
+  unsigned long fpcr;
+  __asm__ volatile("mrs %0, fpcr" : "=r"(fpcr));
+  fpcr = (fpcr & ~(1ul << 24)) | (on ? 1ul << 24 : 0ul);
+  __asm__ volatile("msr fpcr, %0" : : "r"(fpcr));
+}
+#endif
+"""
+
+
+@pytest.fixture(scope="module")
+def flushed(tmp_path_factory):
+    """A context in which this thread flushes float32 subnormals."""
+    folder = tmp_path_factory.mktemp("flush")
+    source_file, library_file = folder / "flush.cpp", folder / "flush.so"
+    source_file.write_text(FLUSH)
+    command = [harness.compiler(), "-shared", "-fPIC", str(source_file), "-o", str(library_file)]
+    subprocess.run(command, check=True)
+    library = ctypes.CDLL(str(library_file))
+
+    @contextlib.contextmanager
+    def flushing():
+        library.flush(1)
+        try:
+            yield
+        finally:
+            library.flush(0)
+
+    return flushing
+
+
+def test_flushed_subnormals_change_no_bit_of_the_quantizer(quantizer, flushed):
+    smallest = np.array([2.0**-126], np.float32)
+    with flushed():
+        assert not (smallest * np.float32(0.5)).any()
+    assert (smallest * np.float32(0.5)).any()
+    for fmt in (FMT, Format(2, 64), Format(8, 128)):
+        for kind in range(30):
+            w = chunk(kind)[: 300 * fmt.group_size // 32].reshape(-1, fmt.group_size)
+            storage = storage_of(kind)
+            with flushed():
+                got = by_shader(quantizer[SHADER], w, fmt, {n: s for s, n in sc.STORED.items()}[storage])
+            assert digest([got]) == digest([by_numpy(w, fmt, storage)]), (fmt, kind)
+
+
+@pytest.mark.parametrize("stored", sc.STORED)
+def test_flushed_subnormals_change_no_bit_of_the_weights(flushed, stored):
+    case = sc.dequantized(np.random.default_rng(8), FMT64, "float", stored, 37)
+    buffers, library = case.buffers(), harness.compile(case.file, [case.entry])
+    with flushed():
+        library.run(case.entry, buffers, case.grid, case.threads)
+    case.check(buffers)
+
+
+def newest_log(name: str) -> dict:
+    return json.loads(max((ROOT / "tools" / "results").glob(f"{name}-*.json")).read_text())
+
+
+def test_the_log_of_ten_million_groups_is_of_this_shader():
+    """`python tools/msl/golden.py` took 18 minutes on a busy core; what it found is committed."""
+    log = newest_log("metal-golden")
+    assert log["groups"] == 10**7 and log["hash"] == log["wanted"] == ALL
+    assert log["shader_sha256"] == hashlib.sha256(SHADER.read_bytes()).hexdigest()
+
+
+def test_the_committed_proxies_are_of_these_shaders_and_meet_the_bars():
+    log = newest_log("metal-proxies")
+    for name, digest_ in log["shader_sha256"].items():
+        assert digest_ == hashlib.sha256((sc.SHADERS / name).read_bytes()).hexdigest(), name
+    products = {(r["kernel"], r["stock_kernel"], r["bits"], r["M"]): r for r in log["products"]}
+    assert len(products) == len(log["products"]) == 27
+    for (kernel, _, bits, M), row in products.items():
+        ours, stock = row["ours"], row["stock"]
+        if kernel == "qmv":
+            assert ours["weight_bytes_over_least"] == 1 <= stock["weight_bytes_over_least"]
+            assert ours["x_bytes_per_multiply_add"] <= stock["x_bytes_per_multiply_add"]
+        else:
+            assert M >= 512
+            read = "read_bytes_per_multiply_add"
+            assert ours[read] <= 0.5 * stock[read]
+            forward = products["qmm", "affine_qmm_t", bits, M]["ours"]
+            for what in (read, "matrix_products_per_512_multiply_adds"):
+                assert ours[what] <= 1.1 * forward[what]
 
 
 def test_quantizer_counts_what_it_cannot_hold(quantizer):
@@ -312,7 +398,7 @@ def test_quantizer_counts_what_it_cannot_hold(quantizer):
     words, scales = np.ones((5, 4), np.uint32), np.ones(5, np.float16)
     biases, report = scales.copy(), np.zeros(2, np.uint32)
     buffers = {0: w, 1: words, 2: scales, 3: biases, 4: report, 5: np.int32(5)}
-    quantizer[sc.SHADERS / "quantize.metal"].run(entry, buffers, (1, 1, 1), (32, 8, 1))
+    quantizer[SHADER].run(entry, buffers, (1, 1, 1), (32, 8, 1))
     assert report.tolist() == [2, 1]
     assert not words[1:3].any() and not scales[1:3].any() and not biases[1:3].any()
     assert biases[[0, 3, 4]].tolist() == [1, 1, 1]

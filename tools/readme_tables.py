@@ -79,30 +79,136 @@ def decode_rates(result: dict) -> str:
     return "Tokens per second:\n\n" + table(["contender", "threads", *whats], body)
 
 
-DETAILS = {"bench_qmm": qmm_times, "bench_decode": decode_rates}
+def quality(result: dict) -> str:
+    """KL divergence, perplexity, agreement, size and cost of each contender."""
+    head = ["contender", "MB", "bits/weight", "KL", "/ rounding", "perplexity", "top-1", "seconds", "peak MB"]
+    rows = []
+    for r in result["rows"]:
+        numbers = [r["bytes"] / 1e6, r["bits_per_weight"], r["kl"], r["ratio"], r["perplexity"]]
+        shown = [number(value) for value in numbers]
+        seconds = None if result["machine"]["noisy"] else r["seconds"]
+        rows.append([r["name"], *shown, f"{r['top1']:.1%}", number(seconds), number(r["peak_mb"])])
+    about = f"KL in nats per token; text: {', '.join(result['text'])}; calibration: {result['calibration']}."
+    return f"{about}\n\n{table(head, rows)}"
+
+
+DETAILS = {"bench_qmm": qmm_times, "bench_decode": decode_rates, "eval_quality": quality}
+
+
+# Tools whose tables stand on a busy machine too, without times.
+COUNTS = ("eval_quality", "eval_w8a8", "train_mpq")
 
 
 def newest(tool: str) -> list[dict]:
-    """The newest quiet result of a tool on each machine."""
-    files = RESULTS.glob(f"{tool.removeprefix('bench_')}-*.json")
+    """The newest result of a tool on each machine; of a tool that measures times the newest quiet one."""
+    files = RESULTS.glob(f"{re.sub('^(bench|eval|train)_', '', tool)}-*.json")
     results = [json.loads(path.read_text(encoding="utf-8")) for path in files]
-    quiet = [result for result in results if not result["machine"]["noisy"]]
+    kept = [result for result in results if tool in COUNTS or not result["machine"]["noisy"]]
     by_cpu = {}
-    for result in sorted(quiet, key=lambda result: result["machine"]["date"]):
+    for result in sorted(kept, key=lambda result: result["machine"]["date"]):
         by_cpu[result["machine"]["cpu"], result["machine"]["family"]] = result
     return [by_cpu[cpu] for cpu in sorted(by_cpu)]
 
 
+def metal_proxies() -> str:
+    """Counts of our Metal kernels beside stock MLX's, and what the bandwidth of each chip allows."""
+    log = json.loads(max(RESULTS.glob("metal-proxies-*.json")).read_text(encoding="utf-8"))
+    head = ["ours / stock MLX", "bits", "M", "weight bytes / least", "bytes / multiply-add"]
+    head += ["threadgroup bytes", "registers on sm_90"]
+    body = []
+    for row in (row for row in log["products"] if row["M"] in (1, 8, 512)):
+        pairs = [(row["ours"][key], row["stock"][key]) for key in PROXIES]
+        shown = [f"{number(a)} / {number(b)}" for a, b in pairs]
+        name = f"{row['what']}: {row['kernel']} / {row['stock_kernel']}"
+        body.append([name, str(row["bits"]), str(row["M"]), *shown])
+    chips = []
+    for row in log["rooflines"]:
+        us = [f"{row[f'least_us_4096x4096_{bits}bit']:.1f}" for bits in (2, 4, 8)]
+        tokens = [number(row[f"most_tokens_per_s_8e9_weights_{bits}bit"]) for bits in (2, 4, 8)]
+        chips.append([row["chip"], f"{row['GB_per_s']:g}", " / ".join(us), " / ".join(tokens)])
+    names = ["chip", "GB/s", "least us, 4096 x 4096, M=1, 2 / 4 / 8 bits"]
+    names += ["most tokens/s, 8 * 10^9 weights, 2 / 4 / 8 bits"]
+    return "\n\n".join(
+        [
+            f"**Proxies, not times**:\n{log['what']}.\n{log['date']}, mlx {log['mlx']}, commit "
+            f"{log['commit'][:9]}, {log['types']}, groups of {log['group_size']}. `{log['command']}`",
+            "Bytes are those that lanes ask for; a cache may serve what is asked for twice.",
+            table(head, body),
+            "Ceilings by memory bandwidth alone, which no kernel passes. The bandwidths:\n"
+            f"{log['bandwidth_source']}.",
+            table(names, chips),
+        ]
+    )
+
+
+PROXIES = (
+    "weight_bytes_over_least",
+    "read_bytes_per_multiply_add",
+    "threadgroup_bytes",
+    "registers_sm_90",
+)
+
+
+def training() -> str:
+    """Held-out quality before and after packed training: of each machine the newest run, busy or quiet."""
+    parts = []
+    for result in newest("train_mpq"):
+        rows = []
+        for run in result["runs"]:
+            pairs = [(run["before"][key], run["after"][key]) for key in ("kl", "perplexity", "agreement")]
+            counts = [str(run[key]) for key in ("bits", "steps", "tokens")]
+            moved = f"{100 * run['codes_changed']:.1f} %"
+            rows.append([*counts, moved, *(f"{number(a)} -> {number(b)}" for a, b in pairs)])
+        head = ["bits", "steps", "tokens", "codes that moved", "held-out KL", "perplexity", "agreement"]
+        parts += [f"**train_mpq**: {where(result)}", table(head, rows)]
+        if result["memory"]:
+            full = next(row for row in result["memory"] if row["what"] == "float32 AdamW")["peak_bytes"]
+            rows = [
+                [row["what"], str(row["bits"]) if row["what"] != "float32 AdamW" else "32"]
+                + [number(row["peak_bytes"] / 2**20), number(row["peak_bytes"] / full)]
+                for row in result["memory"]
+            ]
+            parts.append(table(["peak memory of two steps", "bits", "MiB", "/ float32 AdamW"], rows))
+    return "\n\n".join(parts) or "No run of `tools/train_mpq.py` is on file."
+
+
+def w8a8() -> str:
+    """Quality of 8-bit inputs by their rules; of each machine the newest run, and speed if it was quiet."""
+    parts = []
+    for result in newest("eval_w8a8"):
+        rows = [
+            [name, f"{row['kl']:.4f} +- {row['kl_standard_error']:.4f}", f"{100 * row['top1']:.1f} %",
+             number(row["perplexity"]), str(row["tokens"])]
+            for name, row in result["quality"].items()
+        ]  # fmt: skip
+        head = ["SmolLM2-135M, all linear layers", "KL", "same first choice", "perplexity", "tokens"]
+        parts += [f"**eval_w8a8**: {where(result)}", bars(result), table(head, rows)]
+        if result["speed"] and not result["machine"]["noisy"]:
+            head = ["what", "W8A16 ms", "W8A8 ms", "W8A16 / W8A8"]
+            rows = [
+                [row["what"], *(number(1e3 * row[name]) for name in ("W8A16", "W8A8")), number(row["ratio"])]
+                for row in result["speed"]
+            ]
+            parts.append(table(head, rows))
+    return "\n\n".join(parts) or "No run of `tools/eval_w8a8.py` is on file."
+
+
 def section(tool: str) -> str:
     """All that stands between a tool's markers."""
+    if tool in WHOLE:
+        return WHOLE[tool]()
     results = newest(tool)
     if not results:
         return f"No run of `tools/{tool}.py` on a quiet machine is on file."
     parts = []
     for result in results:
-        missing = [f"Not timed: {sentence}" for sentence in result.get("missing", ())]
+        word = "Missing" if tool in COUNTS else "Not timed"
+        missing = [f"{word}: {sentence}" for sentence in result.get("missing", ())]
         parts += [f"**{tool}**: {where(result)}", bars(result), DETAILS[tool](result), *missing]
     return "\n\n".join(part for part in parts if part)
+
+
+WHOLE = {"metal_proxies": metal_proxies, "train_mpq": training, "w8a8": w8a8}  # each writes its section
 
 
 def rewritten(text: str) -> str:

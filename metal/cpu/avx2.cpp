@@ -8,6 +8,7 @@
 // their x are 16-bit integers: vpmaddwd. Sums of a group are int32 and start at -z * (sum of x's codes).
 #include <immintrin.h>
 
+#include "fields.h"
 #include "float_kernels.h"
 
 namespace mlxq {
@@ -112,52 +113,88 @@ constexpr int block = 32;       // codes unpacked at a time
 constexpr int q8_rows = 4;      // rows of x that they serve
 constexpr int q8_segment = 64;  // groups whose scales are widened at a time
 
-// A prepared row: codes in the order of a block's bytes, per group where the int32 sum starts, per group the sum of codes
-// as float, then x_scale and where the sum of all starts.
+// A prepared row: codes in the order of a block's bytes, per group where the sums of the 8 lanes start (-z times their
+// codes, so that no lane's sum is large), per group the sum of codes as float, padded to eights with zeros, x_scale,
+// and where the sum of all starts. Tiled: x_scale is 1, the sums are scaled, and the scales of the groups come last.
 struct Codes {
   char* codes;
   int32_t* starts;
   float* sums;
   float* x_scale;
   int32_t* start;
+  float* tile_scales;
 };
 
 size_t code_bytes(const Qmm& q) { return size_t(q.K) * (q.bits == 8 ? 2 : 1); }
 
-size_t q8_row_bytes(const Qmm& q) { return (code_bytes(q) + size_t(q.K / q.group_size) * 8 + 8 + 63) / 64 * 64; }
+int padded_groups(const Qmm& q) { return (q.K / q.group_size + 7) / 8 * 8; }
+
+size_t q8_row_bytes(const Qmm& q) {
+  return (code_bytes(q) + size_t(padded_groups(q)) * (q.tiled ? 40 : 36) + 8 + 63) / 64 * 64;
+}
 
 Codes codes_of(const Qmm& q, const char* row) {
   char* at = const_cast<char*>(row);
-  int groups = q.K / q.group_size;
+  int groups = padded_groups(q);
   auto* starts = reinterpret_cast<int32_t*>(at + code_bytes(q));
-  auto* sums = reinterpret_cast<float*>(starts + groups);
-  return {at, starts, sums, sums + groups, reinterpret_cast<int32_t*>(sums + groups + 1)};
+  auto* sums = reinterpret_cast<float*>(starts + 8 * groups);
+  float* after = sums + groups;
+  return {at, starts, sums, after, reinterpret_cast<int32_t*>(after + 1), after + 2};
+}
+
+MLXQ_INLINE int32_t sum_of(__m256i v) {
+  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+}
+
+template <int B>
+void q8_prepare_row(const Qmm& q, const int8_t* x, const float* x_scales, const Codes& row) {
+  uint32_t whole = 0;
+  for (int g = 0; g < q.K / q.group_size; ++g) {
+    __m256i total = _mm256_setzero_si256();  // of each lane, as add_block has them
+    for (int k = g * q.group_size; k < (g + 1) * q.group_size; k += block) {
+      __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + k));
+      if constexpr (B == 8) {
+        auto* to = reinterpret_cast<__m256i*>(row.codes + 2 * k);
+        for (int half = 0; half < 2; ++half) {
+          __m128i narrow = half ? _mm256_extracti128_si256(codes, 1) : _mm256_castsi256_si128(codes);
+          __m256i wide = _mm256_cvtepi8_epi16(narrow);
+          _mm256_storeu_si256(to + half, wide);
+          total = _mm256_add_epi32(total, _mm256_madd_epi16(wide, _mm256_set1_epi16(1)));
+        }
+      } else {
+        codes = by_field<B>(codes);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(row.codes + k), codes);
+        __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), codes);
+        total = _mm256_add_epi32(total, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+      }
+    }
+    int sum = sum_of(total);
+    __m256i start = _mm256_slli_epi32(_mm256_sub_epi32(_mm256_setzero_si256(), total), B - 1);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(row.starts + 8 * g), start);
+    row.sums[g] = float(sum);
+    if (q.tiled) {
+      row.sums[g] *= x_scales[g];
+      row.tile_scales[g] = x_scales[g];
+    }
+    whole -= uint32_t(sum) << (B - 1);
+  }
+  for (int g = q.K / q.group_size; g < padded_groups(q); ++g) {
+    row.sums[g] = 0;
+  }
+  *row.x_scale = q.tiled ? 1.0f : *x_scales;
+  *row.start = int32_t(whole);
 }
 
 void q8_prepare(const Qmm& q, char* prepared, int row_begin, int row_end) {
-  const int fields = 8 / q.bits, each = block / fields;
+  auto prepare = q.bits == 2 ? q8_prepare_row<2> : q.bits == 4 ? q8_prepare_row<4> : q8_prepare_row<8>;
   for (int m = row_begin; m < row_end; ++m) {
     int64_t from = q.x_rows ? q.x_rows[m] : m;
-    const int8_t* x = static_cast<const int8_t*>(q.x) + from * q.K;
-    Codes row = codes_of(q, prepared + m * q8_row_bytes(q));
-    uint32_t whole = 0;
-    for (int g = 0; g < q.K / q.group_size; ++g) {
-      int sum = 0;
-      for (int k = g * q.group_size; k < (g + 1) * q.group_size; ++k) {
-        sum += x[k];
-        if (q.bits == 8) {
-          reinterpret_cast<int16_t*>(row.codes)[k] = x[k];
-        } else {
-          row.codes[k / block * block + k % fields * each + k % block / fields] = x[k];
-        }
-      }
-      row.starts[g] = -sum * (1 << (q.bits - 1));
-      row.sums[g] = float(sum);
-      whole += uint32_t(row.starts[g]);
-    }
-    *row.x_scale = q.x_scales[from];
-    *row.start = int32_t(whole);
+    prepare(q, static_cast<const int8_t*>(q.x) + from * q.K, q.x_scales_of(from),
+            codes_of(q, prepared + m * q8_row_bytes(q)));
   }
+  _mm256_zeroupper();
 }
 
 // Adds 32 products to each row's sums.
@@ -189,10 +226,10 @@ MLXQ_INLINE void add_block(const char* words, const char* const* x, __m256i* sum
   }
 }
 
-MLXQ_INLINE int32_t sum_of(__m256i v) {
-  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-  __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+MLXQ_INLINE float sum_of(__m256 v) {
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
 MLXQ_INLINE __m256i starting(int32_t at) { return _mm256_zextsi128_si256(_mm_cvtsi32_si128(at)); }
@@ -231,19 +268,27 @@ void q8_columns(const Qmm& q, const char* prepared, int first, int begin, int en
       }
     } else {
       __m256 totals[Rows];
-      float rest[Rows];
       for (int r = 0; r < Rows; ++r) {
         totals[r] = _mm256_setzero_ps();
-        rest[r] = 0;
       }
       for (int g0 = 0; g0 < groups; g0 += q8_segment) {
         const int here = groups - g0 < q8_segment ? groups - g0 : q8_segment;
-        float scales[q8_segment], biases[q8_segment];
+        alignas(32) float scales[q8_segment], biases[q8_segment];
         Avx2::widen(q.scales, q.scale_dtype, int64_t(n) * groups + g0, scales, here);
         Avx2::widen(q.biases, q.scale_dtype, int64_t(n) * groups + g0, biases, here);
+        for (int g = here; g % 8; ++g) {
+          scales[g] = biases[g] = 0;
+        }
+        for (int g = 0; g < here; g += 8) {
+          __m256 scale = _mm256_load_ps(scales + g);
+          __m256 bias = _mm256_fmadd_ps(_mm256_set1_ps(1 << (B - 1)), scale, _mm256_load_ps(biases + g));
+          for (int r = 0; r < Rows; ++r) {
+            totals[r] = _mm256_fmadd_ps(bias, _mm256_loadu_ps(rows[r].sums + g0 + g), totals[r]);
+          }
+        }
         for (int g = 0; g < here; ++g) {
           for (int r = 0; r < Rows; ++r) {
-            sums[r] = starting(rows[r].starts[g0 + g]);
+            sums[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[r].starts + 8 * (g0 + g)));
           }
           for (int b = 0; b < blocks; ++b, words += w_step) {
             _mm_prefetch(words + 4096, _MM_HINT_T0);
@@ -252,17 +297,14 @@ void q8_columns(const Qmm& q, const char* prepared, int first, int begin, int en
               x[r] += x_step;
             }
           }
-          const float bias = biases[g] + float(1 << (B - 1)) * scales[g];
           for (int r = 0; r < Rows; ++r) {
-            totals[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[r]), _mm256_set1_ps(scales[g]), totals[r]);
-            rest[r] += bias * rows[r].sums[g0 + g];
+            float scale = q.tiled ? scales[g] * rows[r].tile_scales[g0 + g] : scales[g];
+            totals[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[r]), _mm256_set1_ps(scale), totals[r]);
           }
         }
       }
       for (int r = 0; r < Rows; ++r) {
-        __m128 four = _mm_add_ps(_mm256_castps256_ps128(totals[r]), _mm256_extractf128_ps(totals[r], 1));
-        __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-        y[r] = (_mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two))) + rest[r]) * *rows[r].x_scale;
+        y[r] = sum_of(totals[r]) * *rows[r].x_scale;
       }
     }
     for (int r = 0; r < Rows; ++r) {

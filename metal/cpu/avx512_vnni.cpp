@@ -27,6 +27,7 @@
 #include <cstring>
 
 #include "avx512_common.h"
+#include "fields.h"
 #include "kernel.h"
 #include "numeric.h"
 
@@ -51,33 +52,20 @@ int padded(int n) { return (n + lanes - 1) / lanes * lanes; }
 int chunks(const Qmm& q) { return (q.K * q.bits / 32 + 15) / 16; }
 
 // A prepared row: Header, x_scale[groups], x_sum[groups], planes. Of a q8mm: Header, where each group's int32 sum starts,
-// x_sum[groups] of the codes, one plane, and for each of its chunks where the 16 lanes' sums start.
+// x_sum[groups] of the codes, one plane, and for each of its chunks where the 16 lanes' sums start. Of a tiled one: its
+// x_scale is 1, its x_sums are scaled, and x_scale[groups] comes last.
 size_t scale_offset() { return sizeof(Header); }
 size_t sum_offset(const Qmm& q) { return scale_offset() + 4 * padded(groups(q)); }
 size_t plane_offset(const Qmm& q) { return sum_offset(q) + 4 * padded(groups(q)); }
 
 size_t row_bytes(const Qmm& q) {
-  return plane_offset(q) + size_t(chunks(q)) * (planes_of(q) * (8 / q.bits) + (q.x_scales ? 1 : 0)) * 64;
+  return plane_offset(q) + size_t(chunks(q)) * (planes_of(q) * (8 / q.bits) + (q.x_scales ? 1 : 0)) * 64 +
+         (q.tiled ? 4 * padded(groups(q)) : 0);
 }
+
+size_t tile_scale_offset(const Qmm& q) { return row_bytes(q) - 4 * padded(groups(q)); }
 
 const Header& header(const char* row) { return *reinterpret_cast<const Header*>(row); }
-
-// 32 plane bytes in the order of k, regrouped by field: all of field 0, then field 1 ...
-template <int BITS>
-__m256i by_field(__m256i bytes) {
-  if constexpr (BITS == 8) {
-    return bytes;
-  } else if constexpr (BITS == 4) {
-    const __m256i order = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
-    return _mm256_permute4x64_epi64(_mm256_shuffle_epi8(bytes, order), 0b11011000);
-  } else {
-    const __m256i order = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    return _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(bytes, order),
-                                       _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-  }
-}
 
 // What by_field gives, each field to its 64 bytes of a chunk.
 template <int FIELDS>
@@ -159,7 +147,7 @@ void prepare_row(const Qmm& q, const void* x, int64_t base, char* row) {
 }
 
 template <int BITS>
-void prepare_codes(const Qmm& q, const int8_t* x, float x_scale, char* row) {
+void prepare_codes(const Qmm& q, const int8_t* x, const float* x_scales, char* row) {
   constexpr int fields = 8 / BITS;
   auto* starts = reinterpret_cast<int32_t*>(row + scale_offset());
   auto* sums = reinterpret_cast<float*>(row + sum_offset(q));
@@ -180,6 +168,14 @@ void prepare_codes(const Qmm& q, const int8_t* x, float x_scale, char* row) {
     sums[g] = float(sum);
     whole += sum;
   }
+  if (q.tiled) {
+    auto* tile_scales = reinterpret_cast<float*>(row + tile_scale_offset(q));
+    std::memset(tile_scales, 0, 4 * padded(count));
+    for (int g = 0; g < count; ++g) {
+      tile_scales[g] = x_scales[g];
+      sums[g] *= x_scales[g];
+    }
+  }
   for (int c = 0; c < last; ++c) {
     __m512i total = _mm512_setzero_si512();
     for (int j = 0; j < fields; ++j) {
@@ -189,7 +185,7 @@ void prepare_codes(const Qmm& q, const int8_t* x, float x_scale, char* row) {
     _mm512_storeu_si512(planes + (size_t(last) * fields + c) * 64, total);
   }
   // Through unsigned: the sum of K products with an unsigned code wraps too, and what is left of both fits.
-  *reinterpret_cast<Header*>(row) = {0, x_scale, int32_t(-uint32_t(whole) << (BITS - 1))};
+  *reinterpret_cast<Header*>(row) = {0, q.tiled ? 1.0f : *x_scales, int32_t(-uint32_t(whole) << (BITS - 1))};
 }
 
 template <int BITS>
@@ -198,7 +194,7 @@ void prepare_bits(const Qmm& q, char* prepared, int begin, int end) {
     int64_t base = int64_t(q.x_rows ? q.x_rows[m] : m) * q.K;
     char* row = prepared + size_t(m) * row_bytes(q);
     if (q.x_scales) {
-      prepare_codes<BITS>(q, static_cast<const int8_t*>(q.x) + base, q.x_scales[base / q.K], row);
+      prepare_codes<BITS>(q, static_cast<const int8_t*>(q.x) + base, q.x_scales_of(base / q.K), row);
     } else if (q.x_dtype == DType::f32) {
       prepare_row<BITS, 3>(q, q.x, base, row);
     } else {
@@ -271,6 +267,8 @@ void gemv_rows_block(const Qmm& q, const char* const* rows, int m, int n) {
   const int shift = __builtin_ctz(q.group_size);
   const size_t planes_at = plane_offset(q), sums_at = sum_offset(q);
   const size_t starts_at = planes_at + size_t(chunks(q)) * fields * 64;  // with one plane
+  const bool scaled_groups = PLANES > 1 || q.tiled;
+  const size_t x_scales_at = PLANES > 1 ? scale_offset() : tile_scale_offset(q);
   const int chunks_per_16_groups = 256 / groups_per_chunk_x16;
   // Rows lie one after the other, so any distance meets words that will be wanted: the next rows', at least 4 KiB on.
   const int ahead = NR * words_per_row > 1024 ? NR * words_per_row : 1024;
@@ -293,7 +291,7 @@ void gemv_rows_block(const Qmm& q, const char* const* rows, int m, int n) {
       MLXQ_UNROLL
       for (int i = 0; i < MR; ++i) {
         const char* row = rows[m + i];
-        scaled[i][r] = PLANES == 1 ? scale : _mm512_mul_ps(scale, _mm512_load_ps(row + scale_offset() + 4 * g0));
+        scaled[i][r] = scaled_groups ? _mm512_mul_ps(scale, _mm512_load_ps(row + x_scales_at + 4 * g0)) : scale;
         acc[i][r] = _mm512_fmadd_ps(bias, _mm512_load_ps(row + sums_at + 4 * g0), acc[i][r]);
       }
     }
@@ -522,6 +520,8 @@ template <int BITS, int PLANES, int MR>
 void gemm_block(const Qmm& q, const Panel& panel, const char* prepared, int m, int n0, int columns) {
   constexpr int fields = 8 / BITS;
   const size_t stride = row_bytes(q), scales_at = scale_offset(), sums_at = sum_offset(q), planes_at = plane_offset(q);
+  const bool scaled_groups = PLANES > 1 || q.tiled;
+  const size_t x_scales_at = PLANES > 1 ? scales_at : tile_scale_offset(q);
   const char* x[MR];
   MLXQ_UNROLL
   for (int i = 0; i < MR; ++i) {
@@ -575,13 +575,13 @@ void gemm_block(const Qmm& q, const Panel& panel, const char* prepared, int m, i
       MLXQ_UNROLL
       for (int i = 0; i < MR; ++i) {
         float x_scale = 1, x_sum;
-        if constexpr (PLANES > 1) {
-          std::memcpy(&x_scale, x[i] + scales_at + 4 * g, 4);
+        if (scaled_groups) {
+          std::memcpy(&x_scale, x[i] + x_scales_at + 4 * g, 4);
         }
         std::memcpy(&x_sum, x[i] + sums_at + 4 * g, 4);
         __m512 total = _mm512_load_ps(totals[i] + h * 16);
         total = _mm512_fmadd_ps(bias, _mm512_set1_ps(x_sum), total);
-        __m512 by = PLANES == 1 ? scale : _mm512_mul_ps(scale, _mm512_set1_ps(x_scale));
+        __m512 by = scaled_groups ? _mm512_mul_ps(scale, _mm512_set1_ps(x_scale)) : scale;
         total = _mm512_fmadd_ps(MLXQ_COMBINE(sum[i][h]), by, total);
         _mm512_store_ps(totals[i] + h * 16, total);
       }

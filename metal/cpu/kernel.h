@@ -13,6 +13,7 @@
 //   s[g] = sum_k x[m, k] * (code[n, k] - z) over group g        e[g] = sum_k x[m, k] over group g
 //   y[m, n] = x_scales[m] * sum_g (scales[n, g] * s[g] + (biases[n, g] + z * scales[n, g]) * e[g])       in float32
 //   y[m, n] = float32(sum_g s[g]) * (x_scales[m] * scales[n, 0])               per_row, K up to 131071: one int32 sum
+//   y[m, n] = sum_g x_scales[m, g] * (scales[n, g] * s[g] + (biases[n, g] + z * scales[n, g]) * e[g])           tiled
 //
 // A call has two stages. `prepare` rewrites rows of x into what the kernel likes (float32, permuted, split into integer
 // planes, with group sums ...), row_bytes(q) bytes a row, each row on its own, so that rows can be shared out over
@@ -48,9 +49,11 @@ struct Qmm {
   const void* biases;
   const float* x_scales;  // null but in a q8mm, which is transposed
   bool per_row;           // of a q8mm
+  bool tiled;             // of a q8mm: x_scales has one for each group of a row
 
   int in_features() const { return transpose ? K : N; }
   int out_features() const { return transpose ? N : K; }
+  const float* x_scales_of(int64_t row) const { return x_scales + row * (tiled ? K / group_size : 1); }
 };
 
 struct Kernel {

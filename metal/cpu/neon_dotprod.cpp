@@ -224,8 +224,10 @@ void run(const Qmm& q, const char* prepared, int begin, int end) {
 // ---- q8mm ----
 
 // A prepared row: K codes in block order, per group where the int32 sum starts, per group the sum of codes as float, and
-// x_scale.
-size_t q8_row_bytes(const Qmm& q) { return (size_t(q.K) + size_t(q.K / q.group_size) * 8 + 4 + 63) / 64 * 64; }
+// x_scale. Tiled: x_scale is 1, the sums are scaled, and the scales of the groups come last.
+size_t q8_row_bytes(const Qmm& q) {
+  return (size_t(q.K) + size_t(q.K / q.group_size) * (q.tiled ? 12 : 8) + 4 + 63) / 64 * 64;
+}
 int32_t* q8_starts(const Qmm& q, const char* row) {
   return reinterpret_cast<int32_t*>(const_cast<char*>(row) + q.K);
 }
@@ -233,11 +235,13 @@ float* q8_sums(const Qmm& q, const char* row) {
   return reinterpret_cast<float*>(q8_starts(q, row) + q.K / q.group_size);
 }
 float& q8_scale(const Qmm& q, const char* row) { return q8_sums(q, row)[q.K / q.group_size]; }
+float* q8_tile_scales(const Qmm& q, const char* row) { return &q8_scale(q, row) + 1; }
 
 void q8_prepare(const Qmm& q, char* prepared, int row_begin, int row_end) {
   for (int m = row_begin; m < row_end; ++m) {
     int64_t from = q.x_rows ? q.x_rows[m] : m;
     const int8_t* x = static_cast<const int8_t*>(q.x) + from * q.K;
+    const float* x_scales = q.x_scales_of(from);
     char* row = prepared + m * q8_row_bytes(q);
     for (int g = 0; g < q.K / q.group_size; ++g) {
       int sum = 0;
@@ -246,9 +250,12 @@ void q8_prepare(const Qmm& q, char* prepared, int row_begin, int row_end) {
         row[k / block * block + place(q.bits, k % block)] = char(x[k]);
       }
       q8_starts(q, row)[g] = q.bits == 8 ? 0 : -sum * (1 << (q.bits - 1));
-      q8_sums(q, row)[g] = float(sum);
+      q8_sums(q, row)[g] = q.tiled ? float(sum) * x_scales[g] : float(sum);
+      if (q.tiled) {
+        q8_tile_scales(q, row)[g] = x_scales[g];
+      }
     }
-    q8_scale(q, row) = q.x_scales[from];
+    q8_scale(q, row) = q.tiled ? 1.0f : *x_scales;
   }
 }
 
@@ -287,7 +294,8 @@ void q8_rows(const Qmm& q, const char* prepared, int first, int begin, int end) 
         float scale = load(q.scales, q.scale_dtype, int64_t(n) * groups + g);
         float bias = load(q.biases, q.scale_dtype, int64_t(n) * groups + g) + float(1 << (B - 1)) * scale;
         for (int m = 0; m < Rows; ++m) {
-          y[m] = vfmaq_n_f32(y[m], vcvtq_f32_s32(sums[m]), scale);
+          float by = q.tiled ? scale * q8_tile_scales(q, rows[m])[g] : scale;
+          y[m] = vfmaq_n_f32(y[m], vcvtq_f32_s32(sums[m]), by);
           rest[m] += bias * q8_sums(q, rows[m])[g];
         }
       }

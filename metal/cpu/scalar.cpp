@@ -51,6 +51,7 @@ void q8_row(const Qmm& q, int m, int begin, int end) {
   const int8_t* x = static_cast<const int8_t*>(q.x) + row * q.K;
   int groups = q.K / q.group_size, zero = 1 << (q.bits - 1);
   int64_t words_per_row = int64_t(q.K) * q.bits / 32;
+  const float* x_scales = q.x_scales_of(row);
   for (int n = begin; n < end; ++n) {
     const uint32_t* words = q.words + n * words_per_row;
     int32_t whole = 0;
@@ -64,9 +65,10 @@ void q8_row(const Qmm& q, int m, int begin, int end) {
       float scale = load(q.scales, q.scale_dtype, int64_t(n) * groups + g);
       float bias = load(q.biases, q.scale_dtype, int64_t(n) * groups + g);
       whole += products;
-      sum += scale * float(products) + (bias + float(zero) * scale) * float(codes);
+      float terms = scale * float(products) + (bias + float(zero) * scale) * float(codes);
+      sum += q.tiled ? terms * x_scales[g] : terms;
     }
-    float scale = q.x_scales[row];
+    float scale = q.tiled ? 1.0f : *x_scales;
     store(q.y, q.x_dtype, int64_t(q.y_rows ? q.y_rows[m] : m) * q.N + n,
           q.per_row ? float(whole) * (scale * load(q.scales, q.scale_dtype, int64_t(n) * groups)) : sum * scale);
   }

@@ -9,14 +9,13 @@ evaluated.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
-from mlxq.checkpoint.safetensors import Planned
+from mlxq.checkpoint.safetensors import Planned, header_of
 from mlxq.checkpoint.tensors import ArrayTensor, StackedTensor, Tensor
 
 _DTYPES = {
@@ -75,18 +74,8 @@ def arrange(skeleton, tensors: dict[str, Tensor], arrays: dict[str, mx.array]) -
 
 def materialized(tensors: dict[str, Tensor], target: Path) -> dict[str, mx.array]:
     """The tensors as lazy float32 arrays of a file written for them, a few rows in memory at a time."""
-    header, offset = {}, 0
-    for name, tensor in tensors.items():
-        plan = Planned(name, "F32", tensor.shape)
-        header[name] = {
-            "dtype": "F32",
-            "shape": list(plan.shape),
-            "data_offsets": [offset, offset + plan.nbytes],
-        }
-        offset += plan.nbytes
-    text = json.dumps(header).encode()
     with open(target, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header_of(Planned(name, "F32", tensor.shape) for name, tensor in tensors.items()))
         for tensor in tensors.values():
             height = max(1, (1 << 20) // tensor.K)
             for start in range(0, tensor.rows, height):

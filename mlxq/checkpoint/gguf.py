@@ -482,7 +482,7 @@ class GgufCheckpoint:
             raise ValueError(f"{self.path}: rope_freqs.weight is not the scaling of Llama 3")
         return scaling
 
-    def prepare(self, workspace: Path) -> None:
+    def prepare(self, workspace: Path, values: bool = True) -> None:
         """Nothing to prepare: blocks are read from the mapped file."""
 
     def float_dtype(self) -> str:

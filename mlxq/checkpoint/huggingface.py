@@ -11,8 +11,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlxq.checkpoint import sources
+from mlxq.checkpoint.actorder import absorb
 from mlxq.checkpoint.arrange import arrange, materialized, stand_in
-from mlxq.checkpoint.safetensors import STORED, Entry, Planned, read_header
+from mlxq.checkpoint.safetensors import STORED, Entry, Planned, header_of, read_header
 from mlxq.checkpoint.tensors import ArrayTensor, FileTensor, Tensor, map_file
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
@@ -134,10 +135,12 @@ class HuggingFaceCheckpoint:
             raise ValueError(f"{self.path}: {error}") from None
         self.workspace: Path | None = None
         self._tensors: dict[str, Tensor] | None = None
+        self._computed: dict[str, mx.array] | None = None
         self.pickled = False
         self.weight_map: dict[str, str] = {}
         self.files = self._find_files()
         self.entries = {} if self.pickled else self._read_headers(self.files)
+        self.method = self.method or sources.unnamed(self.path, self.entries)
         if "lm_head.weight" in self.entries:
             self.config.setdefault("tie_word_embeddings", False)  # mlx-lm would drop the head
 
@@ -197,18 +200,20 @@ class HuggingFaceCheckpoint:
             raise ValueError(f"{self.path}: zero-size tensors: {', '.join(empty[:5])}")
         return entries
 
-    def prepare(self, workspace: Path) -> None:
+    def prepare(self, workspace: Path, values: bool = True) -> None:
         """Name the folder for what must be written to be read; pickled files become safetensors in it.
 
-        They are written one tensor at a time, so that they load lazily. Raises ImportError without torch,
+        They are written one tensor at a time, so that they load lazily; without values, for a plan, they are
+        holes. Raises ImportError without torch,
         ValueError for pickles that hold anything but tensors.
         """
-        self.workspace = workspace
+        self.workspace = workspace if values else None
         if not self.pickled:
             return
         workspace.mkdir(exist_ok=True)
-        self.files = [unpickle(file, workspace / f"{file.stem}.safetensors") for file in self.files]
+        self.files = [unpickle(file, workspace / f"{file.stem}.safetensors", values) for file in self.files]
         self.entries = self._read_headers(self.files)
+        self.method = self.method or sources.unnamed(self.path, self.entries)
         if "lm_head.weight" in self.entries:
             self.config.setdefault("tie_word_embeddings", False)
 
@@ -248,6 +253,7 @@ class HuggingFaceCheckpoint:
                     found = self.method.join(found, self.method.settings)
                 except ValueError as error:
                     raise ValueError(f"{self.path}: {error}") from None
+                absorb(found)
             self._tensors = found
         return self._tensors
 
@@ -274,8 +280,10 @@ class HuggingFaceCheckpoint:
             if left and any(isinstance(tensor, ArrayTensor) for tensor in found.values()):
                 if self.workspace is not None:
                     self.workspace.mkdir(exist_ok=True)
-                    chosen = {name: tensors[name] for name in sorted(left)}
-                    missing |= materialized(chosen, self.workspace / "computed.safetensors")
+                    if self._computed is None:
+                        chosen = {name: tensors[name] for name in sorted(left)}
+                        self._computed = materialized(chosen, self.workspace / "computed.safetensors")
+                    missing |= self._computed
         return arrange(skeleton, tensors, {name: (lazy | missing)[name] for name in tensors})[0]
 
     def write_tokenizer(self, folder: Path) -> list[str]:
@@ -296,7 +304,7 @@ class HuggingFaceCheckpoint:
         return []
 
 
-def unpickle(source: Path, target: Path) -> Path:
+def unpickle(source: Path, target: Path, values: bool = True) -> Path:
     """Write the tensors of a .bin file as safetensors, one at a time, and return target.
 
     Only tensors are unpickled (weights_only). Raises ImportError without torch, ValueError for anything else.
@@ -328,21 +336,16 @@ def unpickle(source: Path, target: Path) -> Path:
         torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
         torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8", torch.bool: "BOOL",
     }  # fmt: skip
-    header, offset = {}, 0
+    plan = []
     for name, tensor in state.items():
         if tensor.dtype not in stored:
             raise ValueError(f"{source}: {name} is {tensor.dtype}, which has no place in a checkpoint")
-        plan = Planned(name, stored[tensor.dtype], tuple(tensor.shape))
-        header[name] = {
-            "dtype": plan.dtype,
-            "shape": list(plan.shape),
-            "data_offsets": [offset, offset + plan.nbytes],
-        }
-        offset += plan.nbytes
-    text = json.dumps(header).encode()
+        plan.append(Planned(name, stored[tensor.dtype], tuple(tensor.shape)))
+    header = header_of(plan)
     with open(target, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in state.values():
+        file.write(header)
+        file.truncate(len(header) + sum(tensor.nbytes for tensor in plan))
+        for tensor in state.values() if values else ():
             flat = tensor.contiguous().reshape(-1)
             file.write(flat.view(torch.uint8).numpy().data if math.prod(tensor.shape) else b"")
     return target

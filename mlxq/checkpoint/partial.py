@@ -10,37 +10,50 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from mlxq.checkpoint import journal
+
 
 @contextlib.contextmanager
-def partial_folder(dst: Path, overwrite: bool = False) -> Iterator[Path]:
-    """An empty folder beside `dst` that becomes `dst` when the block ends and vanishes when it raises.
+def partial_folder(dst: Path, overwrite: bool = False, digest: str | None = None) -> Iterator[Path]:
+    """A folder beside `dst` that becomes `dst` when the block ends and vanishes when it raises.
 
-    It is named .<name>.partial-<pid> and locked: what a killed process left behind has lost its lock, and
-    the next conversion to the same name removes it. With overwrite, an existing model folder is replaced
-    at the end. Raises FileExistsError when dst exists, OSError with one sentence when the disk is full.
+    It is named .<name>.partial-<pid> and locked: what a killed process left behind has lost its lock. The
+    next conversion to the same name goes on in it when its journal has the same digest, and removes it
+    otherwise; it is empty, then. A KeyboardInterrupt leaves it, as a kill does. With overwrite, an existing
+    model folder is replaced at the end. Raises FileExistsError when dst exists, OSError with one sentence
+    when the disk is full.
     """
     dst = Path(os.path.abspath(dst))
     check_destination(dst, overwrite)
     dst.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(dst)
     folder = dst.parent / f".{dst.name}.partial-{os.getpid()}"
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        raise FileExistsError(f"{dst}: this process is converting to it already ({folder})") from None
-    lock = os.open(folder, os.O_RDONLY)
+    lock, keep = _take_over(dst, folder, digest), False
+    if lock is None:
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            raise FileExistsError(f"{dst}: this process is converting to it already ({folder})") from None
+        lock = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield folder
+        journal.remove(folder)
         _sync(*folder.iterdir(), folder)
         _publish(folder, dst, overwrite)
         _sync(dst.parent)
+    except KeyboardInterrupt:
+        if keep := digest is not None and bool(journal.read(folder, digest)):
+            raise KeyboardInterrupt(
+                f"interrupted; the same command goes on where it stopped ({folder} holds what is done)"
+            ) from None
+        raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise OSError(f"{dst}: no space left on the device ({error.strerror}); nothing was kept") from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)  # gone already when it was published
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)  # gone already when it was published
         os.close(lock)
 
 
@@ -56,8 +69,10 @@ def check_destination(dst: Path, overwrite: bool) -> None:
         )
 
 
-def _remove_stale(dst: Path) -> None:
-    for folder in dst.parent.glob(f".{_literal(dst.name)}.partial-*"):
+def _take_over(dst: Path, target: Path, digest: str | None) -> int | None:
+    """The lock of a dead run's folder of this very conversion, now named target; other dead folders go."""
+    taken = None
+    for folder in sorted(dst.parent.glob(f".{_literal(dst.name)}.partial-*")):
         try:
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except OSError:
@@ -65,11 +80,16 @@ def _remove_stale(dst: Path) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            continue  # its owner lives
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-        finally:
             os.close(lock)
+            continue  # its owner lives
+        if taken is None and digest is not None and journal.read(folder, digest):
+            if folder != target:
+                os.rename(folder, target)
+            taken = lock
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+    return taken
 
 
 def _publish(folder: Path, dst: Path, overwrite: bool) -> None:

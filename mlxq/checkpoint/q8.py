@@ -1,8 +1,9 @@
 """Models with Q8Linear layers on disk: 8-bit checkpoints that mlx-lm reads, and beside the weights what only
 mlxq reads.
 
-    config.json              "activation_quantization": {layer: {"activation": "token" | "learned" | "static",
-                             "scale_a": the scale of the last two}}; mlx-lm ignores the key
+    config.json              "activation_quantization": {layer: {"activation": "token" | "tile" | "learned" |
+                             "static", "scale_a": the scale of the last two}}; mlx-lm ignores the key. A tile
+                             is as long as the weight's groups
     activations.safetensors  LAYER.bias_a of the layers that have one; mlx-lm reads model*.safetensors only
 
 mlx-lm multiplies the same weights with x itself: it neither rounds x nor adds bias_a.
@@ -20,10 +21,11 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlxq.checkpoint.partial import partial_folder
-from mlxq.format import Format, Packed
+from mlxq.checkpoint.summary import ACTIVATIONS as KEY
+from mlxq.format import KERNEL_BITS, Format, Packed
+from mlxq.nn.q8 import Settings
 from mlxq.nn.q8 import mlx as q8
 
-KEY = "activation_quantization"
 SHIFTS = "activations.safetensors"
 
 
@@ -89,45 +91,54 @@ def _quantization(block: dict[str, Any] | None, layers: dict[str, q8.Q8Linear]) 
     return block
 
 
+def read(config: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
+    """{layer: {"activation", "scale_a", "bias_a"}} of a model folder; bias_a is an mx.array, or None.
+
+    Raises ValueError, naming the layer, for settings that do not exist.
+    """
+    block = config.get(KEY) or {}
+    if not isinstance(block, dict):
+        raise ValueError(f"load: {folder}/config.json: {KEY} is {block!r}; wanted an object")
+    shifts = mx.load(str(folder / SHIFTS)) if block and (folder / SHIFTS).exists() else {}
+    found = {}
+    for path, said in block.items():
+        if not isinstance(said, dict):
+            raise ValueError(f"load: {KEY} of {folder}: {path} is {said!r}; wanted an object")
+        activation, scale = said.get("activation"), said.get("scale_a")
+        try:
+            settings = Settings(activation)
+        except ValueError as error:
+            raise ValueError(f"load: {KEY} of {folder}: {path}: {error}") from None
+        if (scale is None) != settings.is_dynamic or not isinstance(scale, (float, type(None))):
+            raise ValueError(
+                f"load: {KEY} of {folder}: {path} has {said}; wanted scale_a for learned and static alone"
+            )
+        shift = shifts.pop(f"{path}.bias_a", None)
+        found[path] = {"activation": activation, "scale_a": scale, "bias_a": shift}
+    if shifts:
+        raise ValueError(f"load: {folder}/{SHIFTS} holds {', '.join(sorted(shifts))}, which no layer takes")
+    return found
+
+
 def restore(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
     """Put Q8Linear layers where config.json says that activations are quantized, on the same arrays.
 
     Raises ValueError, naming the layer, when a setting is unknown or the layer is not a packed linear one.
     """
-    block = config.get(KEY)
-    if not block:
-        return
-    if not isinstance(block, dict):
-        raise ValueError(f"load: {folder}/config.json: {KEY} is {block!r}; wanted an object")
-    shifts = mx.load(str(folder / SHIFTS)) if (folder / SHIFTS).exists() else {}
     modules, replaced = dict(model.named_modules()), []
-    for path, said in block.items():
+    for path, settings in read(config, folder).items():
         layer = modules.get(path)
-        if not isinstance(layer, nn.QuantizedLinear) or layer.mode != "affine":
+        if (
+            not isinstance(layer, nn.QuantizedLinear)
+            or layer.mode != "affine"
+            or layer.bits not in KERNEL_BITS
+        ):
             what = "no layer" if layer is None else f"a {type(layer).__name__}"
             raise ValueError(
-                f"load: {KEY} of {folder} names {path}, which is {what}; wanted a packed linear one"
+                f"load: {KEY} of {folder} names {path}, which is {what}; wanted a packed linear one of "
+                f"{', '.join(map(str, KERNEL_BITS))} bits"
             )
-        if not isinstance(said, dict):
-            raise ValueError(f"load: {KEY} of {folder}: {path} is {said!r}; wanted an object")
         packed = Packed(layer.weight, layer.scales, layer.biases, Format(layer.bits, layer.group_size))
-        scale = said.get("scale_a")
-        if (scale is None) != (said.get("activation") == "token") or not isinstance(
-            scale, (float, type(None))
-        ):
-            raise ValueError(f"load: {KEY} of {folder}: {path} has {said}; wanted scale_a, unless token")
-        try:
-            new = q8.Q8Linear.from_packed(
-                packed,
-                layer.get("bias"),
-                activation=said.get("activation"),
-                bias_a=shifts.pop(f"{path}.bias_a", None),
-                scale_a=scale,
-            )
-        except ValueError as error:
-            raise ValueError(f"load: {KEY} of {folder}: {path}: {error}") from None
-        replaced.append((path, new))
-    if shifts:
-        raise ValueError(f"load: {folder}/{SHIFTS} holds {', '.join(sorted(shifts))}, which no layer takes")
+        replaced.append((path, q8.Q8Linear.from_packed(packed, layer.get("bias"), **settings)))
     model.update_modules(tree_unflatten(replaced))
     model.train(model.training)

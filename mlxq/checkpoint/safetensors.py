@@ -92,7 +92,8 @@ def _entry(path: Path, name: str, fields: object, data_begin: int, size: int) ->
     def is_list_of_counts(value: object) -> bool:
         return isinstance(value, list) and all(type(v) is int and 0 <= v < 2**63 for v in value)
 
-    if not isinstance(fields, dict) or fields.get("dtype") not in BYTES:
+    known = isinstance(fields, dict) and isinstance(fields.get("dtype"), str) and fields["dtype"] in BYTES
+    if not known:
         dtype = fields.get("dtype") if isinstance(fields, dict) else fields
         raise ValueError(f"{path}: tensor {name} has dtype {dtype!r}; known: {', '.join(BYTES)}")
     shape, span = fields.get("shape"), fields.get("data_offsets")
@@ -134,17 +135,39 @@ class Planned:
         return math.prod(self.shape) * BYTES[self.dtype]
 
 
+def header_of(tensors: Iterable[Planned], metadata: dict[str, str] | None = None) -> bytes:
+    """The bytes of a file before its tensors, which follow one another in this order."""
+    header: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
+    offset = 0
+    for tensor in tensors:
+        span = [offset, offset + tensor.nbytes]
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": span}
+        offset = span[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 class Writer:
     """MLX's shard files in `folder`, written piece by piece: headers first, because every shape is known.
 
     with Writer(folder, plan, max_shard_bytes, parameters) as writer:
         writer.write(name, array)        any number of times per tensor, in order of the bytes
+        writer.skip(name)                the bytes are there from an earlier run, or another process writes
+                                         them
 
-    Leaving the block without an exception checks that every byte came, writes the index and syncs to the
-    disk.
+    Files that are there are gone on with. Leaving the block without an exception checks that every byte came,
+    writes the index and syncs to the disk.
     """
 
-    def __init__(self, folder: Path, plan: Iterable[Planned], max_shard_bytes: int, parameters: int):
+    def __init__(
+        self,
+        folder: Path,
+        plan: Iterable[Planned],
+        max_shard_bytes: int,
+        parameters: int,
+        made_for: str = "mlx",
+    ):
         self.folder, self.parameters = Path(folder), parameters
         shards: list[list[Planned]] = [[]]
         filled = 0
@@ -164,19 +187,7 @@ class Writer:
             file_name = (
                 "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
             )
-            header: dict[str, object] = {"__metadata__": {"format": "mlx"}}
-            offset = 0
-            for tensor in shard:
-                span = [offset, offset + tensor.nbytes]
-                header[tensor.name] = {
-                    "dtype": tensor.dtype,
-                    "shape": list(tensor.shape),
-                    "data_offsets": span,
-                }
-                offset = span[1]
-            text = json.dumps(header, separators=(",", ":")).encode()
-            text += b" " * (-len(text) % 8)
-            self.headers[file_name] = len(text).to_bytes(8, "little") + text
+            self.headers[file_name] = header_of(shard, {"format": made_for})
             begin = len(self.headers[file_name])
             for tensor in shard:
                 self.weight_map[tensor.name] = file_name
@@ -188,11 +199,18 @@ class Writer:
 
     def __enter__(self) -> Writer:
         for file_name, header in self.headers.items():
-            self.files[file_name] = os.open(
-                self.folder / file_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644
-            )
+            self.files[file_name] = os.open(self.folder / file_name, os.O_WRONLY | os.O_CREAT, 0o644)
             _write_all(self.files[file_name], header, 0)
         return self
+
+    def holds(self, name: str) -> bool:
+        """Whether the file that an earlier run left is long enough to hold the tensor."""
+        file = self.folder / self.weight_map[name]
+        return file.exists() and file.stat().st_size >= self.last_byte[name]
+
+    def skip(self, name: str) -> None:
+        """Count the tensor as written."""
+        self.next_byte[name] = self.last_byte[name]
 
     def write(self, name: str, array: np.ndarray) -> None:
         """Append the array's bytes to the tensor."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
-from mlxq.checkpoint import awq, bitsandbytes, compressed_tensors, mlx
+from mlxq.checkpoint import awq, bitsandbytes, compressed_tensors, gba, gptq, mlx
 from mlxq.checkpoint.tensors import Tensor
 
 
@@ -22,6 +24,8 @@ _READERS = {
     "bitsandbytes": bitsandbytes.join,
     "compressed-tensors": compressed_tensors.join,
     "fp8": compressed_tensors.join,
+    "gba": gba.join,
+    "gptq": gptq.join,
 }
 
 
@@ -46,3 +50,22 @@ def method_of(config: dict) -> Method | None:
             f"built: {', '.join(_READERS)}, MLX, GGUF"
         )
     return Method(name, found, _READERS[name])
+
+
+def unnamed(folder: Path, names) -> Method | None:
+    """The method of a folder whose config.json names none: GPTQ's file, or GBA's tensors; None: floats.
+
+    Raises ValueError when GPTQ's file does not hold its settings.
+    """
+    if not any(name.endswith(".qweight") for name in names):
+        return None
+    file = folder / "quantize_config.json"
+    if not file.exists():
+        return Method("gba", {}, gba.join)
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} holds {type(settings).__name__}, not a JSON object")
+    return Method("gptq", settings, gptq.join)

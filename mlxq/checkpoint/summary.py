@@ -13,6 +13,8 @@ from mlxq.checkpoint.huggingface import read_json, read_weight_map
 from mlxq.checkpoint.safetensors import read_header
 from mlxq.format import BITS, GROUP_SIZES
 
+ACTIVATIONS = "activation_quantization"  # of config.json: layers whose inputs are rounded; see checkpoint.q8
+
 
 @dataclass
 class Layer:
@@ -32,11 +34,23 @@ class Layer:
     norm: float = 0.0
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """What a conversion will take: seconds, bytes of anonymous memory, bytes of files."""
+
+    seconds: float
+    memory: int
+    disk: int
+
+
 @dataclass
 class Summary:
     """Layers of a model, their sizes, and remarks for the user.
 
     kept_float   layers that could be quantized and are not, with the reason
+    peak_memory  anonymous bytes that the conversion had in use at most, None where nobody knows
+    planned      what is still to be done: estimated seconds, bytes of memory and of files; None when it is
+                 done
     """
 
     path: Path
@@ -45,6 +59,8 @@ class Summary:
     kept_float: dict[str, str] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     seconds: float | None = None
+    peak_memory: int | None = None
+    planned: Estimate | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -179,6 +195,9 @@ def inspect(path: str | Path) -> Summary:
     settings = config.get("quantization") or {}
     if not isinstance(settings, dict):
         raise ValueError(f"{path}/config.json: quantization is {settings!r}, not a JSON object")
+    activations = config.get(ACTIVATIONS) or {}
+    if not isinstance(activations, dict):
+        raise ValueError(f"{path}/config.json: {ACTIVATIONS} is {activations!r}, not a JSON object")
     summary = Summary(path, f"{path}: {config.get('model_type', 'unknown architecture')}")
     parts: dict[str, dict] = {}
     for name, entry in entries.items():
@@ -197,8 +216,16 @@ def inspect(path: str | Path) -> Summary:
         if "weight" not in tensors:
             raise ValueError(f"{path}: {name} has scales but no weight")
         stored, weights = _packed(name, tensors, settings)
-        summary.layers.append(Layer(slashed, stored, weights, size))
+        summary.layers.append(Layer(slashed, stored + inputs_shown(activations.get(name)), weights, size))
     return summary
+
+
+def inputs_shown(settings: object) -> str:
+    """What a layer's entry under ACTIVATIONS says, behind its format: "", " + int8 inputs", ..."""
+    if not isinstance(settings, dict):
+        return ""
+    kind = settings.get("activation")
+    return " + int8 inputs" if kind == "token" else f" + int8 {kind} inputs"
 
 
 _FLOAT_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}

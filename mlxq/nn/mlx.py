@@ -15,6 +15,7 @@ from mlx_lm.models import mla, switch_layers
 
 from mlxq import ops
 from mlxq.format import Format, Packed
+from mlxq.nn.mpq.mlx import MPQLinear as MPQLinear
 
 _format = functools.cache(Format)  # a layer asks for its format at every call
 

@@ -522,6 +522,78 @@ def qmv_shared(K: int, fmt: format.Format, s_bytes: int, columns, chunk_bytes, w
     return chunks * chunk * columns * 2 + floats * 4 + warps * depth * stage
 
 
+STREAM_WARPS, STREAM_SEGMENT, STREAM_BUFFERS = 16, 64, 4  # of qmv_stream.cu
+STREAM_DEPTH = 9
+STREAM_REGISTERS = 64  # that a thread may fill with x
+
+
+def stream_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict) -> dict | None:
+    """How qmv_stream.cu is compiled and started for a product; None where it does not serve.
+
+    defines, grid_x, threads, shared (bytes).
+    """
+    row_bytes, s_bytes, warps, segment = K * fmt.bits // 8, SIZES[s_type], STREAM_WARPS, STREAM_SEGMENT
+    scale_bytes = K // fmt.group_size * s_bytes
+    unit = min(fmt.group_size, segment * 8 // fmt.bits)  # codes of one scale
+    stages = -(-row_bytes // (warps * segment))
+    if (
+        not gpu["early"]
+        or x_type == "float32"
+        or M > 8
+        or row_bytes % 16
+        or scale_bytes % 16
+        or unit * fmt.bits < 128
+        or stages * segment // fmt.bits > STREAM_REGISTERS
+    ):
+        return None
+    columns = next(c for c in (1, 2, 4, 8) if c >= M)
+    units = segment * 8 // fmt.bits // unit
+    tiles = -(-N // 16)
+    rounds = -(-tiles // gpu["multiprocessors"])
+    stage = 16 * (warps * segment + unit * fmt.bits // 8)
+    for depth in range(min(STREAM_DEPTH, max(2, rounds * stages)), 1, -1):
+        scale_depth = -(-(depth - 1) // stages) + 1
+        shared = depth * stage + scale_depth * 32 * (scale_bytes + 16) + 16 * (depth + STREAM_BUFFERS)
+        shared += warps * columns * 4 * (stages * units + STREAM_BUFFERS * 20)
+        if shared <= gpu["shared"]:
+            break
+    else:
+        return None
+    defines = {
+        "BITS": fmt.bits,
+        "GROUP": fmt.group_size,
+        "X_TYPE": TYPES[x_type],
+        "S_TYPE": TYPES[s_type],
+        "MP": columns,
+        "WARPS": warps,
+        "SEGMENT": segment,
+        "STAGES": stages,
+        "DEPTH": depth,
+        "SCALE_DEPTH": scale_depth,
+        "BUFFERS": STREAM_BUFFERS,
+        "BLOCKS": 1,
+    }
+    return {
+        "defines": defines,
+        "grid_x": min(gpu["multiprocessors"], tiles),
+        "threads": 32 * (warps + 2),
+        "shared": shared,
+    }
+
+
+def _stream(device: int, pointers, M: int, N: int, K: int, fmt, x_type, s_type):
+    """A launch of qmv_stream.cu that takes (x, y), or None where it does not serve."""
+    gpu = _device(device)
+    shape = stream_shape(M, N, K, fmt, x_type, s_type, gpu)
+    if shape is None:
+        return None
+    flags = options(gpu["arch"], shape["defines"])
+    kernel = _kernel(device, "qmv_stream.cu", "qmv_stream", flags, shape["shared"])
+    pointers = [ctypes.c_void_p(p) for p in (0, *pointers, 0)]
+    numbers = [ctypes.c_int(v) for v in (M, N, K)]
+    return _Launch(kernel, (shape["grid_x"], 1, 1), shape["threads"], pointers + numbers, (0, 4))
+
+
 def _qmv(device: int, pointers, batches: int, M: int, N: int, K: int, fmt, x_type, s_type, indices):
     """A launch of qmv.cu that takes (x, y[, lhs, rhs]) or None where it does not fit."""
     gpu = _device(device)
@@ -539,6 +611,7 @@ def _qmv(device: int, pointers, batches: int, M: int, N: int, K: int, fmt, x_typ
 
 
 MAX_EXPERTS = 1024  # of qmm.cu's tile search
+QMM_TILES = {8: (2, 2), 16: (2, 2), 32: (2, 2), 64: (2, 2), 128: (1, 1), 256: (1, 1)}  # rows: (panels, blocks)
 
 
 def qmm_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict, transpose=True, experts=0) -> dict | None:
@@ -550,8 +623,8 @@ def qmm_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict, transpose=True,
     if gpu["arch"] != "sm_90a" or x_type == "float32" or experts > MAX_EXPERTS:
         return None
     out, reduced = (N, K) if transpose else (K, N)
-    rows = next((n for n in (8, 16, 32, 64, 128) if n >= M), 256)
-    panels, blocks = (2, 2) if rows <= 64 else (1, 1)
+    rows = next((n for n in QMM_TILES if n >= M), max(QMM_TILES))
+    panels, blocks = QMM_TILES[rows]
     depth, s_bytes = 64 * panels, SIZES[s_type]
     groups = max(1, (depth if transpose else 128) // fmt.group_size)  # of a row in a stage
     aligned = groups * s_bytes % 4 == 0 and K // fmt.group_size * s_bytes % 4 == 0
@@ -588,8 +661,11 @@ def qmm_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict, transpose=True,
     return {"defines": defines, "out_tiles": out_tiles, "rows": rows, "ranks": ranks, "shared": shared}
 
 
-def q8mm_shape(M, N, K, fmt, s_type: str, y_type: str, one_scale: bool, per_row: bool, gpu: dict) -> dict | None:
-    """How q8mm.cu is compiled and started; None where it does not serve. As qmm_shape."""
+def q8mm_shape(M, N, K, fmt, s_type: str, y_type: str, x_scales: int, per_row: bool, gpu: dict) -> dict | None:
+    """How q8mm.cu is compiled and started; None where it does not serve. As qmm_shape.
+
+    x_scales: 0 one for all, 1 one a row, 2 one for as many columns as a group has.
+    """
     if gpu["arch"] != "sm_90a":
         return None
     most = 256 if per_row and fmt.bits < 8 else 128  # registers for two sums an element; shared memory
@@ -599,7 +675,7 @@ def q8mm_shape(M, N, K, fmt, s_type: str, y_type: str, one_scale: bool, per_row:
     aligned = groups * s_bytes % 4 == 0 and K // fmt.group_size * s_bytes % 4 == 0
     s_words = groups if s_bytes == 4 else groups // 2 + (not aligned)
     stage = panels * (rows * 128 + 2048 * fmt.bits) + 128 * 2 * s_words * 4
-    fixed = 4 * 8192 + 4 * rows * panels * 128 // min(128, fmt.group_size)
+    fixed = 4 * 8192 + 8 * rows * panels * 128 // min(128, fmt.group_size)
     blocks = 2 if rows <= 32 else 1
     budget = gpu["shared"] // blocks - 1024
     stages = min(8, (budget - fixed) // stage)
@@ -616,7 +692,7 @@ def q8mm_shape(M, N, K, fmt, s_type: str, y_type: str, one_scale: bool, per_row:
         "GROUP": fmt.group_size,
         "S_TYPE": TYPES[s_type],
         "Y_TYPE": TYPES[y_type],
-        "X_SCALES": int(not one_scale),
+        "X_SCALES": x_scales,
         "PER_ROW": int(per_row),
         "BN": rows,
         "PANELS": panels,
@@ -690,6 +766,8 @@ class _Product:
         if not self.empty:
             about = N, K, w.format, self.x_type, format.dtype_name(w.scales)
             with side.on(device):
+                if transpose and M <= ROWS_BEST_IN_QMV:
+                    self.launch = _stream(device, self.pointers, M, *about)
                 if not transpose or M > ROWS_BEST_IN_QMV:
                     self.launch = _many(device, self.pointers, M, *about, transpose)
                 if self.launch is None and transpose and M <= ROWS_OF_QMV:
@@ -851,21 +929,25 @@ def dequantize(packed: format.Packed, dtype: str | None = None):
     return w
 
 
-def q8_rows(x):
-    """int8 codes and float32 scales of x's rows; see mlxq.ops.q8_rows."""
+def q8_rows(x, group_size: int | None = None):
+    """int8 codes and float32 scales of x's rows, or of so many neighbours; see mlxq.ops.q8_rows."""
     side = _side("q8_rows", x)
     at = side.describe(x)
     _, shape, _, device, _ = at
     _check_arrays("q8_rows", {"x": at}, device)
-    rows, K = math.prod(shape[:-1]), shape[-1]
+    K = group_size or shape[-1]
+    rows = math.prod(shape) // K
     with side.on(device):
         codes = side.empty(shape, "int8", device)
-        scales = side.empty(shape[:-1], "float32", device)
+        scales = side.empty((*shape[:-1], *([shape[-1] // K] if group_size else [])), "float32", device)
         if rows:
-            flags = options(_device(device)["arch"], {"X_TYPE": TYPES[format.dtype_name(x)]}, exact=True)
+            warps = 1 if K <= 256 else 8  # a row
+            defines = {"X_TYPE": TYPES[format.dtype_name(x)], "ROW_WARPS": warps}
+            flags = options(_device(device)["arch"], defines, exact=True)
             kernel = _kernel(device, "q8_rows.cu", "q8_rows", flags, 0)
             arrays = [ctypes.c_void_p(side.pointer(a)) for a in (x, codes, scales)]
-            _Launch(kernel, (rows, 1, 1), 256, [*arrays, ctypes.c_int(K)], ())(side.stream(device))
+            grid = (-(-rows * warps // 8), 1, 1)
+            _Launch(kernel, grid, 256, [*arrays, ctypes.c_longlong(rows), ctypes.c_int(K)], ())(side.stream(device))
     return codes, scales
 
 
@@ -878,6 +960,7 @@ def q8mm(x_codes, x_scales, w: format.Packed, per_row: bool, dtype: str):
     device, s_type = named["x"][3], format.dtype_name(w.scales)
     M, N, K = math.prod(x_codes.shape[:-1]), w.N, w.K
     one_scale = math.prod(x_scales.shape) == 1 and M != 1
+    tiled = len(x_scales.shape) == len(x_codes.shape) and math.prod(x_scales.shape) != 1
     key = ("q8mm", *named.values(), w.format, per_row, dtype)
     launch = _plans.get(key)
     with side.on(device):
@@ -887,9 +970,10 @@ def q8mm(x_codes, x_scales, w: format.Packed, per_row: bool, dtype: str):
         if launch is None:
             _check_arrays("q8mm", named, device)
             gpu = _device(device)
-            shape = q8mm_shape(M, N, K, w.format, s_type, dtype, one_scale, per_row, gpu)
+            kinds = 0 if one_scale else 2 if tiled else 1
+            shape = q8mm_shape(M, N, K, w.format, s_type, dtype, kinds, per_row, gpu)
             if shape is None:
-                y[...] = _q8mm_in_float64(side, x_codes, x_scales, w, per_row).reshape(y.shape)
+                y[...] = _q8mm_in_float64(side, x_codes, x_scales, w, per_row, tiled).reshape(y.shape)
                 return y
             kernel = _kernel(device, "q8mm.cu", "q8mm", options(gpu["arch"], shape["defines"]), shape["shared"])
             arrays = [ctypes.c_void_p(named[name][0]) for name in named] + [ctypes.c_void_p()]
@@ -900,7 +984,7 @@ def q8mm(x_codes, x_scales, w: format.Packed, per_row: bool, dtype: str):
     return y
 
 
-def _q8mm_in_float64(side, x_codes, x_scales, w: format.Packed, per_row: bool):
+def _q8mm_in_float64(side, x_codes, x_scales, w: format.Packed, per_row: bool, tiled: bool):
     """(M, N) float64: sums of integers are exact in it."""
     double, zero = side.double, 2 ** (w.format.bits - 1)
     scales, biases = double(w.scales), double(w.biases)
@@ -908,7 +992,9 @@ def _q8mm_in_float64(side, x_codes, x_scales, w: format.Packed, per_row: bool):
     x = double(x_codes).reshape(-1, groups, size)
     codes = double(dequantize(format.Packed(w.words, w.scales * 0 + 1, w.biases * 0, w.format), "float32"))
     codes = codes.reshape(w.N, groups, size) - zero
-    factors = double(x_scales).reshape(-1, 1)
+    if tiled:
+        x = x * double(x_scales).reshape(-1, groups, 1)
+    factors = 1 if tiled else double(x_scales).reshape(-1, 1)
     sums = side.einsum("mgk,ngk->mng", x, codes)
     if per_row:
         return sums.sum(-1) * (factors * scales[:, 0])

@@ -28,10 +28,15 @@ def _cuda():
     return cuda
 
 
-def _on_mx(op: str, x):
-    """A torch tensor as an mx.array. Raises TypeError, as native.check does, for dtypes that op lacks."""
+def _on_mx(op: str, x, w: format.Packed):
+    """A torch tensor as an mx.array, to meet w.
+
+    Raises TypeError, as native.check does, for dtypes that op lacks, ValueError for torch weights elsewhere.
+    """
     if (name := format.dtype_name(x)) not in format.STORAGE:
         raise TypeError(f"{op}: x is {name}; wanted float32, float16 or bfloat16")
+    if bridge.kind(w.words) == "torch" and w.words.device != x.device:
+        raise ValueError(f"{op}: x is on {x.device} but words on {w.words.device}; move them together first")
     return bridge.to_mx(x)
 
 
@@ -56,7 +61,7 @@ def qmm(x, w: format.Packed, transpose: bool = True):
         return reference.qmm(x, w, transpose).astype(x.dtype)
     if which == "cupy" or (which == "torch" and x.is_cuda):
         return _cuda().qmm(x, w, transpose)
-    return bridge.to_torch(native.qmm(_on_mx("qmm", x), w, transpose), x.device)
+    return bridge.to_torch(native.qmm(_on_mx("qmm", x, w), w, transpose), x.device)
 
 
 def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpose=True, sorted_indices=False):
@@ -67,8 +72,8 @@ def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpos
     result       (*broadcast(lhs_indices, rhs_indices), M, N), or (..., M, K) when transpose is False
 
     sorted_indices promises that rhs_indices ascend; the answer does not depend on it.
-    An index out of range raises on a CPU stream, when the result is evaluated; stock MLX, where that serves,
-    reads past the end. Raises as qmm does.
+    An index out of range raises on a CPU stream, when the result is evaluated. A GPU cannot raise, nor can
+    stock MLX where that serves: there the last block or expert is taken for it. Raises as qmm does.
     """
     which = bridge.kind(x)
     if which == "mlx":
@@ -78,26 +83,27 @@ def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpos
         return reference.gather_qmm(x, w, lhs_indices, rhs_indices, transpose).astype(x.dtype)
     if _on_gpu(x):
         return _cuda().gather_qmm(x, w, lhs_indices, rhs_indices, transpose)
-    y = native.gather_qmm(_on_mx("gather_qmm", x), w, lhs_indices, rhs_indices, transpose, sorted_indices)
+    y = native.gather_qmm(_on_mx("gather_qmm", x, w), w, lhs_indices, rhs_indices, transpose, sorted_indices)
     return bridge.to_torch(y, x.device)
 
 
-def q8_rows(x):
+def q8_rows(x, group_size: int | None = None):
     """(codes int8 (..., K), scales float32 (...)) of float x (..., K): one scale for each row.
 
     codes = clamp(rint(x / scale), -127, 127), scale = max |x| / 127 of the row, 1 for a row of zeros; float32
     operations, the same bits on every device. A row with NaN or Inf gets a scale that is not finite.
-    Raises TypeError for dtypes, ValueError for rows of no elements. No gradient.
+    group_size 32, 64 or 128: so many neighbours of a row count as a row; scales are (..., K / group_size).
+    Raises TypeError for dtypes, ValueError for rows of no elements or no whole groups. No gradient.
     """
     which = bridge.kind(x)
     if which == "mlx":
-        return native.q8_rows(x)
-    native.check_rows(x)
+        return native.q8_rows(x, group_size)
+    native.check_rows(x, group_size)
     if which == "numpy":
-        return reference.q8_rows(x)
+        return reference.q8_rows(x, group_size)
     if _on_gpu(x):
-        return _cuda().q8_rows(x)
-    codes, scales = native.q8_rows(bridge.to_mx(x))
+        return _cuda().q8_rows(x, group_size)
+    codes, scales = native.q8_rows(bridge.to_mx(x), group_size)
     return bridge.to_torch(codes, x.device), bridge.to_torch(scales, x.device)
 
 
@@ -105,22 +111,23 @@ def q8mm(x_codes, x_scales, w: format.Packed, *, per_row: bool = False, dtype: s
     """int8 activations times packed weights (W8A8, W4A8, W2A8), sums of integers exact, as (..., N) in dtype.
 
     x_codes   int8     (..., K), K up to 131071
-    x_scales  float32  (...), or an array of one number
+    x_scales  float32  (...), or an array of one number, or (..., K / group_size): tiled
     w         2, 4 or 8 bits, (N, K);  z = 2^(bits - 1); int8 weights q are codes q + 128, biases -128 * scale
 
     y[m, n] = x_scales[m] * sum_g( scales[n, g] * s_g + (biases[n, g] + z * scales[n, g]) * e_g )
         s_g = sum of x_codes * (code - z) over the group, int32     e_g = sum of its x_codes
     per_row: y[m, n] = float32(sum_g s_g) * (x_scales[m] * scales[n, 0]), the same bits everywhere; the caller
         promises scales that are equal along a row, and biases = -z * scales.
+    tiled: y[m, n] = sum_g x_scales[m, g] * ( the same terms ); not with per_row.
 
-    On a GPU, 2- and 4-bit weights without per_row, and all where our shaders do not run, are a product in
-    float32. Raises ValueError for shapes and formats that disagree, TypeError for dtypes. No gradient: layers
-    define it.
+    On a GPU, 2- and 4-bit weights without per_row, tiled x_scales, and all where our shaders do not run, are
+    a product in float32: ops.qmm of the codes, tiled ones times their scales. Raises ValueError for shapes
+    and formats that disagree, TypeError for dtypes. No gradient: layers define it.
     """
     which = bridge.kind(x_codes)
     if which == "mlx":
         return native.q8mm(x_codes, x_scales, w, per_row, dtype)
-    native.check_q8mm(x_codes, x_scales, w, dtype)
+    native.check_q8mm(x_codes, x_scales, w, per_row, dtype)
     if which == "numpy":
         out = reference.q8mm(x_codes, x_scales, w, per_row)
         return out.astype("float32" if dtype == "bfloat16" else dtype)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import math
 import os
 import re
 import threading
@@ -276,6 +277,7 @@ def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpos
             parts = (x, words, scales, biases, lhs, rhs)
             return module.gather_qmm(*parts, transpose, group_size, bits, sorted_indices)
         settings = {"group_size": group_size, "bits": bits, "sorted_indices": sorted_indices}
+        lhs, rhs = _inside(lhs, x), _inside(rhs, words)
         try:
             return mx.gather_qmm(x, words, scales, biases, lhs, rhs, transpose, **settings)
         except (ValueError, TypeError):
@@ -292,8 +294,8 @@ def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpos
         words,
         scales.astype(wide),
         biases.astype(wide),
-        lhs_indices=lhs,
-        rhs_indices=rhs,
+        lhs_indices=_inside(lhs, x),
+        rhs_indices=_inside(rhs, words),
         transpose=transpose,
         group_size=group_size,
         bits=bits,
@@ -302,16 +304,18 @@ def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpos
     return y.astype(x.dtype)
 
 
-def q8_rows(x: mx.array) -> tuple[mx.array, mx.array]:
-    """int8 codes and float32 scales of x's rows; see mlxq.ops.q8_rows."""
+def q8_rows(x: mx.array, group_size: int | None = None) -> tuple[mx.array, mx.array]:
+    """int8 codes and float32 scales of x's rows, or of groups of these; see mlxq.ops.q8_rows."""
     if (module := _ext()) is not None:
-        return module.q8_rows(x)
-    check_rows(x)
+        return module.q8_rows(x, group_size or 0)
+    check_rows(x, group_size)
     wide = x.astype(mx.float32)
+    if group_size:
+        wide = wide.reshape(*x.shape[:-1], x.shape[-1] // group_size, group_size)
     peak = mx.max(mx.abs(wide), axis=-1, keepdims=True)
     scales = mx.where(peak == 0, mx.array(1.0), peak / mx.array(127.0))
     codes = mx.clip(mx.round(wide / scales), -127, 127).astype(mx.int8)
-    return codes, scales.squeeze(-1)
+    return codes.reshape(x.shape), scales.squeeze(-1)
 
 
 def q8mm(x_codes, x_scales, w: format.Packed, per_row: bool, dtype: str) -> mx.array:
@@ -321,22 +325,32 @@ def q8mm(x_codes, x_scales, w: format.Packed, per_row: bool, dtype: str) -> mx.a
     bits, group_size = w.format.bits, w.format.group_size
     if (module := _ext()) is not None:
         return module.q8mm(x_codes, x_scales, words, scales, biases, group_size, bits, per_row, dtype)
-    check_q8mm(x_codes, x_scales, w, dtype)
-    y = qmm(x_codes.astype(mx.float32), format.Packed(words, scales, biases, w.format))
+    check_q8mm(x_codes, x_scales, w, per_row, dtype)
+    w = format.Packed(words, scales, biases, w.format)
+    if x_scales.size != 1 and x_scales.ndim == x_codes.ndim:
+        tiles = x_codes.astype(mx.float32).reshape(*x_scales.shape, group_size) * x_scales[..., None]
+        return qmm(tiles.reshape(x_codes.shape), w).astype(getattr(mx, dtype))
+    y = qmm(x_codes.astype(mx.float32), w)
     return (y * (x_scales[..., None] if x_scales.size != 1 else x_scales.reshape(()))).astype(
         getattr(mx, dtype)
     )
 
 
-def check_rows(x) -> None:
+def check_rows(x, group_size: int | None = None) -> None:
     """The argument checks of q8_rows, for the paths that do not reach the primitive."""
     if format.dtype_name(x) not in format.STORAGE:
         raise TypeError(f"q8_rows: x is {format.dtype_name(x)}; wanted float32, float16 or bfloat16")
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"q8_rows: x has shape {tuple(x.shape)}; wanted (..., K), K at least 1")
+    if group_size and group_size not in format.GROUP_SIZES:
+        raise ValueError(f"q8_rows: group_size is {group_size}; wanted 32, 64 or 128")
+    if group_size and x.shape[-1] % group_size:
+        raise ValueError(
+            f"q8_rows: x has shape {tuple(x.shape)}, whose rows are no multiple of group_size={group_size}"
+        )
 
 
-def check_q8mm(x_codes, x_scales, w: format.Packed, dtype: str) -> None:
+def check_q8mm(x_codes, x_scales, w: format.Packed, per_row: bool, dtype: str) -> None:
     """The argument checks of q8mm, for the paths that do not reach the primitive."""
     w.validate()
     if w.format.bits not in format.KERNEL_BITS or len(w.shape) != 2:
@@ -350,11 +364,29 @@ def check_q8mm(x_codes, x_scales, w: format.Packed, dtype: str) -> None:
         raise ValueError(f"q8mm: x_codes have shape {tuple(x_codes.shape)} but w holds K={w.K}")
     if w.K > LONGEST:
         raise ValueError(f"q8mm: K={w.K} int8 products may not fit an int32; at most {LONGEST}")
-    if np.prod(x_scales.shape) != 1 and tuple(x_scales.shape) != tuple(x_codes.shape[:-1]):
+    rows, shape = tuple(x_codes.shape[:-1]), tuple(x_scales.shape)
+    one = np.prod(shape) == 1
+    tiled = not one and shape == (*rows, w.format.groups(w.K))
+    if not one and shape != rows and not tiled:
         raise ValueError(
-            f"q8mm: x_scales have shape {tuple(x_scales.shape)}; wanted one number, or one for each row of "
-            f"x of shape {tuple(x_codes.shape)}"
+            f"q8mm: x_scales have shape {shape}; wanted one number, or one for each row of x of shape "
+            f"{tuple(x_codes.shape)}, or for each {w.format.group_size} codes of a row"
         )
+    if tiled and per_row:
+        raise ValueError(
+            f"q8mm: x_scales have shape {shape}, one for each group, and per_row sums whole rows; wanted "
+            "per_row=False, or one scale for each row"
+        )
+
+
+def _inside(indices: mx.array | None, of: mx.array) -> mx.array | None:
+    """Integer indices into the flattened leading axes of `of`, the last for what is outside.
+
+    Stock MLX reads whatever memory an index leads to; as unsigned numbers, negative ones are too large.
+    """
+    if indices is None or not mx.issubdtype(indices.dtype, mx.integer):
+        return indices
+    return mx.minimum(indices.astype(mx.uint32), max(math.prod(of.shape[:-2]), 1) - 1)
 
 
 def _stock_serves(tuned, op, x, words, scales, biases, fmt: format.Format, experts=None) -> bool:
@@ -416,11 +448,19 @@ def check(op: str, x, w: format.Packed, transpose: bool, *indices) -> None:
 
 
 def quantize(w, fmt: format.Format, rule: str, scale_dtype: str) -> format.Packed | None:
-    """Packed weights through the compiled quantizer; None when it does not serve or refuses them."""
+    """Packed weights through the compiled quantizer; None when it does not serve or refuses them.
+
+    An mx.array on a Metal GPU is quantized there.
+    """
     name = format.dtype_name(w)
     module = _ext() if rule == "affine" and name in format.STORAGE and w.ndim > 1 else None
     if module is None:
         return None
+    if bridge.kind(w) == "mlx" and fmt.bits in format.KERNEL_BITS:
+        made = module.quantize_on_gpu(w, fmt.group_size, fmt.bits, scale_dtype)
+        if made is not None:
+            *parts, refused = made
+            return None if any(refused.tolist()) else format.Packed(*parts, fmt)
     bits_of_w = bridge.host_bits(w)
     if bits_of_w.size == 0:
         return None  # -1 would stand for any size below
@@ -442,6 +482,11 @@ def dequantize(packed: format.Packed, dtype: str) -> mx.array:
     words, scales, biases = _parts(packed)
     if words.size == 0:  # stock MLX cannot reshape an empty array
         return mx.zeros(packed.shape, getattr(mx, dtype))
+    module = _ext() if packed.format.bits in format.KERNEL_BITS else None
+    if module is not None and not module.traced(words, words, scales, biases):  # ours has no gradient
+        settings = (packed.format.group_size, packed.format.bits, dtype)
+        if (made := module.dequantize_on_gpu(words, scales, biases, *settings)) is not None:
+            return made
     out = mx.dequantize(
         words,
         scales.astype(mx.float32),

@@ -1,12 +1,13 @@
 // 8-bit activations times packed weights on Hopper's integer matrix instructions: sums of int8 products, exact in int32.
 //
-//   x         s8   (M, K)                       x_scales  float (M,), or (1,) when X_SCALES is 0
+//   x         s8   (M, K)                       x_scales  float, X_SCALES 0: one, 1: (M,), 2: (M, K / GROUP)
 //   words     u32  (N, K * BITS / 32)           scales, biases  S (N, K / GROUP)
 //   y         Y    (M, N)                       Y_TYPE, S_TYPE 0 float32, 1 float16, 2 bfloat16
 //
 // With z = 2^(BITS - 1), S_g the exact sum of x * (code - z) over a group and X_g that of x:
 //
 //   PER_ROW 0   y = x_scale * sum over groups of (scale * S_g + (bias + z * scale) * X_g)      groups added in float32
+//   X_SCALES 2  likewise, with the x_scale of each group inside the sum
 //   PER_ROW 1   y = float(sum over K) * (x_scale * scale[n, 0])                                the sum in int32, K to 131071
 //
 // The plan is qmm.cu's: a block makes 128 rows of W x BN rows of x, transposed; stages of PANELS panels of 128 columns;
@@ -87,6 +88,7 @@ q8mm(const char* __restrict__ x, const float* __restrict__ x_scales, const char*
 #if !PER_ROW
   char* const s_ring = w_ring + STAGES * W_STAGE;
   float* const x_sums = reinterpret_cast<float*>(s_ring + STAGES * S_STAGE);  // [PANELS * SPANS][BN], of a stage
+  float* const x_factors = x_sums + PANELS * SPANS * BN;                      // their x_scales
   const long long last_scale = (static_cast<long long>(N) * (K / GROUP) * S_BYTES - 1) / 4;  // word of the array
 #endif
   wait_for_predecessor();
@@ -162,7 +164,13 @@ q8mm(const char* __restrict__ x, const float* __restrict__ x_scales, const char*
         const uint4 v = *reinterpret_cast<const uint4*>(row + ((span % SPANS * (SPAN / 16) + c) ^ m % 8) * 16);
         sum = dot4(v.x, 0x01010101, dot4(v.y, 0x01010101, dot4(v.z, 0x01010101, dot4(v.w, 0x01010101, sum))));
       }
-      x_sums[span * BN + m] = static_cast<float>(sum);
+      float of_group = 1;
+#if X_SCALES == 2
+      const int group_of_x = (stage * BK + span * SPAN) / GROUP;
+      if (m0 + m < M && group_of_x < groups_of_row) of_group = x_scales[size_t(m0 + m) * groups_of_row + group_of_x];
+      x_factors[span * BN + m] = of_group;
+#endif
+      x_sums[span * BN + m] = static_cast<float>(sum) * of_group;
     }
 #endif
 #pragma unroll
@@ -222,8 +230,9 @@ q8mm(const char* __restrict__ x, const float* __restrict__ x_scales, const char*
 #pragma unroll
         for (int i = 0; i < BN / 2; i++) {
           const float sum = __uint_as_float(sums[i]) - 12582912.0f;
-          const float of_x = x_sum[i / 4 * 8 + lane % 4 * 2 + i % 2];
-          scaled[i] += fmaf(scale[i / 2 % 2], sum, rest[i / 2 % 2] * of_x);
+          const int m = i / 4 * 8 + lane % 4 * 2 + i % 2;
+          const float factor = X_SCALES == 2 ? x_sum[PANELS * SPANS * BN + m] : 1.0f;
+          scaled[i] += fmaf(scale[i / 2 % 2] * factor, sum, rest[i / 2 % 2] * x_sum[m]);
         }
       }
 #endif
@@ -252,7 +261,7 @@ q8mm(const char* __restrict__ x, const float* __restrict__ x_scales, const char*
       for (int j = 0; j < 4; j++)
         parts[j] = PER_ROW ? __uint_as_float(__float_as_uint(parts[j]) + __float_as_uint(part[j])) : parts[j] + part[j];
     }
-    const float x_scale = x_scales[X_SCALES ? m0 + m : 0];
+    const float x_scale = X_SCALES == 2 ? 1.0f : x_scales[X_SCALES ? m0 + m : 0];
 #pragma unroll
     for (int j = 0; j < 4; j++) {
       const int n = out0 + o + j;

@@ -47,9 +47,12 @@ def gather_qmm(x, packed: format.Packed, lhs_indices=None, rhs_indices=None, tra
     return out
 
 
-def q8_rows(x) -> tuple[np.ndarray, np.ndarray]:
+def q8_rows(x, group_size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(codes int8 (..., K), scales float32 (...)) of x's rows; mlxq.ops.q8_rows says how."""
     x = bridge.to_numpy(x).astype(np.float32)
+    if group_size:
+        codes, scales = q8_rows(x.reshape(*x.shape[:-1], x.shape[-1] // group_size, group_size))
+        return codes.reshape(x.shape), scales
     peak = np.abs(x).max(-1)
     scales = np.where(peak == 0, np.float32(1), peak / np.float32(127))
     return np.clip(np.rint(x / scales[..., None]), -127, 127).astype(np.int8), scales
@@ -64,14 +67,21 @@ def q8mm(x_codes, x_scales, packed: format.Packed, per_row: bool = False) -> np.
     zero = 1 << (fmt.bits - 1)
     weights = format.unpack(bridge.to_numpy(packed.words), fmt.bits, packed.K).astype(np.int64) - zero
     x = bridge.to_numpy(x_codes).astype(np.int64)
-    x_scales = np.broadcast_to(bridge.to_numpy(x_scales).reshape(-1), x[..., 0].size).reshape(x.shape[:-1])
+    x_scales = bridge.to_numpy(x_scales)
+    tiled = x_scales.size != 1 and x_scales.ndim == x.ndim
+    if not tiled:
+        x_scales = np.broadcast_to(x_scales.reshape(-1), x[..., 0].size).reshape(x.shape[:-1])
     scales, biases = (bridge.to_numpy(a) for a in (packed.scales, packed.biases))
     if per_row:
         return (x @ weights.T).astype(np.float32) * (x_scales[..., None] * scales[:, 0].astype(np.float32))
     grouped = x.reshape(*x.shape[:-1], -1, fmt.group_size)
     sums = np.einsum("...gk,ngk->...ng", grouped, weights.reshape(packed.N, -1, fmt.group_size))
     scales, biases = scales.astype(np.float64), biases.astype(np.float64)
+    if tiled:
+        sums, grouped = sums * x_scales[..., None, :], grouped * x_scales[..., None].astype(np.float64)
     rest = grouped.sum(-1) @ (biases + zero * scales).T
+    if tiled:
+        return (sums * scales).sum(-1) + rest
     return ((sums * scales).sum(-1) + rest) * x_scales[..., None].astype(np.float64)
 
 

@@ -35,6 +35,7 @@ INSTANCE = re.compile(
     r'\ntemplate \[\[host_name\("(\w+)"\)\]\] \[\[kernel\]\] decltype\((\w+)<(.*)>\) \2<\3>;\n\Z'
 )
 NUMPY = {"float": np.float32, "half": np.float16, "bfloat": np.uint16, "int": np.int32, "uint": np.uint32}
+NUMPY["atomic_uint"] = np.uint32
 
 COMPILE = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_char), ctypes.c_size_t

@@ -5,10 +5,8 @@
 // Stricter than Metal: a binding lasts for one dispatch, so that no kernel can lean on what the one before it bound.
 #include "mlx/backend/metal/device.h"
 
-#include <sys/sysctl.h>
-
 #include <atomic>
-#include <cstring>
+#include <cstdio>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -29,7 +27,7 @@ Find find_callback;
 Run run_callback;
 std::atomic<bool> on{false};
 std::atomic<long> temporaries{0};
-std::string os_version = "15.0";
+std::pair<int, int> os_version{15, 0};
 unsigned long most_threads = 1024;
 std::mutex mutex;
 
@@ -56,7 +54,7 @@ MLXQ_EXPORT void mlxq_fake_device(int is_on, const char* architecture, int gener
   auto& device = mlx::core::metal::device(mlx::core::Device::cpu);
   device.architecture = architecture;
   device.generation = generation;
-  os_version = version;
+  std::sscanf(version, "%d.%d", &os_version.first, &os_version.second);
   on = is_on != 0;
 }
 
@@ -64,21 +62,13 @@ MLXQ_EXPORT void mlxq_fake_most_threads(int most) { most_threads = most; }
 
 MLXQ_EXPORT long mlxq_fake_temporaries() { return temporaries.exchange(0); }
 
-int sysctlbyname(const char* name, void* value, size_t* bytes, void*, size_t) {
-  if (std::strcmp(name, "kern.osproductversion") != 0 || *bytes <= os_version.size()) {
-    return -1;
-  }
-  std::memcpy(value, os_version.c_str(), os_version.size() + 1);
-  *bytes = os_version.size() + 1;
-  return 0;
-}
-
 unsigned long MTL::ComputePipelineState::maxTotalThreadsPerThreadgroup() const { return most_threads; }
 
 namespace mlx::core::metal {
 
 bool is_available() { return on; }
 bool fake_device_is_on() { return on; }
+std::pair<int, int> fake_os_version() { return os_version; }
 
 Device& device(mlx::core::Device) {
   static Device the_device;

@@ -90,15 +90,21 @@ def headers() -> Path:
     return folder / "mlx" / "include"
 
 
-def quantized(instantiate) -> harness.Library:
-    """Kernels of quantized.h for this CPU; instantiate as in harness.compile."""
+def sources() -> tuple[list, list[Path], dict[str, str]]:
+    """Sources, include folders and replacements of quantized.h, which is the last source."""
     folder = headers()
     kernels = folder / "mlx/backend/metal/kernels"
     prefix = "mlx/backend/metal/kernels/steel/"
     replace = {prefix + "utils/type_traits.h": POINTER_ELEMENT}
     parts = [UTILS, *(kernels / "steel/gemm" / name for name in ("loader.h", "mma.h"))]
     parts += [kernels / "quantized_utils.h", kernels / "quantized.h"]
-    return harness.compile(parts, instantiate, include=[folder], replace=replace)
+    return parts, [folder], replace
+
+
+def quantized(instantiate) -> harness.Library:
+    """Kernels of quantized.h for this CPU; instantiate as in harness.compile."""
+    parts, include, replace = sources()
+    return harness.compile(parts, instantiate, include=include, replace=replace)
 
 
 def no_batch(first: int) -> dict[int, np.ndarray]:

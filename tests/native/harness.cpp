@@ -3,7 +3,8 @@
 // A case is a line of
 //     bits group_size M N K transpose x_dtype scale_dtype kind        dtypes 0 float32, 1 float16, 2 bfloat16
 // kind: "plain"; "gather" (rows of x and y through permutations); "nonfinite" (row 0 of x has an Inf, the last a NaN).
-// "q8", "q8_row": a q8mm with int8 x, and the latter with one scale for each row of the weight.
+// "q8", "q8_row", "q8_tile": a q8mm with int8 x; the second has one scale for each row of the weight, the third one for
+// each group of a row of x.
 // Answers are lines of
 //     kernel-name error case        relative Frobenius error over the finite rows; inf where a pattern or row disagrees
 // Every array ends at a page that must not be touched, columns are computed in shares, rows prepared in two. With an
@@ -66,7 +67,7 @@ struct Problem {
         scales(size_t(q.N) * (q.K / q.group_size) * width(q.scale_dtype)),
         biases(size_t(q.N) * (q.K / q.group_size) * width(q.scale_dtype)),
         x(size_t(q.M) * in * (c.kind[0] == 'q' ? 1 : width(q.x_dtype))),
-        x_scales(c.kind[0] == 'q' ? size_t(q.M) * 4 : 0),
+        x_scales(c.kind[0] == 'q' ? size_t(q.M) * 4 * (c.kind == "q8_tile" ? q.K / q.group_size : 1) : 0),
         y(size_t(q.M) * out * width(q.x_dtype)),
         want(size_t(q.M) * out) {
     std::normal_distribution<float> normal;
@@ -80,6 +81,7 @@ struct Problem {
       store(biases.data, q.scale_dtype, i, -scale * levels * (0.4f + float(random() % 1024) / 5120));
     }
     if (c.kind[0] == 'q') {
+      q.tiled = c.kind == "q8_tile";
       codes(c.kind == "q8_row");
     } else {
       for (int i = 0; i < q.M * in; ++i) {
@@ -124,8 +126,8 @@ struct Problem {
     for (int i = 0; i < q.M * in; ++i) {
       x.as<int8_t>()[i] = i / in % 3 == 2 ? (i / in % 2 ? -128 : 127) : int8_t(i * 37 + 11);
     }
-    for (int m = 0; m < q.M; ++m) {
-      x_scales.as<float>()[m] = 0.0001f * float(m + 1);
+    for (size_t i = 0; i < x_scales.size_of<float>(); ++i) {
+      x_scales.as<float>()[i] = 0.0001f * float(i * 7 % 31 + 1);
     }
     q.x_scales = x_scales.as<float>();
     q.per_row = per_row;
@@ -138,7 +140,7 @@ struct Problem {
   }
 
   double x_value(int64_t at) const {
-    return q.x_scales ? double(q.x_scales[at / in]) * static_cast<const int8_t*>(q.x)[at]
+    return q.x_scales ? double(q.x_scales[at / (q.tiled ? q.group_size : in)]) * static_cast<const int8_t*>(q.x)[at]
                       : double(load(q.x, q.x_dtype, at));
   }
 

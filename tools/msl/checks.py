@@ -25,7 +25,7 @@ OPENCL = ("-x", "clcpp", "-cl-std=clc++2021", "-target", "spir64", "-DMSL_OPENCL
 
 @functools.cache
 def clang() -> str | None:
-    """The newest clang++ of version 19 or later, or None."""
+    """The newest clang++ of version 19 or later, or None. Apple's counts otherwise and lacks OpenCL."""
     for version in range(30, 18, -1):
         found = shutil.which(f"clang++-{version}")
         if found:
@@ -34,7 +34,7 @@ def clang() -> str | None:
     if found:
         said = subprocess.run([found, "--version"], capture_output=True, text=True).stdout
         version = re.search(r"version (\d+)", said)
-        if version and int(version[1]) >= 19:
+        if version and int(version[1]) >= 19 and "Apple" not in said:
             return found
     return None
 

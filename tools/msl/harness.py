@@ -157,6 +157,15 @@ def entry_name(entry) -> str:
     return re.sub(r"\s+", "", text)
 
 
+def absent() -> str | None:
+    """Why no shader can run on this machine, in one sentence; None where they can."""
+    if platform.system() != "Linux":
+        return f"the shader harness is written for Linux, and this is {platform.system()}"
+    if os.sysconf("SC_PAGE_SIZE") != 4096:
+        return f"the shader harness guards pages of 4096 bytes, and here are {os.sysconf('SC_PAGE_SIZE')}"
+    return None
+
+
 def compiler() -> str:
     """g++, else clang++, or what MLXQ_MSL_CXX names."""
     for name in filter(None, (os.environ.get("MLXQ_MSL_CXX"), "g++", "clang++")):
@@ -498,8 +507,11 @@ def compile(
     cache_dir    for compiled modules; default MLXQ_MSL_CACHE, else build/msl of this checkout
     contract     let the compiler fuse a * b + c, as Metal may in fast mode
 
-    Raises CompileError with the compiler's words, ValueError for kernels that the harness cannot call.
+    Raises CompileError with the compiler's words or those of absent(), ValueError for kernels that the
+    harness cannot call.
     """
+    if reason := absent():
+        raise CompileError(reason)
     folder = Path(cache_dir or os.environ.get("MLXQ_MSL_CACHE") or ROOT / "build" / "msl")
     text = source.flatten(sources, include, replace)
     entries = [(name.strip(), arguments.strip()) for name, arguments in instantiate]

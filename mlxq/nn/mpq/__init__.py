@@ -222,6 +222,26 @@ class Layout:
             )
         return pack(codes.astype(np.uint8), self.w_bit).view(np.int32)
 
+    def with_zeros(self, tensors, scales, biases, owner) -> tuple[Layout, dict[str, np.ndarray]]:
+        """The layout and tensors, qweight aside, that hold trained zeros: those of a canonical triple.
+
+        tensors   the checkpoint's     scales, biases, owner   the triple's, numpy
+
+        Integer zeros are rounded to nearest. Double-quantized zeros become plain, and so do their scales.
+        """
+        first = np.unique(owner, return_index=True)[1]
+        scales, zeros = scales[:, first].T, -biases[:, first].T
+        tensors = {name: t for name, t in tensors.items() if name != "qweight"}
+        if self.asym:
+            steps = np.rint(np.divide(zeros, scales, out=np.ones_like(zeros), where=scales != 0))
+            return self, tensors | {"qzeros": self.encode_qzeros(steps)}
+        layout = self.plain()
+        if self.double_quantized:
+            tensors = {name: t for name, t in tensors.items() if name in layout.shapes}
+            tensors["scales"] = np.ascontiguousarray(scales)
+        dtype = tensors["zeros"].dtype if "zeros" in tensors else np.float32
+        return layout, tensors | {"zeros": np.ascontiguousarray(zeros).astype(dtype)}
+
 
 @dataclass(frozen=True)
 class Canonical:
@@ -235,6 +255,27 @@ class Canonical:
     packed: Packed
     order: np.ndarray | None
     owner: np.ndarray
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """One quantized layer of a checkpoint, as its files hold it.
+
+    path      of the module                        tensors   numpy, those of layout.shapes
+    dtype     "float16", ... of scales and zeros   bias      (N,) or None
+
+    bfloat16 tensors come as float32 of the same values.
+    """
+
+    path: str
+    layout: Layout
+    dtype: str
+    tensors: dict[str, np.ndarray]
+    bias: np.ndarray | None
+
+    def canonical(self) -> Canonical:
+        """The canonical form. Raises ValueError for tensors that disagree with the layout."""
+        return self.layout.decode(self.tensors)
 
 
 def grouping(g_idx: np.ndarray) -> tuple[np.ndarray | None, np.ndarray, int]:

@@ -14,8 +14,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from mlxq import bridge, ops
-from mlxq.format import Format, Packed, quantize
-from mlxq.nn.mpq import Layout, layout_of
+from mlxq.format import Format, Packed, dtype_name, quantize
+from mlxq.nn.mpq import Layout, QuantizedLayer, layout_of
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _STORED = {"int32": torch.int32, "uint8": torch.uint8}
@@ -58,7 +58,7 @@ class MPQWeight(torch.nn.Parameter):
 
         zero_grad of models and of optimisers, which set .grad to None, so forget it.
         """
-        if self.grad is None:
+        if self.gradient is None:
             self._gradient = gradient
             self.grad = torch.zeros_like(self.data)
         else:
@@ -274,6 +274,8 @@ class MPQLinear(torch.nn.Module):
             )
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.weight.grad is None:
+            self.weight.forget()  # model.zero_grad() leaves the old sum in memory
         self._point()
         if self.order is not None:
             x = x.index_select(-1, self.order)
@@ -317,31 +319,19 @@ class MPQLinear(torch.nn.Module):
 
     def _store_zeros(self) -> None:
         """Bring the checkpoint's zeros up to date with trained ones; double-quantized ones become plain."""
-        scales, biases = bridge.to_numpy(self.group_scales), bridge.to_numpy(self.group_biases)
-        first = np.unique(bridge.to_numpy(self.owner), return_index=True)[1]
-        zeros = np.ascontiguousarray(-biases[:, first].T)
-        if self.layout.asym:
-            steps = np.ascontiguousarray(scales[:, first].T)
-            zeros = np.rint(np.divide(zeros, steps, out=np.ones_like(zeros), where=steps != 0))
-            self.qzeros.copy_(torch.from_numpy(self.layout.encode_qzeros(zeros)))
-        else:
-            self._make_plain(torch.from_numpy(np.ascontiguousarray(scales[:, first].T)))
-            self.zeros.copy_(torch.from_numpy(zeros))
-        self.weight.zeros_moved = False
-
-    def _make_plain(self, scales: torch.Tensor | None) -> None:
-        """Change the layout to plain scales and zeros, where it is double quantized."""
-        if not self.layout.double_quantized:
-            return
-        device, layout = self.g_idx.device, self.layout.plain()
-        for name in set(self.layout.shapes) - set(layout.shapes):
-            del self._buffers[name]
-        for name in set(layout.shapes) - set(self.layout.shapes):
-            shape = layout.shapes[name][0]
-            self.register_buffer(name, torch.empty(shape, dtype=torch.float32, device=device))
-        self.layout = layout
-        if scales is not None:
-            self.scales.copy_(scales)
+        names = [name for name in self.layout.shapes if name != "qweight"]
+        tensors = {name: bridge.to_numpy(getattr(self, name)) for name in names}
+        arrays = (bridge.to_numpy(a) for a in (self.group_scales, self.group_biases, self.owner))
+        layout, fresh = self.layout.with_zeros(tensors, *arrays)
+        for name in names:
+            if name not in fresh:
+                del self._buffers[name]
+        for name in ("scales", "qzeros", "zeros"):
+            if name in fresh and fresh[name] is not tensors.get(name):
+                # numpy has no bfloat16: the buffer, where there is one, says what is stored.
+                dtype = getattr(self, name).dtype if name in self._buffers else None
+                self.register_buffer(name, torch.from_numpy(fresh[name]).to(self.words.device, dtype))
+        self.layout, self.weight.zeros_moved = layout, False
 
     def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
         given = {key[len(prefix) :]: state[key] for key in state if key.startswith(prefix)}
@@ -402,30 +392,58 @@ def prepare_layers(model: torch.nn.Module) -> torch.nn.Module:
 
 def pack_layers(
     model: torch.nn.Module,
-    fmt: Format,
+    fmt: Format | None = None,
     *,
-    skip: Callable[[str, torch.nn.Linear], bool] = lambda path, layer: False,
+    skip: Callable[[str, torch.nn.Module], bool] = lambda path, layer: False,
     dtype: torch.dtype = torch.float32,
     requires_grad: bool = True,
 ) -> list[str]:
-    """Put an MPQLinear, weights rounded to nearest, in the place of each torch.nn.Linear; their paths.
+    """Put an MPQLinear in the place of each linear layer, float or packed; their paths.
 
-    skip(path, layer) keeps a layer in float. dtype is that of scales and zeros. One layer at a time: a float
-    weight is freed before the next is packed. Raises ValueError, naming the layer, when fmt does not fit.
+    fmt     of torch.nn.Linear, whose weights are rounded to nearest; None leaves such layers alone.
+            mlxq.nn.torch.QuantizedLinear keeps its own words
+    skip(path, layer)   leaves a layer alone        dtype   of scales and zeros
+
+    One layer at a time: a weight is freed before the next is packed. Raises ValueError, naming the layer,
+    when fmt does not fit.
     """
+    from mlxq.nn.torch import QuantizedLinear  # which offers this module's layer under its own name
+
     replaced = []
     for path, layer in list(model.named_modules()):
-        if type(layer) is not torch.nn.Linear or skip(path, layer):
+        is_float = type(layer) is torch.nn.Linear and fmt is not None
+        if not (is_float or isinstance(layer, QuantizedLinear)) or skip(path, layer):
             continue
+        device = layer.weight.device
         try:
-            w = layer.weight.detach()
-            packed = quantize(w.float().cpu().numpy(), fmt, scale_dtype=str(dtype).rpartition(".")[2])
+            if is_float:
+                w = layer.weight.detach().float().cpu().numpy()
+                packed = quantize(w, fmt, scale_dtype=dtype_name(torch.empty(0, dtype=dtype)))
+            else:
+                packed = layer.packed
+            new = MPQLinear.from_packed(packed, layer.bias, dtype=dtype, requires_grad=requires_grad)
         except ValueError as error:
             raise ValueError(f"pack_layers: {path}: {error}") from error
-        new = MPQLinear.from_packed(packed, layer.bias, dtype=dtype, requires_grad=requires_grad)
-        put_layer(model, path, new.to(w.device))
+        put_layer(model, path, new.to(device))
         replaced.append(path)
     return replaced
+
+
+def freeze_words(model: torch.nn.Module) -> list[str]:
+    """Put mlxq.nn.torch.QuantizedLinear in the place of each MPQLinear, on the same words; their paths.
+
+    Its tensors are those of MLX's format. Raises ValueError for act-order layers, whose rows that format
+    cannot reorder.
+    """
+    from mlxq.nn.torch import QuantizedLinear
+
+    layers = collect_layers(model)
+    for path, layer in layers.items():
+        if layer.packed and layer.order is not None:
+            raise ValueError(f"freeze_words: {path} has act-order; MLX's format has no order of rows")
+    for path, layer in layers.items():
+        put_layer(model, path, QuantizedLinear.from_packed(layer.packed, layer.bias))
+    return list(layers)
 
 
 def put_layer(model: torch.nn.Module, path: str, layer: torch.nn.Module) -> None:
@@ -435,10 +453,12 @@ def put_layer(model: torch.nn.Module, path: str, layer: torch.nn.Module) -> None
     layer.train(model.training)
 
 
-def load_layers(model: torch.nn.Module, layers: Iterable, *, requires_grad: bool = True) -> list[str]:
+def load_layers(
+    model: torch.nn.Module, layers: Iterable[QuantizedLayer], *, requires_grad: bool = True
+) -> list[str]:
     """Put prepared MPQLinears in the places that quantized layers of a checkpoint name; the paths replaced.
 
-    layers   mlxq.checkpoint.gptq.QuantizedLayer or its like: path, layout, dtype, tensors (numpy), bias
+    layers   of mlxq.checkpoint.gptq.read_layers or mlxq.checkpoint.gba.read_layers
 
     Raises ValueError, naming the layer, when its size is not that of the layer it replaces.
     """
@@ -458,8 +478,8 @@ def load_layers(model: torch.nn.Module, layers: Iterable, *, requires_grad: bool
     return replaced
 
 
-def from_layer(found, *, requires_grad: bool = True) -> MPQLinear:
-    """A prepared MPQLinear of one quantized layer of a checkpoint (mlxq.checkpoint.gptq.QuantizedLayer)."""
+def from_layer(found: QuantizedLayer, *, requires_grad: bool = True) -> MPQLinear:
+    """A prepared MPQLinear of one quantized layer of a checkpoint."""
     layout = found.layout
     layer = MPQLinear(
         layout.in_channels,

@@ -21,7 +21,7 @@ LOW, HIGH = -128, 127
 ZERO = 128  # int8 codes are stored as unsigned bytes: code + 128, so that biases = -128 * scales
 EPS = 1e-5  # the least activation scale: a learned one below it acts as this, in every formula
 
-ACTIVATIONS = ("token", "learned", "static")
+ACTIVATIONS = ("token", "tile", "learned", "static")
 WEIGHT_SCALES = ("row", "tensor", "group", "lsq")
 
 
@@ -29,8 +29,9 @@ WEIGHT_SCALES = ("row", "tensor", "group", "lsq")
 class Settings:
     """How a Q8Linear quantizes.
 
-    activation     "token": max|row| / 127 of every row of x, at each call; "learned": one number for the
-                   layer, a parameter with LSQ's gradient; "static": one number, set by observing data
+    activation     "token": max|row| / 127 of every row of x, at each call; "tile": the same of every
+                   group_size values of a row; "learned": one number for the layer, a parameter with LSQ's
+                   gradient; "static": one number, set by observing data
     weight_scales  "row": max|row| / 127; "tensor": max|W| / 127; "group": one per group_size weights of a
                    row; "lsq": 2 mean|W| / sqrt(127). Recomputed at each call while the weight is float
     group_size     weights that share a stored scale: "group" chooses a scale for each, the others repeat
@@ -73,8 +74,18 @@ class Settings:
 
     @property
     def per_row(self) -> bool:
-        """Whether a row of weights has one scale, so that its whole sum is one integer."""
-        return self.weight_scales != "group"
+        """Whether rows of weights and of x have one scale each, so that a whole sum is one integer."""
+        return self.weight_scales != "group" and self.activation != "tile"
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether activation scales come from each input, so that the layer keeps none."""
+        return self.activation in ("token", "tile")
+
+    @property
+    def tile(self) -> int | None:
+        """Neighbours in a row of x that share a scale; None: one scale for the row, or for all."""
+        return self.group_size if self.activation == "tile" else None
 
     @property
     def clips_weights(self) -> bool:
@@ -111,6 +122,14 @@ def weight_codes(w, scales, settings: Settings, xp):
 def activation_codes(x, scale, xp):
     """Integers as float32, x's shape, by one scale that is EPS or more."""
     return xp.clip(xp.round(x / scale), LOW, HIGH)
+
+
+def dequantized(codes, scales):
+    """codes (..., K) times scales, as float32: of rows (...), of tiles (..., K / tile), or one number ()."""
+    if scales.ndim < codes.ndim:
+        return codes * (scales[..., None] if scales.ndim else scales)
+    tiles = codes.reshape(*scales.shape, codes.shape[-1] // scales.shape[-1])
+    return (tiles * scales[..., None]).reshape(codes.shape)
 
 
 def activation_gradients(h, x, scale, xp):

@@ -55,8 +55,8 @@ class Q8Linear(nn.Module):
         self.settings, self.per_row = settings, settings.per_row
         self._observing = False
         # A layer without a scale gives NaN where nobody looks, and raises where one call may look.
-        self._has_scale = scale_a is not None or settings.activation == "token"
-        if settings.activation != "token":
+        self._has_scale = scale_a is not None or settings.is_dynamic
+        if not settings.is_dynamic:
             self.scale_a = mx.array(float("nan") if scale_a is None else scale_a, mx.float32)
             self._freeze_own()
 
@@ -130,13 +130,13 @@ class Q8Linear(nn.Module):
         """The layer over packed mx.arrays (N, K), of 8, 4 or 2 bits, symmetric or not.
 
         A weight with one scale a row and biases = -2^(bits-1) * scales is summed as one integer; of any
-        other, each group is. Raises ValueError when the arrays disagree.
+        other, and with tiles, each group is. Raises ValueError when the arrays disagree.
         """
         packed.validate()
         fmt = packed.format
         layer = cls._blank(Settings(activation, "group", fmt.group_size, fmt.bits), scale_a)
         layer.weight, layer.scales, layer.biases = packed.words, packed.scales, packed.biases
-        layer.per_row = q8.is_per_row(fmt.bits, packed.scales, packed.biases)
+        layer.per_row = activation != "tile" and q8.is_per_row(fmt.bits, packed.scales, packed.biases)
         if bias is not None:
             layer.bias = bias
         if bias_a is not None:
@@ -166,8 +166,8 @@ class Q8Linear(nn.Module):
         return y.astype(x.dtype)
 
     def _scale(self) -> mx.array:
-        """The activation scale; a placeholder that nobody reads for "token"."""
-        if self.settings.activation == "token":
+        """The activation scale; a placeholder that nobody reads for "token" and "tile"."""
+        if self.settings.is_dynamic:
             return mx.zeros(())
         scale = self["scale_a"].astype(mx.float32)
         if not self._has_scale:
@@ -188,7 +188,7 @@ class Q8Linear(nn.Module):
 
     def _observe(self, x: mx.array) -> None:
         """Take the scale from a batch: the first one for "learned", the largest of all for "static"."""
-        if self.settings.activation == "token" or (self.settings.activation == "learned" and self._has_scale):
+        if self.settings.is_dynamic or (self.settings.activation == "learned" and self._has_scale):
             return
         scale = q8.observed_scale(x, self.settings, mx)
         if self._has_scale:
@@ -227,8 +227,8 @@ def _product(settings: Settings, per_row: bool):
         return Packed(*weight, settings.format) if len(weight) > 1 else quantize_weight(weight[0], settings)
 
     def codes_of(x, scale):
-        if settings.activation == "token":
-            return ops.q8_rows(x)
+        if settings.is_dynamic:
+            return ops.q8_rows(x, settings.tile)
         scale = mx.maximum(scale, q8.EPS)
         return q8.activation_codes(x, scale, mx).astype(mx.int8), scale
 
@@ -241,12 +241,12 @@ def _product(settings: Settings, per_row: bool):
         x, scale, *weight = primals
         packed = operand(weight)
         dx, dscale = ops.qmm(dy, packed, transpose=False), mx.zeros_like(scale)
-        if settings.activation != "token":
+        if not settings.is_dynamic:
             dx, dscale = q8.activation_gradients(dx, x, mx.maximum(scale, q8.EPS), mx)
         if len(weight) > 1:
             return dx, dscale, *(mx.zeros_like(a) for a in weight)
         codes, scales = codes_of(x, scale)
-        rounded = codes.astype(mx.float32) * (scales[..., None] if scales.ndim else scales)
+        rounded = q8.dequantized(codes.astype(mx.float32), scales)
         K = x.shape[-1]
         dweight = dy.reshape(-1, dy.shape[-1]).T @ rounded.reshape(-1, K)
         if settings.clips_weights:

@@ -54,7 +54,7 @@ class Q8Linear(nn.Module):
         self.settings, self.per_row = settings, settings.per_row
         self.in_features, self.out_features = in_features, out_features
         self._observing = False
-        self._has_scale = scale_a is not None or settings.activation == "token"
+        self._has_scale = scale_a is not None or settings.is_dynamic
         scale = torch.tensor(float("nan") if scale_a is None else scale_a, dtype=torch.float32, device=device)
         if settings.activation == "learned":
             self.scale_a = nn.Parameter(scale)
@@ -127,14 +127,14 @@ class Q8Linear(nn.Module):
         """The layer over packed tensors (N, K), of 8, 4 or 2 bits, symmetric or not.
 
         A weight with one scale a row and biases = -2^(bits-1) * scales is summed as one integer; of any
-        other, each group is. Raises ValueError when the tensors disagree.
+        other, and with tiles, each group is. Raises ValueError when the tensors disagree.
         """
         packed.validate()
         fmt = packed.format
         settings = Settings(activation, "group", fmt.group_size, fmt.bits)
         layer = cls._blank(settings, packed.K, packed.N, packed.words.device, scale_a)
         layer._hold(packed)
-        layer.per_row = q8.is_per_row(fmt.bits, packed.scales, packed.biases)
+        layer.per_row = activation != "tile" and q8.is_per_row(fmt.bits, packed.scales, packed.biases)
         layer.bias = None if bias is None else nn.Parameter(bias.detach())
         layer._set_bias_a(bias_a)
         return layer
@@ -154,14 +154,18 @@ class Q8Linear(nn.Module):
         learning = self.training and self.settings.activation == "learned"
         if self._observing or (learning and not self._has_scale):
             self._observe(wide.detach())
-        weight = None if self.is_packed else self.weight
-        y = _Product.apply(wide, self._scale(), weight, self.packed, self.settings, self.per_row)
+        y = self._product(wide)
         if self.bias is not None:
             y = y + self.bias.float()
         return y.to(x.dtype)
 
+    @torch.compiler.disable  # a graph break: the product is MLX's, which dynamo cannot trace
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        weight = None if self.is_packed else self.weight
+        return _Product.apply(x, self._scale(), weight, self.packed, self.settings, self.per_row)
+
     def _scale(self) -> torch.Tensor | None:
-        """The activation scale; None for "token"."""
+        """The activation scale; None for "token" and "tile"."""
         if self.scale_a is None:
             return None
         if not self._has_scale:
@@ -176,6 +180,7 @@ class Q8Linear(nn.Module):
             self._has_scale = True
         return self.scale_a
 
+    @torch.compiler.disable
     @torch.no_grad()
     def _observe(self, x: torch.Tensor) -> None:
         """Take the scale from a batch: the first one for "learned", the largest of all for "static"."""
@@ -204,7 +209,8 @@ class Q8Linear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self._has_scale = self.scale_a is None
         if self.is_packed and not self.weight.is_meta:
-            self.per_row = q8.is_per_row(self.settings.bits, self.scales, self.biases)
+            rows = q8.is_per_row(self.settings.bits, self.scales, self.biases)
+            self.per_row = rows and self.settings.activation != "tile"
 
     def extra_repr(self) -> str:
         s = self.settings
@@ -230,8 +236,8 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def codes(x, scale, settings):
-        if settings.activation == "token":
-            return ops.q8_rows(x)
+        if settings.is_dynamic:
+            return ops.q8_rows(x, settings.tile)
         scale = scale.clamp(min=q8.EPS)
         return q8.activation_codes(x, scale, torch).to(torch.int8), scale
 
@@ -254,7 +260,7 @@ class _Product(torch.autograd.Function):
                 dx, dscale = q8.activation_gradients(dx, x, scale.clamp(min=q8.EPS), torch)
         if ctx.needs_input_grad[2]:
             codes, scales = _Product.codes(x, scale, settings)
-            rounded = codes.float() * (scales[..., None] if scales.ndim else scales)
+            rounded = q8.dequantized(codes.float(), scales)
             dweight = dy.reshape(-1, dy.shape[-1]).T @ rounded.reshape(-1, x.shape[-1])
             if settings.clips_weights:
                 v = weight.float() / packed.scales[:, :1].float()

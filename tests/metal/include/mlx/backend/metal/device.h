@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "mlx/array.h"
@@ -81,5 +82,8 @@ CommandEncoder& get_command_encoder(Stream s);
 
 // Whether CPU streams are taken for the fake device's.
 bool fake_device_is_on();
+
+// {26, 2} for macOS 26.2.
+std::pair<int, int> fake_os_version();
 
 }  // namespace mlx::core::metal

@@ -1,0 +1,388 @@
+"""MPQAdamW and MPQSign for torch: loss.backward(); optimizer.step(). The formulas: mlxq.optim.
+
+A packed parameter is an MPQWeight (mlxq.nn.mpq.torch): it has a gradient, words, scales and biases, and is
+decoded in blocks of rows. Every other parameter gets the same step as a float: one optimiser serves a model.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mlxq.optim import (
+    BLOCK_ELEMENTS,
+    MOMENTS,
+    RESIDUAL_UNITS,
+    STATE_BLOCK,
+    Options,
+    seed_of,
+)
+
+_CODES = {"momentum": torch.int8, "variance": torch.uint8}
+
+
+class _MPQOptimizer(torch.optim.Optimizer):
+    moments: tuple[str, ...] = ()
+
+    def __init__(self, params, seed: int = 0, **options):
+        Options(**options)
+        self.seed = seed
+        super().__init__(params, options)
+
+    def add_param_group(self, param_group):
+        """As torch's. Raises ValueError for options of the group that cannot be."""
+        Options(**{k: v for k, v in (self.defaults | param_group).items() if k in Options.__annotations__})
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update every parameter that has a gradient; the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for index, group, p in self._numbered():
+            if p.grad is None:
+                continue
+            if is_packed(p):
+                if p.gradient is not None:
+                    self._step_packed(index, group, p, p.gradient)
+            else:
+                self._step_float(group, p)
+        return loss
+
+    def step_in_backward(self) -> None:
+        """From now on update each packed parameter inside backward() and free its gradient at once.
+
+        No two gradients of packed layers then exist at a time. Gradients can be neither accumulated over
+        micro-batches nor clipped. step() still updates the other parameters.
+        """
+        for index, group, p in self._numbered():
+            if is_packed(p):
+
+                def on_grad(weight, index=index, group=group):
+                    with torch.no_grad():
+                        self._step_packed(index, group, weight, weight.gradient)
+                    weight.forget()
+
+                p.on_grad = on_grad
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients; those of packed parameters are freed whatever set_to_none says."""
+        super().zero_grad(set_to_none)
+        for _, _, p in self._numbered():
+            if is_packed(p):
+                p.forget()
+
+    def load_state_dict(self, state_dict) -> None:
+        """As torch's, except that integer state stays integer: a saved run continues bit for bit."""
+        super().load_state_dict(state_dict)
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for (_, _, p), i in zip(self._numbered(), ids, strict=True):
+            for name, value in state_dict["state"].get(i, {}).items():
+                if isinstance(value, torch.Tensor):
+                    self.state[p][name] = value.to(p.device, copy=True)
+
+    def _numbered(self):
+        index = 0
+        for group in self.param_groups:
+            for p in group["params"]:
+                yield index, group, p
+                index += 1
+
+    def _rate(self, group: dict, step: int) -> float:
+        raise NotImplementedError
+
+    def _direction(self, group: dict, gradient: torch.Tensor, moments: list[torch.Tensor]) -> torch.Tensor:
+        """The step of one block, float32 like its gradient; updates the float32 moments in place."""
+        raise NotImplementedError
+
+    def _step_float(self, group: dict, p: torch.nn.Parameter) -> None:
+        state = self.state[p]
+        if not state:
+            state["step"] = 0
+            state |= {name: torch.zeros_like(p, dtype=torch.float32) for name in self.moments}
+        state["step"] += 1
+        step = self._direction(group, p.grad.float(), [state[name] for name in self.moments])
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.add_(step.to(p.dtype), alpha=-self._rate(group, state["step"]))
+
+    def _step_packed(self, index: int, group: dict, p, gradient: torch.Tensor) -> None:
+        state, (N, K) = self.state[p], gradient.shape
+        state.setdefault("step", 0)
+        state["step"] += 1
+        rate = self._rate(group, state["step"])
+        random = torch.Generator(gradient.device).manual_seed(seed_of(self.seed, index, state["step"]))
+        first = _first_of(p.owner)
+        if group["rounding"] == "error feedback" and "residual" not in state:
+            state["residual"] = torch.zeros(N, K, dtype=torch.int8, device=gradient.device)
+        if group["zeros_every"] and "biases" not in state:
+            state["biases"] = p.biases[:, first].clone()
+
+        low = None
+        if group["rank"] is not None and group["rank"] < min(N, K):
+            low = self._projected(group, state, gradient, random)
+        rows_at_once = max(1, BLOCK_ELEMENTS // K)
+        for start in range(0, N, rows_at_once):
+            rows = slice(start, min(start + rows_at_once, N))
+            if low is None:
+                moments = _Moments(state, self.moments, gradient.shape, rows, group["state_bits"], random)
+                step = self._direction(group, gradient[rows], moments.values)
+                moments.store()
+            elif low.shape[0] == N:
+                step = low[rows] @ state["projection"].T
+            else:
+                step = state["projection"][rows] @ low
+            self._repack(group, state, p, rows, step, rate, random, first)
+
+    def _projected(self, group, state, gradient, random) -> torch.Tensor:
+        """The step in the space of the leading singular vectors, (N, rank) or (rank, K)."""
+        N, K = gradient.shape
+        if "projection" not in state or (state["step"] - 1) % group["projection_every"] == 0:
+            left, _, right = torch.linalg.svd(gradient, full_matrices=False)
+            rank = group["rank"]
+            state["projection"] = (right[:rank].T if N >= K else left[:, :rank]).contiguous()
+        projection = state["projection"]
+        low = gradient @ projection if N >= K else projection.T @ gradient
+        moments = _Moments(state, self.moments, low.shape, slice(0, len(low)), group["state_bits"], random)
+        step = self._direction(group, low, moments.values)
+        moments.store()
+        return step
+
+    def _repack(self, group, state, p, rows, step, rate, random, first) -> None:
+        """Move one block of rows: its codes, residuals and, when it is their turn, zeros."""
+        bits, size, levels = p.format.bits, p.format.group_size, p.format.levels
+        scales, biases = p.scales[rows], p.biases[rows]
+        grouped = (*scales.shape, size)
+        u = _unpack(p.words[rows], bits).view(grouped).float()
+        if "residual" in state:
+            u += state["residual"][rows].view(grouped).float() / RESIDUAL_UNITS
+        change = step.reshape(grouped) * -rate
+        if group["zeros_every"]:
+            biases = self._moved_zeros(group, state, p, rows, change, first)
+        decay = group["lr"] * group["weight_decay"]
+        if decay:
+            change -= (u * scales[..., None] + p.biases[rows][..., None]) * decay
+        change += (p.biases[rows] - biases)[..., None]
+        dead = scales == 0  # every code of such a group decodes to its bias
+        change /= torch.where(dead, 1, scales)[..., None]
+        u += torch.where(dead[..., None], 0, change)
+        u.clamp_(-0.5, levels + 0.5)
+        if "residual" in state:
+            codes = u.clamp(0, levels).round_()
+            u -= codes
+            u *= RESIDUAL_UNITS
+            u += torch.rand(u.shape, generator=random, device=u.device)
+            half = RESIDUAL_UNITS // 2
+            state["residual"][rows] = u.floor_().clamp_(-half, half).to(torch.int8).view(len(scales), -1)
+        else:
+            codes = (u + torch.rand(u.shape, generator=random, device=u.device)).floor_().clamp_(0, levels)
+        p.words[rows] = _pack(codes.to(torch.int32).view(len(scales), -1), bits)
+        if group["zeros_every"]:
+            p.biases[rows] = biases
+
+    def _moved_zeros(self, group, state, p, rows, change, first) -> torch.Tensor:
+        """The biases that will decode the block after this step, float32 (rows, groups)."""
+        mean = change.mean(-1)
+        masters = state["biases"]
+        if len(first) == mean.shape[1]:
+            masters[rows] += mean
+        else:  # groups wider than MLX's lie in several of them
+            counts = torch.bincount(p.owner).to(mean.dtype)
+            masters[rows] += torch.zeros_like(masters[rows]).index_add_(1, p.owner, mean) / counts
+        if state["step"] % group["zeros_every"]:
+            return p.biases[rows]
+        master, scales = masters[rows], p.scales[rows][:, first]
+        if p.zero_dtype is not None:
+            moved = master.to(p.zero_dtype).float()
+        else:
+            least, most = p.smallest_zero, p.smallest_zero + p.format.levels
+            steps = (-master / torch.where(scales == 0, 1, scales)).round_().clamp_(least, most)
+            moved = torch.where(scales == 0, p.biases[rows][:, first], -(steps * scales))
+        p.zeros_moved = True
+        return moved[:, p.owner]
+
+
+class MPQAdamW(_MPQOptimizer):
+    """AdamW over packed and other parameters, with decoupled weight decay and bias correction.
+
+    params   model.parameters(), or groups, as for torch.optim; the other arguments: mlxq.optim.Options
+    seed     of the random rounding of residuals and of 8-bit state
+    """
+
+    moments = ("momentum", "variance")
+
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.99, 0.9999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        correct_bias: bool = True,
+        rounding: str = "error feedback",
+        zeros_every: int = 0,
+        rank: int | None = None,
+        projection_every: int = 200,
+        state_bits: int = 32,
+        seed: int = 0,
+    ):
+        self.correct_bias = correct_bias
+        super().__init__(
+            params,
+            seed,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            rounding=rounding,
+            zeros_every=zeros_every,
+            rank=rank,
+            projection_every=projection_every,
+            state_bits=state_bits,
+        )
+
+    def _rate(self, group, step):
+        if not self.correct_bias:
+            return group["lr"]
+        beta1, beta2 = group["betas"]
+        return group["lr"] * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
+
+    def _direction(self, group, gradient, moments):
+        momentum, variance = moments
+        beta1, beta2 = group["betas"]
+        momentum.lerp_(gradient, 1 - beta1)
+        variance.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        return momentum / (variance.sqrt() + group["eps"])
+
+
+class MPQSign(_MPQOptimizer):
+    """Sign of momentum over packed and other parameters: half of MPQAdamW's state, every step of one size.
+
+    For very low bits. The arguments are those of MPQAdamW; betas are those of the momentum that is kept and
+    of the one whose sign counts.
+    """
+
+    moments = ("momentum",)
+
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-5,
+        betas: tuple[float, float] = (0.99, 0.9),
+        weight_decay: float = 0.0,
+        *,
+        rounding: str = "error feedback",
+        zeros_every: int = 0,
+        rank: int | None = None,
+        projection_every: int = 200,
+        state_bits: int = 32,
+        seed: int = 0,
+    ):
+        super().__init__(
+            params,
+            seed,
+            lr=lr,
+            betas=betas,
+            eps=0.0,
+            weight_decay=weight_decay,
+            rounding=rounding,
+            zeros_every=zeros_every,
+            rank=rank,
+            projection_every=projection_every,
+            state_bits=state_bits,
+        )
+
+    def _rate(self, group, step):
+        return group["lr"]
+
+    def _direction(self, group, gradient, moments):
+        (momentum,) = moments
+        beta1, beta3 = group["betas"]
+        step = torch.lerp(gradient, momentum, beta3).sign_()
+        momentum.lerp_(gradient, 1 - beta1)
+        return step
+
+
+def is_packed(p: torch.Tensor) -> bool:
+    """Whether a parameter stands for packed words."""
+    return hasattr(p, "zeros_moved")
+
+
+def clip_grad_norm_(parameters, max_norm: float) -> torch.Tensor:
+    """Scale all gradients, packed ones included, to a joint 2-norm of at most max_norm; the norm before."""
+    grads = [p.gradient if is_packed(p) else p.grad for p in parameters]
+    grads = [g for g in grads if g is not None]
+    if not grads:
+        return torch.zeros(())
+    norm = torch.stack([g.norm(dtype=torch.float32).to(grads[0].device) for g in grads]).norm()
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for g in grads:
+        g.mul_(factor.to(g.device))
+    return norm
+
+
+class _Moments:
+    """float32 values of a block of rows of the moments; store() puts them back in the state's precision."""
+
+    def __init__(self, state, names, shape, rows, bits, random):
+        self.state, self.names, self.rows, self.random = state, names, rows, random
+        K, device = shape[1], random.device
+        self.eight, self.block = bits == 8, STATE_BLOCK if K % STATE_BLOCK == 0 else K
+        for name in names:
+            if name in state:
+                continue
+            if self.eight:
+                state[name] = torch.zeros(shape, dtype=_CODES[name], device=device)
+                state[name + "_max"] = torch.zeros(shape[0], K // self.block, device=device)
+            else:
+                state[name] = torch.zeros(shape, device=device)
+        self.values = [self._load(name) for name in names]
+
+    def _load(self, name: str) -> torch.Tensor:
+        stored = self.state[name][self.rows]
+        if not self.eight:
+            return stored
+        levels, power = MOMENTS[name]
+        codes = stored.float().view(len(stored), -1, self.block) / levels
+        values = codes * codes.abs() if power == 2 else codes.square().square_()
+        return (values * self.state[name + "_max"][self.rows][..., None]).view(stored.shape)
+
+    def store(self) -> None:
+        if not self.eight:
+            return
+        for name, values in zip(self.names, self.values, strict=True):
+            (levels, power), dtype = MOMENTS[name], _CODES[name]
+            values = values.view(len(values), -1, self.block)
+            largest = values.abs().amax(-1)
+            share = (values.abs() / torch.where(largest == 0, 1, largest)[..., None]).clamp_(max=1)
+            root = share.sqrt() if power == 2 else share.sqrt().sqrt_()
+            code = root.mul_(levels).floor_().clamp_(max=levels - 1)
+            below, above = (c.square() if power == 2 else c.square().square_() for c in (code, code + 1))
+            chance = share.mul_(float(levels) ** power).sub_(below).div_(above.sub_(below))
+            code += torch.rand(code.shape, generator=self.random, device=code.device) < chance
+            if dtype == torch.uint8:
+                code.clamp_(min=1)  # a variance of 0 would let eps alone divide
+            self.state[name][self.rows] = (
+                (code * values.sign() if dtype == torch.int8 else code)
+                .to(dtype)
+                .view(self.state[name][self.rows].shape)
+            )
+            self.state[name + "_max"][self.rows] = largest
+
+
+def _first_of(owner: torch.Tensor) -> torch.Tensor:
+    """Index of the first of MLX's groups in each of the checkpoint's; owner ascends."""
+    return torch.searchsorted(owner, torch.arange(int(owner[-1]) + 1, device=owner.device))
+
+
+def _unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes int32 (rows, K) of int32 words (rows, K * bits / 32)."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
+    return ((words[..., None] >> shifts) & ((1 << bits) - 1)).view(len(words), -1)
+
+
+def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """int32 words (rows, K * bits / 32) of int32 codes (rows, K)."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=codes.device)
+    return (codes.view(len(codes), -1, 32 // bits) << shifts).sum(-1, dtype=torch.int32)

@@ -1,0 +1,203 @@
+"""Which layers of a model can do with fewer bits: measured in KL divergence, spent by marginal gain.
+
+Each layer alone is quantized to one probing format, all others staying float, and the KL divergence of the
+model's predictions from the float model's is measured on text. The blocks stream by once: behind a layer's
+block its perturbed states travel beside the clean ones, so each costs the rest of a forward pass.
+
+KL grows with the square of a small error, and a layer's error with the square of its grid's step, so
+
+    KL(format) = KL(probe) * step(format)^2 / step(probe)^2,   step = range of a group / (2^bits - 1)
+
+where the mean range of g normal weights stands for the range. Bits are then spent where KL falls most for
+each byte, along the lower convex hull of every layer's formats.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models import switch_layers
+
+from mlxq import format
+from mlxq.format import Format
+from mlxq.ptq.gptq import gptq
+from mlxq.ptq.host import host, host_products
+from mlxq.ptq.rtn import rtn
+from mlxq.ptq.stream import Stream
+
+PROBE_BITS = 3
+CANDIDATE_BITS = (2, 3, 4, 5, 6, 8)
+# Mean range of g standard normal numbers.
+NORMAL_RANGE = {32: 4.139, 64: 4.687, 128: 5.191}
+STORED_SCALE_BITS = 32  # of a scale and a bias of 16 bits
+
+
+@dataclass
+class Cost:
+    """What a layer's error costs.
+
+    kl       mean KL divergence, nats per token, with only this layer quantized to the format probe
+    weights  number of weights        K  their row length
+    """
+
+    kl: float
+    weights: int
+    K: int
+    probe: Format
+
+
+def sensitivities(
+    model,
+    read: Callable[[str], np.ndarray],
+    windows: np.ndarray,
+    wanted: dict[str, str],
+    *,
+    advance: Callable[[int], None] = lambda weights: None,
+) -> dict[str, Cost]:
+    """The cost of each wanted layer; some group size divides its K.
+
+    model, read, windows   see Stream; a few windows are enough
+    wanted                 path -> dtype of scales and biases
+
+    Raises ValueError for models that cannot be streamed.
+    """
+    stream = Stream(model, read, windows, drift=False)
+    costs: dict[str, Cost] = {}
+    moved: dict[str, list[mx.array]] = {}
+
+    def probed(path: str, weight: np.ndarray, statistics) -> np.ndarray:
+        K = weight.shape[-1]
+        probe = Format(PROBE_BITS, 64 if K % 64 == 0 else 32)
+        costs[path] = Cost(0.0, weight.size, K, probe)
+        if statistics is None:
+            packed = rtn(weight, None, probe, scale_dtype=wanted[path])
+        else:
+            packed = gptq(weight, statistics, probe, scale_dtype=wanted[path], rounds=0)
+        advance(weight.size)
+        return format.dequantize(packed)
+
+    outer: dict[str, np.ndarray] = {}
+    clean = stream.states
+    for path in wanted:
+        if f"{path}.weight" in stream.outer:
+            original = np.array(stream.weight(path))
+            outer[path] = probed(path, original, None)
+            stream.put_weight(path, outer[path])
+            stream.re_enter()
+            moved[path], stream.states = stream.states, clean
+            stream.put_weight(path, original)
+    for number in range(len(stream.blocks)):
+        layers = stream.enter(number)
+        with host_products():
+            statistics, after = stream.watched(number, layers)
+            moved = {path: stream.advance(number, states) for path, states in moved.items()}
+            for path, layer in layers.items():
+                if path in wanted and path in statistics:
+                    original = np.array(host(layer.weight))
+                    stacked = isinstance(layer, switch_layers.SwitchLinear)
+                    stream.put_weight(path, probed(path, original, None if stacked else statistics[path]))
+                    moved[path] = stream.advance(number, stream.states)
+                    stream.put_weight(path, original)
+        stream.leave(number)
+        stream.states = after
+    with host_products():
+        truth = [_log_probabilities(stream.finish(w, state)) for w, state in enumerate(stream.states)]
+        for path, states in moved.items():
+            if path in outer:
+                original = np.array(stream.weight(path))
+                stream.put_weight(path, outer[path])
+            costs[path].kl = float(
+                np.mean([_divergence(truth[w], stream.finish(w, state)) for w, state in enumerate(states)])
+            )
+            if path in outer:
+                stream.put_weight(path, original)
+    return costs
+
+
+def _log_probabilities(logits: mx.array) -> np.ndarray:
+    values = np.array(host(logits))[0]
+    values -= values.max(-1, keepdims=True)
+    return values - np.log(np.exp(values).sum(-1, keepdims=True))
+
+
+def _divergence(truth: np.ndarray, logits: mx.array) -> float:
+    return float((np.exp(truth) * (truth - _log_probabilities(logits))).sum(-1).mean())
+
+
+def step(fmt: Format) -> float:
+    """The step of a format's grid on weights of unit variance."""
+    return NORMAL_RANGE[fmt.group_size] / (2**fmt.bits - 1)
+
+
+def stored_bits(fmt: Format) -> float:
+    """Bits of a weight with its share of a scale and a bias of 16 bits."""
+    return fmt.bits + STORED_SCALE_BITS / fmt.group_size
+
+
+def allocate(
+    costs: dict[str, Cost], budget_bits: float, bits=CANDIDATE_BITS, group_sizes=format.GROUP_SIZES
+) -> dict[str, Format]:
+    """The format of each layer that keeps the summed KL low within a budget in bits for all of them together.
+
+    Raises ValueError when even the smallest formats do not fit.
+    """
+    chosen: dict[str, int] = {}
+    hulls: dict[str, list[tuple[float, float, Format]]] = {}
+    for path, cost in costs.items():
+        probe = step(cost.probe)
+        points = [
+            (cost.weights * stored_bits(fmt), max(cost.kl, 0.0) * (step(fmt) / probe) ** 2, fmt)
+            for fmt in (Format(b, g) for b in bits for g in group_sizes if cost.K % g == 0)
+        ]
+        hulls[path], chosen[path] = _lower_hull(points), 0
+    spent = sum(hull[0][0] for hull in hulls.values())
+    if spent > budget_bits:
+        weights = sum(cost.weights for cost in costs.values())
+        raise ValueError(
+            f"the smallest formats take {spent / weights:.3f} bits of a weight, and "
+            f"{budget_bits / weights:.3f} are left for the layers that can be quantized: raise the target"
+        )
+
+    def gain(path: str) -> tuple[float, str]:
+        here, there = hulls[path][chosen[path]], hulls[path][chosen[path] + 1]
+        return -(here[1] - there[1]) / (there[0] - here[0]), path
+
+    queue = [gain(path) for path in sorted(hulls) if len(hulls[path]) > 1]
+    heapq.heapify(queue)
+    while queue:
+        _, path = heapq.heappop(queue)
+        hull, at = hulls[path], chosen[path]
+        price = hull[at + 1][0] - hull[at][0]
+        if spent + price > budget_bits:
+            continue  # a cheaper step of another layer may still fit
+        spent += price
+        chosen[path] += 1
+        if chosen[path] + 1 < len(hull):
+            heapq.heappush(queue, gain(path))
+    return {path: hulls[path][at][2] for path, at in chosen.items()}
+
+
+def _lower_hull(points):
+    """Points by rising size, of which each lowers the KL by less a bit than the one before."""
+    hull = []
+    for point in sorted(points, key=lambda p: (p[0], p[1])):
+        if hull and point[1] >= hull[-1][1]:
+            continue
+        while len(hull) > 1 and (hull[-1][1] - point[1]) * (hull[-1][0] - hull[-2][0]) >= (
+            hull[-2][1] - hull[-1][1]
+        ) * (point[0] - hull[-1][0]):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def plan_rules(formats: dict[str, Format]) -> list[dict[str, object]]:
+    """Rules for a .json file, as mlxq.rules reads them: one for each layer, by its whole path."""
+    return [
+        {"module_path": path.replace(".", "/"), "bits": fmt.bits, "group_size": fmt.group_size}
+        for path, fmt in formats.items()
+    ]

@@ -1,0 +1,103 @@
+"""What `mlxq train` does with MLX: models of mlx-lm."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+from mlx.utils import tree_flatten
+
+from mlxq import ops, qat
+from mlxq.checkpoint.huggingface import read_config
+from mlxq.format import Format
+from mlxq.load import load
+from mlxq.nn.mlx import QuantizedEmbedding, QuantizedLinear, QuantizedSwitchLinear
+from mlxq.qat import mlx as qm
+from mlxq.train.files import Loaded, weight_config
+
+PACKED = (QuantizedLinear, QuantizedEmbedding, QuantizedSwitchLinear)
+
+
+def best_device() -> str:
+    return "gpu" if mx.metal.is_available() else "cpu"
+
+
+@contextlib.contextmanager
+def session(device: str, sharded: bool = False):
+    """The Session of this process; MLX's default device is `device` while it lasts."""
+    if sharded:
+        raise ValueError("train: --fsdp is torch's; leave it out with MLX, or add --backend torch")
+    if device not in ("cpu", "gpu") or (device == "gpu" and not mx.metal.is_available()):
+        raise ValueError(f"train: MLX has no device {device!r} here; wanted {best_device()}")
+    before = mx.default_device()
+    mx.set_default_device(mx.Device(getattr(mx, device)))
+    try:
+        yield Session()
+    finally:
+        mx.set_default_device(before)
+
+
+class Session:
+    def options(self) -> dict:
+        return {}
+
+    def load(self, folder: Path, dtype: str | None) -> Loaded:
+        """A quantized folder through mlxq.load, a float one through mlx-lm."""
+        config = read_config(folder)
+        quantized = bool(config.get("quantization") or config.get("quantization_config"))
+        try:
+            module, tokenizer = (load if quantized else mlx_lm.load)(str(folder))
+        except (KeyError, TypeError, AttributeError, OSError) as error:
+            raise ValueError(f"train: mlx-lm does not load {folder}: {str(error)[:300]}") from None
+        if dtype is not None:
+            module.set_dtype(getattr(mx, dtype))
+        return Loaded(module, tokenizer, config, folder, quantized)
+
+    def prepare(self, model: Loaded, settings) -> None:
+        """Fake quantizers into every linear layer and embedding whose K the group size divides."""
+        module = model.module
+        for bits, of_vocabulary in ((settings.bits, False), (settings.embedding_bits or settings.bits, True)):
+            config = weight_config(bits, settings.group_size, settings.ranges)
+
+            def chosen(layer, path, of_vocabulary=of_vocabulary):
+                if not hasattr(layer, "to_quantized") or layer.weight.shape[-1] % settings.group_size:
+                    return False
+                vocabulary = isinstance(layer, nn.Embedding) or path.split(".")[-1] == "lm_head"
+                return vocabulary == of_vocabulary
+
+            qm.quantize_(module, qat.QATConfig(weight_config=config), chosen)
+        if settings.ranges == "learned":
+            start_from_affine(module)
+
+    def finished(self, model: Loaded, settings):
+        """(path, Packed) and (name, array) of the trained model, converted."""
+        module = model.module
+        if settings.qat:
+            qm.quantize_(module, qat.QATConfig(step="convert"))
+        written = set()
+        for path, layer in module.named_modules():
+            if isinstance(layer, PACKED):
+                yield path, layer.packed
+                written |= {f"{path}.{part}" for part in ("weight", "scales", "biases")}
+        for name, array in tree_flatten(module.parameters()):
+            if name not in written:
+                yield name, array
+
+
+def start_from_affine(module: nn.Module) -> None:
+    """Learned ranges begin where rounding to nearest by rule "affine" has them, the best grid of three."""
+    for layer in module.modules():
+        quantizer = getattr(layer, "weight_fake_quantizer", None)
+        if quantizer is None or not quantizer.is_static:
+            continue
+        levels = quantizer.config.bounds[1]
+        fmt = Format(levels.bit_length(), quantizer.config.group_size)
+        packed = ops.quantize(layer.weight, fmt, "affine", "float32")
+        scale, bias = packed.scales, packed.biases
+        bias = mx.where(scale < 0, bias + levels * scale, bias)  # code u becomes levels - u
+        dtype = quantizer.scale.dtype
+        quantizer.scale = mx.abs(scale).astype(dtype)
+        quantizer.zero_point = (bias + mx.abs(scale) * ((levels + 1) / 2)).astype(dtype)

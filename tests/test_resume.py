@@ -1,0 +1,366 @@
+"""Interrupted conversions, memory limits, dry runs, and conversions by several processes."""
+
+import json
+import mmap
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny_models
+
+from mlxq.checkpoint import journal
+from mlxq.checkpoint.memory import Watch, anonymous_bytes, parse_bytes
+from mlxq.checkpoint.partial import partial_folder
+from mlxq.checkpoint.ranks import Ranks, share
+from mlxq.convert import convert
+
+# Converts argv[1] to argv[2]; is killed after the tensor argv[3], whose line is in the journal by then.
+KILLED = """
+    import os, signal, sys
+    import mlxq.convert
+    from mlxq.checkpoint import journal
+
+    journal.FLUSH_BYTES = 0
+    write, seen = mlxq.convert._write, []
+
+    def counted(step, *rest):
+        if seen and seen[-1] == sys.argv[3]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        seen.append(step.name)
+        print(step.name, flush=True)
+        return write(step, *rest)
+
+    mlxq.convert._write = counted
+    mlxq.convert.convert(sys.argv[1], sys.argv[2], max_shard_bytes=60_000, progress=False)
+"""
+
+
+def run(src, dst, stop_after="") -> tuple[int, list[str]]:
+    """(exit status, names of the tensors that were written) of a conversion in its own process."""
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(src), str(dst), stop_after]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.returncode, done.stdout.split()
+
+
+def contents(folder) -> dict[str, bytes]:
+    """Every file but the card, which tells the folder's name and the time that it took."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p != folder / "README.md"]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+@pytest.fixture
+def llama(tmp_path):
+    return tiny_models.make_hf_model("llama", tmp_path / "src", dtype="float16")
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """(source, partial folder) of a conversion that was killed."""
+    folder = tmp_path_factory.mktemp("killed")
+    source = tiny_models.make_hf_model("llama", folder / "src", dtype="float16")
+    run(source, folder / "out" / "q", FIRST)
+    return source, next((folder / "out").iterdir())
+
+
+@pytest.fixture
+def again(killed, tmp_path):
+    """(source, folder): a conversion to `folder / q` was killed."""
+    shutil.copytree(killed[1], tmp_path / "out" / killed[1].name)
+    return killed[0], tmp_path / "out"
+
+
+FIRST, SECOND = "model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.o_proj.weight"
+
+
+def test_a_conversion_that_is_killed_twice_goes_on_and_equals_an_uninterrupted_one(llama, tmp_path):
+    out = tmp_path / "out"
+    code, first = run(llama, out / "q", FIRST)
+    assert code != 0 and first[-1] == FIRST
+    code, second = run(llama, out / "q", SECOND)
+    assert code != 0 and second[-1] == SECOND and not set(first) & set(second)
+    assert not (out / "q").exists() and len(list(out.iterdir())) == 1
+    code, third = run(llama, out / "q")
+    assert code == 0 and not set(third) & {*first, *second}
+    report = convert(llama, tmp_path / "whole", max_shard_bytes=60_000, progress=False)
+    assert {*first, *second, *third} == {
+        layer.path.replace("/", ".") + (".weight" if "bit" in layer.stored else "") for layer in report.layers
+    }
+    assert contents(out / "q") == contents(tmp_path / "whole")
+    assert [path.name for path in out.iterdir()] == ["q"]
+
+
+def test_the_report_of_a_resumed_run_is_that_of_a_whole_one(again, tmp_path):
+    source, out = again
+    resumed = convert(source, out / "q", max_shard_bytes=60_000, progress=False)
+    whole = convert(source, tmp_path / "whole", max_shard_bytes=60_000, progress=False)
+    assert resumed.layers == whole.layers
+
+
+@pytest.mark.parametrize("change", ["bits", "no_resume", "source"])
+def test_other_arguments_or_another_source_start_anew(change, again, monkeypatch):
+    llama, out = again
+    seen = []
+    import mlxq.convert
+
+    write = mlxq.convert._write
+
+    def noted(step, *rest):
+        seen.append(step.name)
+        return write(step, *rest)
+
+    monkeypatch.setattr(
+        mlxq.convert, "_write", lambda step, *rest: (seen.append(step.name), write(step, *rest))[1]
+    )
+    options = {"bits": {"bits": 3}, "source": {}, "no_resume": {"resume": False}}[change]
+    if change == "source":
+        file = llama / "model.safetensors"
+        old = file.stat()
+        os.utime(file, ns=(1, old.st_mtime_ns + 1))
+    report = convert(llama, out / "q", max_shard_bytes=60_000, progress=False, **options)
+    if change == "source":
+        os.utime(file, ns=(1, old.st_mtime_ns))
+    assert len(seen) == len(report.layers)
+    assert [path.name for path in out.iterdir()] == ["q"]
+
+
+@pytest.mark.parametrize("damage", ["journal", "line", "shard"])
+def test_a_damaged_partial_folder_is_not_believed(damage, again, tmp_path):
+    llama, out = again
+    [partial] = out.iterdir()
+    log = partial / "journal-0.jsonl"
+    if damage == "journal":
+        log.write_text("{" + log.read_text())
+    elif damage == "line":
+        log.write_text(log.read_text()[:-30])
+    else:
+        for shard in partial.glob("model*.safetensors"):
+            os.truncate(shard, min(shard.stat().st_size, 3000))
+    convert(llama, out / "q", max_shard_bytes=60_000, progress=False)
+    convert(llama, tmp_path / "whole", max_shard_bytes=60_000, progress=False)
+    assert contents(out / "q") == contents(tmp_path / "whole")
+
+
+def test_an_interrupt_says_where_the_half_is_and_what_goes_on(llama, tmp_path):
+    (tmp_path / "m").mkdir()
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on where it stopped"):
+        with partial_folder(tmp_path / "m" / "q", digest="d") as folder:
+            log = journal.Journal(folder, "d")
+            log.add("t", {}, 1, [])
+            log.flush([])
+            raise KeyboardInterrupt
+    with partial_folder(tmp_path / "m" / "q", digest="d") as folder:
+        assert journal.read(folder, "d") == {"t": {}}
+    assert [path.name for path in (tmp_path / "m").iterdir()] == ["q"]
+
+
+def test_two_conversions_at_once_do_not_share_a_partial_folder(llama, tmp_path):
+    (tmp_path / "m").mkdir()
+    with partial_folder(tmp_path / "m" / "q", digest="d") as folder:
+        journal.Journal(folder, "d").flush([])
+        code = "import sys; from pathlib import Path; from mlxq.checkpoint.partial import partial_folder\n"
+        code += f"with partial_folder(Path({str(tmp_path / 'm' / 'q')!r}), digest='d') as f: print(f)"
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert other.returncode == 0 and str(folder) not in other.stdout and folder.exists()
+        (tmp_path / "m" / "q").rmdir()
+
+
+# ---- memory
+
+needs_proc = pytest.mark.skipif(anonymous_bytes() is None, reason="the system tells no anonymous memory")
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("3GB", 3 * 10**9),
+        ("1.5 gb", 15 * 10**8),
+        ("800MiB", 800 << 20),
+        ("2g", 2 * 10**9),
+        (77, 77),
+        ("5kb", 5000),
+    ],
+)
+def test_amounts_of_memory(text, wanted):
+    assert parse_bytes(text) == wanted
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-3GB", "3 apples", "0", 0, "nan", "3e9", None, True, "1 PB"])
+def test_what_is_no_amount_of_memory(text):
+    with pytest.raises(ValueError, match="amount of memory"):
+        parse_bytes(text)
+
+
+def written(count: int) -> mmap.mmap:
+    """New memory of its own, written to; malloc may hand out what the process has already."""
+    memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for page in range(0, count, mmap.PAGESIZE):
+        memory[page] = 1
+    return memory
+
+
+@needs_proc
+def test_anonymous_memory_counts_what_is_written_and_not_what_is_mapped(tmp_path):
+    before = anonymous_bytes()
+    held = written(50_000_000)
+    assert 45e6 < anonymous_bytes() - before < 60e6
+    held.close()
+    (tmp_path / "f").write_bytes(bytes(50_000_000))
+    before = anonymous_bytes()
+    assert np.memmap(tmp_path / "f", np.uint8, mode="r").sum() == 0
+    assert anonymous_bytes() - before < 10e6
+
+
+@needs_proc
+def test_the_watch_sees_a_peak_and_stops_at_the_limit():
+    with Watch(anonymous_bytes() + 20_000_000) as memory:
+        memory.check()
+        held = written(60_000_000)
+        deadline = time.monotonic() + 20
+        while memory.peak <= memory.limit and time.monotonic() < deadline:
+            time.sleep(0.01)  # the thread looks
+        held.close()
+        with pytest.raises(ValueError, match="more than the limit"):
+            memory.check()
+
+
+@needs_proc
+def test_a_limit_that_is_too_low_is_refused_and_a_high_one_is_kept(llama, tmp_path):
+    with pytest.raises(ValueError, match="50 MB of memory are too little, .* are needed: rows have"):
+        convert(llama, tmp_path / "q", max_memory="50MB", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+    report = convert(llama, tmp_path / "q", max_memory="4GB", progress=False)
+    assert [n for n in report.notices if "of anonymous memory were in use; 4 GB were allowed" in n]
+    assert 0 < report.peak_memory < 4e9
+    convert(llama, tmp_path / "free", progress=False)
+    assert contents(tmp_path / "q") == contents(tmp_path / "free")
+
+
+# ---- dry run
+
+
+@pytest.mark.parametrize("arch", ("qwen3_moe",))
+def test_a_dry_run_plans_what_a_run_writes_and_writes_nothing(arch, tmp_path):
+    source = tiny_models.make_hf_model(arch, tmp_path / "src", dtype="float16")
+    planned = convert(source, tmp_path / "q", bits=3, embedding_bits=8, dry_run=True, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+    report = convert(source, tmp_path / "q", bits=3, embedding_bits=8, progress=False)
+    assert [(x.path, x.stored, x.bytes) for x in planned.layers] == [
+        (x.path, x.stored, x.bytes) for x in report.layers
+    ]
+    assert planned.planned.disk == sum(p.stat().st_size for p in (tmp_path / "q").glob("model*.safetensors"))
+    assert 0 < planned.planned.seconds < 60 and planned.planned.memory > 0 and report.planned is None
+
+
+def test_a_dry_run_of_pickled_weights_copies_none_of_them(llama, tmp_path):
+    torch = pytest.importorskip("torch", reason="pickles of tensors need torch")
+    state = {k: torch.from_numpy(np.array(v)) for k, v in mx.load(str(llama / "model.safetensors")).items()}
+    whole = convert(llama, tmp_path / "a", dry_run=True, progress=False)
+    (llama / "model.safetensors").unlink()
+    torch.save(state, llama / "pytorch_model.bin")
+    assert convert(llama, tmp_path / "b", dry_run=True, progress=False).layers == whole.layers
+
+
+def test_the_command_line_prints_the_plan(llama, tmp_path, capsys):
+    from mlxq.cli import main
+
+    assert main(["convert", str(llama), str(tmp_path / "q"), "--dry-run", "--max-memory", "4GB"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Nothing is written. It would take about" in said and "total" in said
+    assert main(["convert", str(llama), str(tmp_path / "q"), "--max-memory", "lots"]) == 2
+
+
+# ---- several processes
+
+WORKER = """
+    import sys
+    from mlxq.convert import convert
+    convert(sys.argv[1], sys.argv[2], max_shard_bytes=int(sys.argv[3]), progress=False)
+"""
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def environments(kind: str, folder, size: int) -> list[dict[str, str]]:
+    """What mlx.launch and torchrun set for each process."""
+    ports = free_ports(size)
+    if kind == "mlx":
+        hosts = folder / "hosts.json"
+        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
+        return [{"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)} for rank in range(size)]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0]), "WORLD_SIZE": str(size)}
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+
+
+@pytest.mark.parametrize("kind", ("mlx", "torch"))
+def test_two_processes_write_what_one_writes(kind, llama, tmp_path):
+    if kind == "torch":
+        pytest.importorskip("torch", reason="torchrun is torch's")
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", textwrap.dedent(WORKER), str(llama), str(out / "q"), "60000"]
+    processes = [
+        subprocess.Popen(command, env=os.environ | added, stderr=subprocess.PIPE, text=True)
+        for added in environments(kind, tmp_path, 2)
+    ]
+    for process in processes:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+    convert(llama, tmp_path / "one", max_shard_bytes=60_000, progress=False)
+    assert contents(out / "q") == contents(tmp_path / "one")
+    assert [path.name for path in out.iterdir()] == ["q"]
+
+
+def test_what_stops_one_process_stops_the_other(llama, tmp_path):
+    out = tmp_path / "out"
+    spoiled = dict(mx.load(str(llama / "model.safetensors")))
+    spoiled["model.norm.weight"] = mx.full((128,), mx.nan, mx.float16)
+    mx.eval(spoiled)
+    mx.save_safetensors(str(llama / "model.safetensors"), spoiled)
+    command = [sys.executable, "-c", textwrap.dedent(WORKER), str(llama), str(out / "q"), "60000"]
+    processes = [
+        subprocess.Popen(command, env=os.environ | added, stderr=subprocess.PIPE, text=True)
+        for added in environments("mlx", tmp_path, 2)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert all(process.returncode == 1 for process in processes)
+    assert all("NaN or Inf" in text for text in said), said
+    assert sum("another process of this conversion stopped" in text for text in said) >= 1
+    assert list(out.iterdir()) == []
+
+
+class Some(Ranks):
+    """One of several ranks that are not there, on named machines."""
+
+    def __init__(self, rank: int, hosts: list[str]):
+        self.rank, self.size, self.hosts = rank, len(hosts), hosts
+
+    def _gather(self, text: str) -> list[str]:
+        return self.hosts
+
+
+@pytest.mark.parametrize("hosts", (["a"] * 3, ["a", "b", "c"], ["a", "a", "b"]))
+def test_every_tensor_has_one_writer_and_machines_share_no_file(hosts):
+    rng = np.random.default_rng(0)
+    sizes = {f"t{i}": int(n) for i, n in enumerate(rng.integers(1, 1000, 60))}
+    files = {name: f"f{int(name[1:]) // 6}" for name in sizes}
+    shares = [share(Some(rank, hosts), sizes, files) for rank in range(3)]
+    assert sorted(name for part in shares for name in part) == sorted(sizes)
+    loads = [sum(sizes[name] for name in part) for part in shares]
+    assert max(loads) < 1.5 * min(loads)
+    if len(set(hosts)) > 1:
+        owners = [{files[name] for name in part} for part in shares]
+        assert not owners[0] & owners[1] and not owners[0] & owners[2] and not owners[1] & owners[2]

@@ -1,0 +1,122 @@
+"""Bits by measured KL: the measurement against plain forward passes, the spending against brute force."""
+
+import itertools
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_unflatten
+from test_gptq import WINDOWS, tiny
+from tiny_models import make_hf_model
+
+from mlxq import format
+from mlxq.cli import main
+from mlxq.format import Format
+from mlxq.ptq.rtn import rtn
+from mlxq.ptq.sensitivity import Cost, allocate, sensitivities, step, stored_bits
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreted():
+    """Without mx.compile, whose calls of the C++ compiler take seconds."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+def log_probabilities(model, window):
+    logits = np.array(model(mx.array(window[None])), np.float64)[0]
+    logits -= logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def test_a_layers_kl_is_that_of_the_whole_model_with_only_it_quantized(tmp_path, monkeypatch):
+    model, read, whole = tiny("llama", tmp_path)
+    paths = ["model.embed_tokens", "lm_head"]
+    paths += ["model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"]
+    monkeypatch.setattr(
+        "mlxq.ptq.sensitivity.gptq",
+        lambda w, statistics, fmt, scale_dtype, rounds: rtn(w, None, fmt, scale_dtype=scale_dtype),
+    )
+    costs = sensitivities(model, read, WINDOWS, dict.fromkeys(paths, "float16"))
+    assert set(costs) == set(paths)
+    truth = [log_probabilities(whole, window) for window in WINDOWS]
+    for path in paths:
+        weight = np.array(read(f"{path}.weight"))
+        moved = format.dequantize(format.quantize(weight, Format(3, 64), scale_dtype="float16"))
+        whole.update(tree_unflatten([(f"{path}.weight", mx.array(moved))]))
+        other = [log_probabilities(whole, window) for window in WINDOWS]
+        whole.update(tree_unflatten([(f"{path}.weight", mx.array(weight))]))
+        want = np.mean([(np.exp(p) * (p - q)).sum(-1) for p, q in zip(truth, other, strict=True)])
+        np.testing.assert_allclose(costs[path].kl, want, rtol=2e-3)
+        assert (costs[path].weights, costs[path].K) == (weight.size, weight.shape[-1])
+
+
+def random_costs(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        f"layer{n}": Cost(float(rng.lognormal(-3, 2)), int(rng.integers(1, 9)) * 4096, 64, Format(3, 64))
+        for n in range(count)
+    }
+
+
+def test_spending_is_within_the_budget_and_near_the_best_of_all_plans():
+    costs = random_costs(5)
+    formats = [Format(b, g) for b in (2, 3, 4, 5, 6, 8) for g in (32, 64)]
+    weights = sum(c.weights for c in costs.values())
+
+    def size(plan):
+        return sum(cost.weights * stored_bits(fmt) for cost, fmt in zip(costs.values(), plan, strict=True))
+
+    def loss(plan):
+        pairs = zip(costs.values(), plan, strict=True)
+        return sum(cost.kl * (step(fmt) / step(cost.probe)) ** 2 for cost, fmt in pairs)
+
+    for bits_per_weight in (3.0, 4.5, 6.0):
+        budget = weights * bits_per_weight
+        plan = allocate(costs, budget)
+        found = [plan[path] for path in costs]
+        best = min(loss(p) for p in itertools.product(formats, repeat=5) if size(p) <= budget)
+        assert size(found) <= budget and loss(found) <= 1.4 * best  # five lumps; many layers come nearer
+
+
+def test_more_budget_never_costs_kl_and_equal_layers_get_equal_bits():
+    costs = random_costs(40)
+    weights = sum(c.weights for c in costs.values())
+    previous = np.inf
+    for bits_per_weight in np.linspace(2.6, 9.0, 12):
+        plan = allocate(costs, weights * bits_per_weight)
+        loss = sum(costs[p].kl * (step(f) / step(costs[p].probe)) ** 2 for p, f in plan.items())
+        assert loss <= previous * (1 + 1e-9)
+        previous = loss
+    same = {f"l{n}": Cost(0.1, 4096, 128, Format(3, 64)) for n in range(8)}
+    assert len(set(allocate(same, 8 * 4096 * 4.5).values())) <= 2
+    with pytest.raises(ValueError, match="raise the target"):
+        allocate(same, 8 * 4096 * 2.0)
+
+
+def test_a_plan_is_saved_and_replayed_to_identical_files(tmp_path, capsys):
+    source = make_hf_model("llama", tmp_path / "hf", "float32", seed=4)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(str(n * n) for n in range(500)))
+    common = ["--calibration", str(text), "--dtype", "bfloat16"]
+    plan = tmp_path / "plan.json"
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(["convert", str(source), str(first), "--target-bpw", "5", "--plan", str(plan), *common]) == 0
+    assert main(["convert", str(source), str(second), "--rules", str(plan), *common]) == 0
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+    rules = json.loads(plan.read_text())
+    assert len(rules) == 16 and len({(r["bits"], r["group_size"]) for r in rules}) > 1
+    capsys.readouterr()
+    assert main(["inspect", str(first)]) == 0
+    bits = float(next(line for line in capsys.readouterr().out.split("\n") if "total" in line).split()[2])
+    assert 4.8 < bits <= 5.0
+    rules[0]["bits"] = 6
+    plan.write_text(json.dumps(rules))
+    assert main(["convert", str(source), str(tmp_path / "third"), "--rules", str(plan), *common]) == 0
+    config = json.loads((tmp_path / "third" / "config.json").read_text())["quantization"]
+    edited = config.get(rules[0]["module_path"].replace("/", "."), config)
+    assert edited["bits"] == 6
+    assert main(["convert", str(source), str(tmp_path / "x"), "--target-bpw", "2.1", *common]) == 2
+    assert "raise the target" in capsys.readouterr().err

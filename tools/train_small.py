@@ -1,0 +1,262 @@
+"""A small Llama trained from scratch, then rounded and trained quantized: how much of the loss QAT recovers.
+
+    python tools/train_small.py [--device cuda] [--minutes 4] [--bits 4 2] [--plot]
+    python tools/train_small.py --tiny          a minute on a CPU: shows that it runs, says nothing of quality
+
+The texts are ../shared/data: calib.* is trained on, heldout_dev.* is measured, the tokenizer (byte-level BPE)
+is made from the first. For each width: every linear layer in groups of 64, embedding and head at 8 bits,
+scales in bfloat16.
+
+    rtn   rounded to nearest by rule "affine"
+    qat   from there, weights and ranges trained with fake quantization towards the float model, for
+          --minutes, then converted; measured as packed layers on mlxq.ops
+
+The float model too trains for --minutes. Each keeps the best held-out loss of a tenth of the held-out text,
+which is not what is measured. The result file has, besides the keys of bench_common:
+    model    {parameters, vocabulary, tokens trained on, seconds}
+    rows     [{what, bits, cross_entropy, kl, perplexity, seconds, steps}]
+    curves   [{what, step, loss}]   losses on the judging text while training
+    bars     the share of rtn's KL that qat removes
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+from pathlib import Path
+
+import bench_common
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mlxq import ops, qat
+from mlxq.format import Format
+from mlxq.nn.torch import QuantizedEmbedding, QuantizedLinear, TiedHead
+from mlxq.qat import torch as qt
+from mlxq.qat import training
+from mlxq.train.files import weight_config
+from mlxq.train.torch import start_from_affine
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+GROUP, EMBEDDING_BITS = 64, 8
+SHARE = {4: 0.65, 2: 0.80}  # of rtn's KL that is to be removed
+
+
+def texts(pattern: str, data: Path) -> list[str]:
+    files = sorted(data.glob(pattern))
+    if not files:
+        raise SystemExit(f"train_small: {data} holds no {pattern}; pass --data")
+    return [file.read_text(encoding="utf-8") for file in files]
+
+
+def make_tokenizer(documents: list[str], vocabulary: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made_by = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(documents, made_by)
+    return tokenizer
+
+
+def windows(documents: list[str], tokenizer: Tokenizer, length: int) -> np.ndarray:
+    """Token ids int64 (count, length) of every document, each cut on its own."""
+    parts = []
+    for text in documents:
+        ids = np.array(tokenizer.encode(text).ids, np.int64)
+        parts.append(ids[: len(ids) // length * length].reshape(-1, length))
+    return np.concatenate(parts)
+
+
+def batched(rows: np.ndarray, size: int) -> list[training.Batch]:
+    return [training.Batch(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+def small_model(tiny: bool, vocabulary: int) -> LlamaForCausalLM:
+    hidden, layers, mlp = (128, 2, 256) if tiny else (384, 8, 1024)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            intermediate_size=mlp,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 64,
+            num_key_value_heads=max(hidden // 128, 1),
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            use_cache=False,
+        )
+    )
+
+
+def fit(student, teacher, rows, judge, minutes, rate, autocast, trainable="all", steps=None):
+    trainer = training.trainer_for(student, teacher, trainable, autocast=autocast)
+    schedule = training.Schedule(steps, None if steps else minutes, rate)
+    told = []
+
+    def show(outcome, done):
+        if len(outcome.evaluations) > len(told):
+            told.append(outcome.evaluations[-1])
+            print(f"  step {told[-1][0]}: {told[-1][1]:.4f}  ({outcome.seconds:.0f} s)", flush=True)
+
+    return training.run(trainer, rows, judge, schedule, on_step=show)
+
+
+def measure(model, teacher, rows) -> dict:
+    """Means over every token: cross-entropy and KL from the float model, in float32."""
+    with torch.no_grad():
+        given = {
+            "cross_entropy": training.trainer_for(model, None, "all").evaluate(rows),
+            "kl": 0.0 if model is teacher else training.trainer_for(model, teacher, "all").evaluate(rows),
+        }
+    return given | {"perplexity": math.exp(given["cross_entropy"])}
+
+
+def rounded(model, bits: int):
+    """A copy with packed layers, each rounded to nearest."""
+    student = copy.deepcopy(model)
+    table, head = student.get_input_embeddings(), student.get_output_embeddings()
+    for path, layer in list(student.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and layer is not head:
+            packed = ops.quantize(layer.weight.detach(), Format(bits, GROUP), scale_dtype="bfloat16")
+            student.set_submodule(path, QuantizedLinear.from_packed(packed, layer.bias))
+    packed = ops.quantize(table.weight.detach(), Format(EMBEDDING_BITS, GROUP), scale_dtype="bfloat16")
+    return with_table(student, packed)
+
+
+def with_table(student, packed):
+    table = FloatTable.from_packed(packed)
+    student.set_input_embeddings(table)
+    student.set_output_embeddings(TiedHead(table))
+    return student
+
+
+class FloatTable(QuantizedEmbedding):
+    """Rows in float32 for a model that computes in it, though its scales are bfloat16."""
+
+    def forward(self, ids):
+        return super().forward(ids).float()
+
+
+def prepared(model, bits: int):
+    """A copy with fake quantizers whose ranges start where rounding to nearest has them."""
+    student = copy.deepcopy(model)
+    ends = {id(student.get_input_embeddings()), id(student.get_output_embeddings())}
+    for width, of_ends in ((bits, False), (EMBEDDING_BITS, True)):
+        config = weight_config(width, GROUP, "learned")
+        config.scale_precision = "bfloat16"
+
+        def chosen(layer, path, of_ends=of_ends):
+            kind = isinstance(layer, (torch.nn.Linear, torch.nn.Embedding))
+            return kind and (id(layer) in ends) == of_ends
+
+        qt.quantize_(student, qat.QATConfig(weight_config=config), chosen)
+    start_from_affine(student)
+    return student
+
+
+def converted(student):
+    table = student.get_input_embeddings()
+    packed = qt.packed_weight(table)
+    qt.quantize_(student, qat.QATConfig(step="convert"))
+    return with_table(student, packed)
+
+
+def plot(path: Path, result: dict) -> None:
+    pyplot = bench_common.pyplot()
+    if pyplot is None:
+        return
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
+    for what in dict.fromkeys(row["what"] for row in result["curves"]):
+        rows = [row for row in result["curves"] if row["what"] == what and what != "float"]
+        axes[0].plot([r["step"] for r in rows], [r["loss"] for r in rows], marker="o", label=what)
+    axes[0].set(xlabel="step", ylabel="KL on the judging text", yscale="log", title="training")
+    axes[0].legend()
+    rows = result["rows"][1:]
+    axes[1].bar([r["what"] for r in rows], [r["kl"] for r in rows])
+    axes[1].set(ylabel="held-out KL (nats)", yscale="log", title="measured")
+    figure.tight_layout()
+    figure.savefig(path)
+    print(f"wrote {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--minutes", type=float, default=4.0, help="of each training")
+    parser.add_argument("--steps", type=int, help="of each training, instead of minutes")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 2])
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--float-rate", type=float, default=1e-3)
+    parser.add_argument("--qat-rate", type=float, default=3e-5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--tiny", action="store_true", help="2 layers of 128, little text")
+    parser.add_argument("--plot", action="store_true")
+    parser.add_argument("--out", type=Path, default=bench_common.RESULTS)
+    args = parser.parse_args()
+    about = bench_common.machine()
+    if args.device.startswith("cuda"):
+        about["gpu"] = torch.cuda.get_device_name(args.device)
+    torch.manual_seed(args.seed)
+    autocast = torch.bfloat16 if args.device.startswith("cuda") else None
+    learned, held = texts("calib.*", args.data), texts("heldout_dev.*", args.data)
+    if args.tiny:
+        learned, held = [t[:30000] for t in learned], [t[:6000] for t in held]
+    tokenizer = make_tokenizer(learned, 512 if args.tiny else 4096)
+    rows = batched(windows(learned, tokenizer, args.length), args.batch)
+    every = windows(held, tokenizer, args.length)
+    judge, scored = every[::10], np.delete(every, np.s_[::10], 0)
+    judge = batched(judge[:: max(1, len(judge) // 32)], args.batch)
+    scored = batched(scored[:: max(1, len(scored) // 160)], args.batch)
+
+    print("float model")
+    model = small_model(args.tiny, tokenizer.get_vocab_size()).to(args.device)
+    outcome = fit(model, None, rows, judge, args.minutes, args.float_rate, autocast, steps=args.steps)
+    table, curves = [], [{"what": "float", "step": s, "loss": v} for s, v in outcome.evaluations]
+    summary = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "vocabulary": tokenizer.get_vocab_size(),
+        "tokens": sum(b.tokens.size for b in rows),
+        "seconds": outcome.seconds,
+    }
+    common = {"seconds": outcome.seconds, "steps": len(outcome.losses)}
+    table.append({"what": "float", "bits": 32, **measure(model, model, scored), **common})
+    print(table[-1], flush=True)
+    bars = []
+    for bits in args.bits:
+        rtn = {"what": f"rtn {bits}", "bits": bits, **measure(rounded(model, bits), model, scored)}
+        table.append(rtn | {"seconds": 0.0, "steps": 0})
+        print(table[-1], flush=True)
+        student = prepared(model, bits)
+        outcome = fit(student, model, rows, judge, args.minutes, args.qat_rate, autocast, steps=args.steps)
+        curves += [{"what": f"qat {bits}", "step": s, "loss": v} for s, v in outcome.evaluations]
+        common = {"seconds": outcome.seconds, "steps": len(outcome.losses)}
+        trained = measure(student, model, scored)
+        packed = measure(converted(student), model, scored)
+        if abs(packed["kl"] - trained["kl"]) > 1e-3 + 1e-2 * trained["kl"]:
+            raise SystemExit(f"train_small: the packed model has another KL: {packed} after {trained}")
+        table.append({"what": f"qat {bits}", "bits": bits, **packed, **common})
+        print(table[-1], flush=True)
+        share = 1 - packed["kl"] / rtn["kl"]
+        bars.append(
+            bench_common.bar(f"share of rtn's KL removed at {bits} bits", share, SHARE.get(bits, 0.65))
+        )
+    bench_common.print_bars(bars)
+    result = {"tool": "train_small", "machine": about, "model": summary}
+    result |= {"rows": table, "curves": curves, "bars": bars}
+    name = "train_small-tiny" if args.tiny else "train_small"
+    if "gpu" in about:
+        about |= {"cpu": about["gpu"], "family": ""}
+    path = bench_common.result_path(name, about, args.out)
+    bench_common.write(path, result)
+    if args.plot:
+        plot(path.with_suffix(".png"), result)
+
+
+if __name__ == "__main__":
+    main()
