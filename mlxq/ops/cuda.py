@@ -93,11 +93,11 @@ def _device(index: int) -> dict[str, int]:
 
 @functools.cache
 def _source(name: str) -> str:
-    """A kernel file as text, with the constants of format.h before it and hopper.cuh where it includes that."""
+    """A kernel file as text, with the constants of format.h before it and our headers where it includes them."""
     text = (HERE / name).read_text(encoding="utf-8")
     constants = (HERE.parent / "format.h").read_text(encoding="utf-8").replace("#pragma once", "")
-    instructions = (HERE / "hopper.cuh").read_text(encoding="utf-8")
-    text = text.replace('#include "hopper.cuh"\n', instructions)
+    for header in ("hopper.cuh", "copies.cuh"):
+        text = text.replace(f'#include "{header}"\n', (HERE / header).read_text(encoding="utf-8"))
     return f'{constants}\n#line 1 "{name}"\n{text}'
 
 
@@ -196,7 +196,7 @@ class _Launch:
         """
         self.slots = [arguments[i] for i in changing]
         self.keep = arguments
-        self.pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
+        self.pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(getattr(a, "buffer", a)) for a in arguments))
         self.always = int(cluster > 1)  # attributes of every start
         attributes = (_Attribute * 2)()
         attributes[0].id, attributes[0].value[:3] = _CLUSTER, (cluster, 1, 1)
@@ -522,9 +522,13 @@ def qmv_shared(K: int, fmt: format.Format, s_bytes: int, columns, chunk_bytes, w
     return chunks * chunk * columns * 2 + floats * 4 + warps * depth * stage
 
 
-STREAM_WARPS, STREAM_SEGMENT, STREAM_BUFFERS = 16, 64, 4  # of qmv_stream.cu
-STREAM_DEPTH = 9
+STREAM_BUFFERS = 2  # of qmv_stream.cu
 STREAM_REGISTERS = 64  # that a thread may fill with x
+
+
+def stream_tuning(bits: int, row_bytes: int) -> tuple[int, int, int]:
+    """(warps, bytes of a row in a warp's part of a stage, stages at most) that were best on an H100."""
+    return (8 if row_bytes < 2048 else 16), 128, 9
 
 
 def stream_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict) -> dict | None:
@@ -532,7 +536,8 @@ def stream_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict) -> dict | No
 
     defines, grid_x, threads, shared (bytes).
     """
-    row_bytes, s_bytes, warps, segment = K * fmt.bits // 8, SIZES[s_type], STREAM_WARPS, STREAM_SEGMENT
+    row_bytes, s_bytes = K * fmt.bits // 8, SIZES[s_type]
+    warps, segment, most = stream_tuning(fmt.bits, row_bytes)
     scale_bytes = K // fmt.group_size * s_bytes
     unit = min(fmt.group_size, segment * 8 // fmt.bits)  # codes of one scale
     stages = -(-row_bytes // (warps * segment))
@@ -540,7 +545,7 @@ def stream_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict) -> dict | No
         not gpu["early"]
         or x_type == "float32"
         or M > 8
-        or row_bytes % 16
+        or row_bytes % 128
         or scale_bytes % 16
         or unit * fmt.bits < 128
         or stages * segment // fmt.bits > STREAM_REGISTERS
@@ -548,13 +553,12 @@ def stream_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict) -> dict | No
         return None
     columns = next(c for c in (1, 2, 4, 8) if c >= M)
     units = segment * 8 // fmt.bits // unit
-    tiles = -(-N // 16)
+    tiles, scale_columns = -(-N // 16), -(-scale_bytes // 128)
     rounds = -(-tiles // gpu["multiprocessors"])
-    stage = 16 * (warps * segment + unit * fmt.bits // 8)
-    for depth in range(min(STREAM_DEPTH, max(2, rounds * stages)), 1, -1):
+    for depth in range(min(most, max(2, rounds * stages)), 1, -1):
         scale_depth = -(-(depth - 1) // stages) + 1
-        shared = depth * stage + scale_depth * 32 * (scale_bytes + 16) + 16 * (depth + STREAM_BUFFERS)
-        shared += warps * columns * 4 * (stages * units + STREAM_BUFFERS * 20)
+        shared = depth * 16 * warps * segment + scale_depth * scale_columns * 4096
+        shared += warps * columns * 4 * (stages * units + STREAM_BUFFERS * 20) + 16 * (depth + STREAM_BUFFERS)
         if shared <= gpu["shared"]:
             break
     else:
@@ -570,6 +574,7 @@ def stream_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict) -> dict | No
         "STAGES": stages,
         "DEPTH": depth,
         "SCALE_DEPTH": scale_depth,
+        "SCALE_COLUMNS": scale_columns,
         "BUFFERS": STREAM_BUFFERS,
         "BLOCKS": 1,
     }
@@ -581,6 +586,47 @@ def stream_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict) -> dict | No
     }
 
 
+def _tensor_map(pointer: int, sizes, strides, box, swizzle: int):
+    """What the copy engine has to know of a tensor: sizes innermost first, strides in bytes of all but the innermost.
+
+    box: elements of a copy; swizzle: 0, 32, 64 or 128, the bytes within which 16-byte pieces change places.
+    """
+    about = _TensorMap(sizes, strides, box, swizzle, "bytes")
+    about.value = pointer
+    return about.buffer
+
+
+class _TensorMap:
+    """_tensor_map of a tensor whose place changes: an argument of a kernel (buffer) that takes the pointer as value."""
+
+    def __init__(self, sizes, strides, box, swizzle: int, kind: str):
+        rank, memory = len(sizes), (ctypes.c_char * 192)()
+        self.buffer = (ctypes.c_char * 128).from_buffer(memory, -ctypes.addressof(memory) % 64)
+        self.encode = _driver().cuTensorMapEncodeTiled
+        self.before = self.buffer, {"bytes": 0, "float16": 6, "bfloat16": 9}[kind], rank
+        self.after = (
+            (ctypes.c_uint64 * rank)(*sizes),
+            (ctypes.c_uint64 * (rank - 1))(*strides),
+            (ctypes.c_uint32 * rank)(*box),
+            (ctypes.c_uint32 * rank)(*[1] * rank),
+            0,
+            {0: 0, 32: 1, 64: 2, 128: 3}[swizzle],
+            3,  # 256 bytes at a time into L2
+            0,
+        )
+        self.pointer = None
+
+    @property
+    def value(self) -> int | None:
+        return self.pointer
+
+    @value.setter
+    def value(self, pointer: int) -> None:
+        if pointer != self.pointer:
+            _check(self.encode(*self.before, ctypes.c_void_p(pointer), *self.after), "describing a tensor to the copy engine")
+            self.pointer = pointer
+
+
 def _stream(device: int, pointers, M: int, N: int, K: int, fmt, x_type, s_type):
     """A launch of qmv_stream.cu that takes (x, y), or None where it does not serve."""
     gpu = _device(device)
@@ -589,9 +635,12 @@ def _stream(device: int, pointers, M: int, N: int, K: int, fmt, x_type, s_type):
         return None
     flags = options(gpu["arch"], shape["defines"])
     kernel = _kernel(device, "qmv_stream.cu", "qmv_stream", flags, shape["shared"])
-    pointers = [ctypes.c_void_p(p) for p in (0, *pointers, 0)]
-    numbers = [ctypes.c_int(v) for v in (M, N, K)]
-    return _Launch(kernel, (shape["grid_x"], 1, 1), shape["threads"], pointers + numbers, (0, 4))
+    row, scales = K * fmt.bits // 8, K // fmt.group_size * SIZES[s_type]
+    columns = shape["defines"]["WARPS"] * shape["defines"]["SEGMENT"] // 128
+    maps = [_tensor_map(pointers[0], (128, N, row // 128), (row, 128), (128, 16, columns), 128)]
+    maps += [_tensor_map(p, (scales, N), (scales,), (128, 16), 128) for p in pointers[1:]]
+    arguments = [ctypes.c_void_p(), *maps, ctypes.c_void_p(), *(ctypes.c_int(v) for v in (M, N, K))]
+    return _Launch(kernel, (shape["grid_x"], 1, 1), shape["threads"], arguments, (0, 4))
 
 
 def _qmv(device: int, pointers, batches: int, M: int, N: int, K: int, fmt, x_type, s_type, indices):
@@ -661,6 +710,44 @@ def qmm_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict, transpose=True,
     return {"defines": defines, "out_tiles": out_tiles, "rows": rows, "ranks": ranks, "shared": shared}
 
 
+def qmm_stream_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict, transpose=True) -> dict | None:
+    """How qmm_stream.cu is compiled and started; None where it does not serve. As qmm_shape."""
+    out, reduced = (N, K) if transpose else (K, N)
+    s_bytes = SIZES[s_type]
+    row_bytes, scale_bytes = K * fmt.bits // 8, K // fmt.group_size * s_bytes
+    if gpu["arch"] != "sm_90a" or x_type == "float32" or row_bytes % 16 or scale_bytes % 16 or reduced % 8:
+        return None
+    rows = next((n for n in (16, 32, 64, 128) if n >= M), 256)
+    w_steps, s_steps = (16 // fmt.bits, 16 // s_bytes * fmt.group_size // 64) if transpose else (2, 2)
+    w_stage = 128 * (128 if transpose else 16 * fmt.bits)
+    x_stages = {256: 4, 128: 6}.get(rows, 8)
+    for w_stages in range(12, 2, -1):
+        s_stages = -(-w_stages * w_steps // s_steps) + 1
+        shared = x_stages * rows * 128 + w_stages * w_stage + s_stages * 4096
+        shared += 16 * (x_stages + w_stages + s_stages)
+        if shared <= gpu["shared"]:
+            break
+    out_tiles, units, ranks = -(-out // 128), -(-reduced // (64 * max(w_steps, s_steps))), 1
+    tiles = out_tiles * -(-M // rows)
+    while ranks < 8 and 2 * ranks * tiles <= gpu["multiprocessors"] and units >= 2 * ranks:
+        ranks *= 2
+    while -(-units // ranks) * (ranks - 1) >= units:  # each has to have a share
+        ranks //= 2
+    defines = {
+        "BITS": fmt.bits,
+        "GROUP": fmt.group_size,
+        "X_TYPE": TYPES[x_type],
+        "S_TYPE": TYPES[s_type],
+        "FORWARD": int(transpose),
+        "BN": rows,
+        "X_STAGES": x_stages,
+        "W_STAGES": w_stages,
+        "S_STAGES": s_stages,
+    }
+    shared = max(shared, rows * 132 * 4)
+    return {"defines": defines, "out_tiles": out_tiles, "rows": rows, "ranks": ranks, "shared": shared}
+
+
 def q8mm_shape(M, N, K, fmt, s_type: str, y_type: str, x_scales: int, per_row: bool, gpu: dict) -> dict | None:
     """How q8mm.cu is compiled and started; None where it does not serve. As qmm_shape.
 
@@ -703,6 +790,24 @@ def q8mm_shape(M, N, K, fmt, s_type: str, y_type: str, x_scales: int, per_row: b
     }
     shared = max(fixed + stages * stage, rows * 132 * 4)
     return {"defines": defines, "out_tiles": out_tiles, "rows": rows, "ranks": ranks, "shared": shared}
+
+
+def _many_streamed(device: int, pointers, M: int, N: int, K: int, fmt, x_type, s_type, transpose):
+    """A launch of qmm_stream.cu that takes (x, y), or None where it does not serve."""
+    gpu = _device(device)
+    shape = qmm_stream_shape(M, N, K, fmt, x_type, s_type, gpu, transpose)
+    if shape is None:
+        return None
+    kernel = _kernel(device, "qmm_stream.cu", "qmm_stream", options(gpu["arch"], shape["defines"]), shape["shared"])
+    row, scales = K * fmt.bits // 8, K // fmt.group_size * SIZES[s_type]
+    box = 128 if transpose else 16 * fmt.bits
+    reduced = K if transpose else N
+    x = _TensorMap((reduced, M), (2 * reduced,), (64, shape["rows"]), 128, x_type)
+    maps = [_tensor_map(pointers[0], (row, N), (row,), (box, 128), box)]
+    maps += [_tensor_map(p, (scales, N), (scales,), (16, 128), 0) for p in pointers[1:]]
+    arguments = [x, *maps, ctypes.c_void_p(), *(ctypes.c_int(v) for v in (M, N, K))]
+    grid = (shape["ranks"], shape["out_tiles"], -(-M // shape["rows"]))
+    return _Launch(kernel, grid, 384, arguments, (0, 4), shape["ranks"])
 
 
 def _many(device: int, pointers, M: int, N: int, K: int, fmt, x_type, s_type, transpose, experts=0, batches=1):
@@ -769,7 +874,8 @@ class _Product:
                 if transpose and M <= ROWS_BEST_IN_QMV:
                     self.launch = _stream(device, self.pointers, M, *about)
                 if not transpose or M > ROWS_BEST_IN_QMV:
-                    self.launch = _many(device, self.pointers, M, *about, transpose)
+                    many = device, self.pointers, M, *about, transpose
+                    self.launch = _many_streamed(*many) or _many(*many)
                 if self.launch is None and transpose and M <= ROWS_OF_QMV:
                     self.launch = _qmv(device, self.pointers, 1, M, *about, False)
         quick = self.launch is not None and side is _Torch

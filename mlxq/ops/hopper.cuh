@@ -74,10 +74,17 @@ __device__ __forceinline__ void group_sync(int group) {
     asm volatile("bar.sync 2, 128;" ::: "memory");
 }
 
-// A constant that the compiler does not know: integer sums that it can make anew where it likes serialize wgmma (C7515).
+// A constant that the compiler does not know: sums that it can make anew where it likes serialize wgmma (C7515). Of the
+// sums' own type: a float that begins as an int is moved in and out of float registers at every step (C7514).
 __device__ __forceinline__ int opaque(int value) {
   int d;
   asm volatile("mov.b32 %0, %1;" : "=r"(d) : "r"(value));
+  return d;
+}
+
+__device__ __forceinline__ float opaque(float value) {
+  float d;
+  asm volatile("mov.f32 %0, %1;" : "=f"(d) : "f"(value));
   return d;
 }
 
@@ -131,6 +138,29 @@ __device__ __forceinline__ void wgmma(float* d, unsigned long long left, unsigne
   WGMMA("128", R64, D64(0), "64", "65", "66");
 #elif BN == 256
   WGMMA("256", R128, D128(0), "128", "129", "130");
+#endif
+}
+
+
+// The same with A in registers: row lane / 4 (+ 8) of the warp's 16, columns 2 * (lane % 4), + 1 (+ 8).
+#define WGMMA_LEFT(n, registers, sums, a0, a1, a2, a3, b)                                                             \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." F16_TYPE "." F16_TYPE " {" registers "}, {%" a0 ", %" a1 \
+               ", %" a2 ", %" a3 "}, %" b ", 1, 1, 1, 0;"                                                             \
+               : sums                                                                                                 \
+               : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right))
+__device__ __forceinline__ void wgmma(float* d, const unsigned int* left, unsigned long long right) {
+#if BN == 8
+  WGMMA_LEFT("8", R4, D4(0), "4", "5", "6", "7", "8");
+#elif BN == 16
+  WGMMA_LEFT("16", R8, D8(0), "8", "9", "10", "11", "12");
+#elif BN == 32
+  WGMMA_LEFT("32", R16, D16(0), "16", "17", "18", "19", "20");
+#elif BN == 64
+  WGMMA_LEFT("64", R32, D32(0), "32", "33", "34", "35", "36");
+#elif BN == 128
+  WGMMA_LEFT("128", R64, D64(0), "64", "65", "66", "67", "68");
+#elif BN == 256
+  WGMMA_LEFT("256", R128, D128(0), "128", "129", "130", "131", "132");
 #endif
 }
 

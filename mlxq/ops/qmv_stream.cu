@@ -5,8 +5,10 @@
 //   y        X    (M, N)
 //
 //   tile     16 rows of W; blocks are persistent and take tiles blockIdx.x, + gridDim.x, ...
-//   stage    the 16 rows x WARPS * SEGMENT bytes of words, one bulk copy a row, in a ring of DEPTH; the tile's scales and
-//            biases come with its first stage into a ring of their own
+//   stage    the 16 rows x WARPS * SEGMENT bytes of words, one copy of a box (128 bytes, 16 rows, columns of 128 bytes) whose
+//            16-byte pieces are swizzled (eight rows x four lanes: no bank twice), in a ring of DEPTH; the tile's scales
+//            and biases come with its first stage into a ring of their own. One copy at a time: each takes the engine
+//            some 40 ns however small it is, and 48 of them a stage (a row each) were the first version's time
 //   warps    one asks for the copies, one adds the sums up and writes y; WARPS multiply: warp w has bytes w * SEGMENT .. of
 //            every stage, so its part of x is the same for every tile and stays in registers: 2 * SEGMENT * 8 / BITS / 16 a
 //            stage, whatever M is
@@ -18,20 +20,21 @@
 // whose x has a value of 2^36 or more (or NaN, infinity) does not raise its x. float16 has too few exponents for that:
 // there u * (C + code) as in qmv.cu.
 //
-// Rows of words, scales and x of whole 16 bytes; K / 8 * BITS at most STAGES * WARPS * SEGMENT. Any N, M <= MP.
+// Rows of words of whole 128 bytes, of scales of whole 16; K / 8 * BITS at most STAGES * WARPS * SEGMENT. Any N, M <= MP.
 // Limit: the bytes of W at the memory's rate.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned long long u64;
 
+#include "copies.cuh"
+
 constexpr int P = 32 / BITS;                                // codes of a word
 constexpr int CODES = SEGMENT * 8 / BITS;                   // of a row in a warp's part of a stage
 constexpr int UNIT = GROUP < CODES ? GROUP : CODES;         // codes with one scale
 constexpr int UNITS = CODES / UNIT;
-constexpr int LANE_WORDS = UNIT * BITS / 128;               // of a unit: four lanes share a row
-constexpr int STAGE_BYTES = WARPS * SEGMENT;
-constexpr int STRIDE = STAGE_BYTES + 16 * LANE_WORDS;       // eight rows x four lanes: no bank twice
+constexpr int LANE_WORDS = UNIT * BITS / 128;               // of a unit: four lanes share 16 bytes of a row
+constexpr int STAGE_BYTES = 16 * WARPS * SEGMENT;
 constexpr int S_BYTES = S_TYPE == 0 ? 4 : 2;
 constexpr int COLUMN = 20;                                  // floats between columns of a warp's sums: no bank twice
 constexpr int PARTIAL = MP * COLUMN;
@@ -97,8 +100,9 @@ __device__ __forceinline__ void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u3
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// The units' scales of a row, from a place that is a multiple of their size.
-__device__ __forceinline__ void read_scales(u32* out, const char* from) {
+// The units' scales of a row of 128 swizzled bytes, from byte `at`, a multiple of their size.
+__device__ __forceinline__ void read_scales(u32* out, const char* row, int at, int g) {
+  const char* from = row + ((at / 16) ^ g) * 16 + at % 16;
   if (UNITS * S_BYTES == 2) {
     out[0] = *reinterpret_cast<const u16*>(from);
   } else if (UNITS * S_BYTES == 4) {
@@ -109,49 +113,23 @@ __device__ __forceinline__ void read_scales(u32* out, const char* from) {
   } else {
 #pragma unroll
     for (int i = 0; i < S_WORDS; i += 4) {
-      const uint4 v = *reinterpret_cast<const uint4*>(from + 4 * i);
+      const uint4 v = *reinterpret_cast<const uint4*>(row + ((at / 16 + i / 4) ^ g) * 16);
       out[i] = v.x, out[(i + 1) % S_WORDS] = v.y, out[(i + 2) % S_WORDS] = v.z, out[(i + 3) % S_WORDS] = v.w;
     }
   }
 }
 
-__device__ __forceinline__ void barrier_init(u32 at, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(u32 at) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(u32 at, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(u32 at, int parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra.uni over;\n"
-      "bra.uni again;\nover:\n}" ::"r"(at),
-      "r"(parity)
-      : "memory");
-}
-
-__device__ __forceinline__ void bulk_copy(u32 to, const void* from, int bytes, u32 barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
-               "r"(bytes), "r"(barrier)
-               : "memory");
-}
-
 extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, BLOCKS)
-qmv_stream(const char* __restrict__ x, const char* __restrict__ words, const char* __restrict__ scales,
-           const char* __restrict__ biases, u16* __restrict__ y, int M, int N, int K) {
-  extern __shared__ __align__(128) char shared[];
+qmv_stream(const char* __restrict__ x, const __grid_constant__ TensorMap words, const __grid_constant__ TensorMap scales,
+           const __grid_constant__ TensorMap biases, u16* __restrict__ y, int M, int N, int K) {
+  extern __shared__ __align__(1024) char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int row_bytes = K / 8 * BITS, scale_bytes = K / GROUP * S_BYTES, scale_stride = scale_bytes + 16;
   const int tiles = (N + 15) / 16;
-  // words [DEPTH][16][STRIDE], scales [SCALE_DEPTH][2][16][scale_stride], sums of x [WARPS][STAGES * UNITS][MP],
-  // partial sums [BUFFERS][WARPS][MP][COLUMN], barriers
-  char* const scale_ring = shared + DEPTH * 16 * STRIDE;
-  float* const x_sums = reinterpret_cast<float*>(scale_ring + SCALE_DEPTH * 32 * scale_stride);
+  // words [DEPTH][columns of 128 bytes][16][128], scales [SCALE_DEPTH][2][SCALE_COLUMNS][16][128], sums of x
+  // [WARPS][STAGES * UNITS][MP], partial sums [BUFFERS][WARPS][MP][COLUMN], barriers
+  char* const scale_ring = shared + DEPTH * STAGE_BYTES;
+  constexpr int SCALE_STAGE = 2 * SCALE_COLUMNS * 2048;
+  float* const x_sums = reinterpret_cast<float*>(scale_ring + SCALE_DEPTH * SCALE_STAGE);
   float* const partial = x_sums + WARPS * STAGES * UNITS * MP;
   const u32 base = static_cast<u32>(__cvta_generic_to_shared(shared));
   const u32 full = static_cast<u32>(__cvta_generic_to_shared(partial + BUFFERS * WARPS * PARTIAL));
@@ -159,27 +137,30 @@ qmv_stream(const char* __restrict__ x, const char* __restrict__ words, const cha
   if (threadIdx.x == 0) {
     for (int i = 0; i < DEPTH; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, WARPS);
     for (int i = 0; i < BUFFERS; i++) barrier_init(summed + 8 * i, WARPS), barrier_init(taken + 8 * i, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_ready();
   }
   __syncthreads();
 
   if (warp == WARPS) {  // the copies
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    dependents_may_start();
+    if (lane) return;
     int slot = 0, round = 0, scale_slot = 0;
 #pragma unroll 1
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-      const size_t row = min(tile * 16 + lane % 16, N - 1);
 #pragma unroll 1
       for (int stage = 0; stage < STAGES; stage++) {
+        const u32 done = full + 8 * slot;
         if (round) barrier_wait(empty + 8 * slot, (round - 1) & 1);
-        const int bytes = min(STAGE_BYTES, row_bytes - stage * STAGE_BYTES);
-        if (lane == 0) barrier_expect(full + 8 * slot, 16 * bytes + (stage ? 0 : 32 * scale_bytes));
-        __syncwarp();
-        if (lane < 16)
-          bulk_copy(base + (slot * 16 + lane) * STRIDE, words + row * row_bytes + stage * STAGE_BYTES, bytes, full + 8 * slot);
-        if (stage == 0)
-          bulk_copy(base + DEPTH * 16 * STRIDE + (scale_slot * 32 + lane) * scale_stride,
-                    (lane < 16 ? scales : biases) + row * scale_bytes, scale_bytes, full + 8 * slot);
+        barrier_expect(done, STAGE_BYTES + (stage ? 0 : SCALE_STAGE));
+        tensor_copy(base + slot * STAGE_BYTES, words, 0, tile * 16, stage * (WARPS * SEGMENT / 128), done);
+        if (stage == 0) {
+          const u32 to = base + DEPTH * STAGE_BYTES + scale_slot * SCALE_STAGE;
+#pragma unroll
+          for (int c = 0; c < SCALE_COLUMNS; c++) {
+            tensor_copy(to + c * 2048, scales, c * 128, tile * 16, done);
+            tensor_copy(to + (SCALE_COLUMNS + c) * 2048, biases, c * 128, tile * 16, done);
+          }
+        }
         if (++slot == DEPTH) slot = 0, round++;
       }
       if (++scale_slot == SCALE_DEPTH) scale_slot = 0;
@@ -188,8 +169,8 @@ qmv_stream(const char* __restrict__ x, const char* __restrict__ words, const cha
   }
 
   if (warp == WARPS + 1) {  // y
-    asm volatile("griddepcontrol.wait;" ::: "memory");  // the kernel before may still read what y is now
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    predecessor_done();  // the kernel before may still read what y is now
+    dependents_may_start();
     int buffer = 0, round = 0;
 #pragma unroll 1
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
@@ -226,8 +207,8 @@ qmv_stream(const char* __restrict__ x, const char* __restrict__ words, const cha
   }
 
   // This warp's part of x, for row g of x in the lanes of g: the values that meet the lane's words.
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  predecessor_done();
+  dependents_may_start();
   u32 xs[STAGES][UNITS][LANE_WORDS][P / 2];
   float* const my_sums = x_sums + warp * STAGES * UNITS * MP;
 #if X_TYPE == 2
@@ -237,14 +218,22 @@ qmv_stream(const char* __restrict__ x, const char* __restrict__ words, const cha
   for (int s = 0; s < STAGES; s++)
 #pragma unroll
     for (int u = 0; u < UNITS; u++) {
-      const int k = (s * WARPS + warp) * CODES + u * UNIT + t * LANE_WORDS * P;
+      const int k = (s * WARPS + warp) * CODES + u * UNIT + t * P;
       u32 v[LANE_WORDS * P / 2];
-      const bool valid = g < M && k < K;
       const char* from = x + (size_t(g) * K + k) * 2;
 #pragma unroll
-      for (int i = 0; i < LANE_WORDS * P / 2; i += 4) {
-        const uint4 r = valid ? *(reinterpret_cast<const uint4*>(from) + i / 4) : make_uint4(0, 0, 0, 0);
-        v[i] = r.x, v[i + 1] = r.y, v[i + 2] = r.z, v[i + 3] = r.w;
+      for (int w = 0; w < LANE_WORDS; w++) {
+        const bool valid = g < M && k + w * 4 * P < K;
+        if (P == 4) {
+          const uint2 r = valid ? *reinterpret_cast<const uint2*>(from + w * 8 * P) : make_uint2(0, 0);
+          v[2 * w] = r.x, v[2 * w + 1] = r.y;
+        } else {
+#pragma unroll
+          for (int i = 0; i < P / 2; i += 4) {
+            const uint4 r = valid ? *reinterpret_cast<const uint4*>(from + w * 8 * P + 4 * i) : make_uint4(0, 0, 0, 0);
+            v[w * P / 2 + i] = r.x, v[w * P / 2 + i + 1] = r.y, v[w * P / 2 + i + 2] = r.z, v[w * P / 2 + i + 3] = r.w;
+          }
+        }
       }
       float sum = 0;
 #pragma unroll
@@ -267,6 +256,7 @@ qmv_stream(const char* __restrict__ x, const char* __restrict__ words, const cha
   // u32 of the sums, and what undoes it: two factors, for one would not be a float
   float up = 1, down = 1, more_down = 1;
   u32 magic = 0;
+  __syncwarp();
 #if X_TYPE == 2
   large = __any_sync(0xffffffffu, large);
   up = __uint_as_float(large ? 0u : (127u - 133u + RAISE) << 23);  // 2^-133 is below the normal floats: made below
@@ -288,24 +278,26 @@ qmv_stream(const char* __restrict__ x, const char* __restrict__ words, const cha
   up = 1 << POSITION, down = 1.0f / (1 << POSITION);
   asm volatile("mov.u32 %0, %1;" : "=r"(magic) : "n"(MAGIC));
 #endif
+  for (int i = lane; i < STAGES * UNITS * MP; i += 32) my_sums[i] *= up;
   __syncwarp();
 
-  const int column_0 = 2 * t & (MP - 1), column_1 = (2 * t + 1) & (MP - 1);
   int slot = 0, round = 0, scale_slot = 0, buffer = 0, buffer_round = 0;
 #pragma unroll 1
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     float total[4] = {0, 0, 0, 0};
-    const char* const scales_of = scale_ring + (scale_slot * 32 + g) * scale_stride;
+    const char* const scales_of = scale_ring + scale_slot * SCALE_STAGE + g * 128;
 #pragma unroll
     for (int s = 0; s < STAGES; s++) {
       barrier_wait(full + 8 * slot, round & 1);
-      const char* const rows = shared + (slot * 16 + g) * STRIDE + warp * SEGMENT + t * LANE_WORDS * 4;
+      const char* const rows = shared + slot * STAGE_BYTES + warp * SEGMENT / 128 * 2048 + g * 128 + t * 4;
+      constexpr int PIECES = SEGMENT / 16;  // of a row in a warp's part of a stage
       const int first = (s * WARPS + warp) * CODES;
       u32 scale_words[2][S_WORDS], bias_words[2][S_WORDS];
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        const char* const at = scales_of + h * 8 * scale_stride + first / GROUP * S_BYTES;
-        read_scales(scale_words[h], at), read_scales(bias_words[h], at + 16 * scale_stride);
+        const int byte = s < STAGES - 1 || first < K ? first / GROUP * S_BYTES : 0;  // of a row's
+        const char* const at = scales_of + byte / 128 * 2048 + h * 1024;
+        read_scales(scale_words[h], at, byte % 128, g), read_scales(bias_words[h], at + SCALE_COLUMNS * 2048, byte % 128, g);
       }
 #pragma unroll
       for (int u = 0; u < UNITS; u++) {
@@ -313,15 +305,10 @@ qmv_stream(const char* __restrict__ x, const char* __restrict__ words, const cha
         u32 w[2][LANE_WORDS];
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-          const char* from = rows + h * 8 * STRIDE + u * (UNIT * BITS / 8);
-          if (LANE_WORDS == 4) {
-            const uint4 v = *reinterpret_cast<const uint4*>(from);
-            w[h][0] = v.x, w[h][1 % LANE_WORDS] = v.y, w[h][2 % LANE_WORDS] = v.z, w[h][3 % LANE_WORDS] = v.w;
-          } else if (LANE_WORDS == 2) {
-            const uint2 v = *reinterpret_cast<const uint2*>(from);
-            w[h][0] = v.x, w[h][1 % LANE_WORDS] = v.y;
-          } else {
-            w[h][0] = *reinterpret_cast<const u32*>(from);
+#pragma unroll
+          for (int i = 0; i < LANE_WORDS; i++) {
+            const int piece = warp * PIECES % 8 + u * LANE_WORDS + i;
+            w[h][i] = *reinterpret_cast<const u32*>(rows + h * 1024 + (piece ^ g) * 16);
           }
         }
         float acc[4] = {0, 0, 0, 0};
@@ -334,7 +321,11 @@ qmv_stream(const char* __restrict__ x, const char* __restrict__ words, const cha
             mma(acc, top[2 * j], low[2 * j], top[2 * j + 1], low[2 * j + 1], xs[s][u][i][2 * j], xs[s][u][i][2 * j + 1]);
         }
         const float* const of_x = my_sums + (s * UNITS + u) * MP;
-        const float sum_0 = of_x[column_0] * up, sum_1 = of_x[column_1] * up;
+        float sum_0 = of_x[0], sum_1 = 0;
+        if (MP > 1) {
+          const float2 both = *reinterpret_cast<const float2*>(of_x + (2 * t & (MP - 1)));
+          sum_0 = both.x, sum_1 = both.y;
+        }
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           const float scale = element<S_TYPE>(scale_words[h], u);

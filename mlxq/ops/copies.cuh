@@ -1,0 +1,44 @@
+// Hopper's copy engine and the barriers that it reports to.
+
+struct alignas(64) TensorMap {  // CUtensorMap, made by the host
+  unsigned long long opaque[16];
+};
+
+__device__ __forceinline__ void barrier_init(unsigned int at, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
+}
+
+// After all inits, by the thread that made them and before the block's barrier.
+__device__ __forceinline__ void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ __forceinline__ void barrier_arrive(unsigned int at) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(unsigned int at, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(unsigned int at, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra over;\nbra again;\nover:\n}"
+      ::"r"(at),
+      "r"(parity)
+      : "memory");
+}
+
+// A box of a tensor to shared memory; what lies outside the tensor is zeros, and counts.
+__device__ __forceinline__ void tensor_copy(unsigned int to, const TensorMap& map, int c0, int c1, unsigned int barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+               "l"(&map), "r"(c0), "r"(c1), "r"(barrier)
+               : "memory");
+}
+
+__device__ __forceinline__ void tensor_copy(unsigned int to, const TensorMap& map, int c0, int c1, int c2, unsigned int barrier) {
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
+               "l"(&map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier)
+               : "memory");
+}
+
+__device__ __forceinline__ void dependents_may_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void predecessor_done() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
