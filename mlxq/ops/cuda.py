@@ -528,7 +528,7 @@ STREAM_REGISTERS = 64  # that a thread may fill with x
 
 def stream_tuning(bits: int, row_bytes: int) -> tuple[int, int, int]:
     """(warps, bytes of a row in a warp's part of a stage, stages at most) that were best on an H100."""
-    return (8 if row_bytes < 2048 else 16), 128, 9
+    return (8 if row_bytes <= 1024 else 16), 128, 9
 
 
 def stream_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict) -> dict | None:

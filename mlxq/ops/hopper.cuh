@@ -88,6 +88,9 @@ __device__ __forceinline__ float opaque(float value) {
   return d;
 }
 
+// Keeps a register that a product in flight reads from being given away before this.
+__device__ __forceinline__ void in_use(unsigned int value) { asm volatile("" ::"r"(value) : "memory"); }
+
 __device__ __forceinline__ int dot4(unsigned int a, unsigned int b, int c) {
   int d;
   asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));

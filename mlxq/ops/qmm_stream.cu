@@ -11,7 +11,8 @@
 //
 //   step     64 reduced columns: a stage of x (BN, 64), swizzled as wgmma reads it; 64 x 64 weights a warpgroup
 //   words    FORWARD: 128 bytes of 128 rows (16 / BITS steps); otherwise 16 * BITS bytes (128 columns) of 128 rows (2 steps)
-//   scales   16 bytes of 128 rows: FORWARD as many steps as they last; otherwise the groups of the 128 columns
+//   scales   16 bytes of 128 rows: FORWARD as many steps as they last; otherwise those with the groups of the 128 columns
+//            (a copy that does not begin at 16 bytes is an illegal instruction)
 //   weights  a thread unpacks what wgmma wants from it: pairs of neighbours along the reduced columns, of out g and g + 8. A pair
 //            is masked where it stands, so its halves are code * 2^position; one multiplication undoes the positions, one
 //            fma makes scale * code + bias, rounded once to X. bfloat16: the bits of a masked field are a subnormal, code *
@@ -151,7 +152,7 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
         if (step % S_STEPS == 0) {
           if (s_round) barrier_wait(s_empty + 8 * s_slot, (s_round - 1) & 1);
           const u32 to = base + S_RING + s_slot * S_STAGE, done = s_full + 8 * s_slot;
-          const int column = FORWARD ? step / S_STEPS * 16 : out0 / GROUP * S_BYTES, row = FORWARD ? out0 : step * 64;
+          const int column = FORWARD ? step / S_STEPS * 16 : out0 / GROUP * S_BYTES / 16 * 16, row = FORWARD ? out0 : step * 64;
           barrier_expect(done, S_STAGE);
           tensor_copy(to, s_map, column, row, done);
           tensor_copy(to + 2048, b_map, column, row, done);
@@ -191,7 +192,7 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
     const Undo of = undo(position, position);
     const u32 mask = FIELD * 0x10001u << position;
     const u32 select = byte * 0x11u + (4 + byte) * 0x1100u;  // that byte of two words, in both halves
-    const char* const of_groups = shared + S_RING + first / GROUP * S_BYTES;
+    const char* const of_groups = shared + S_RING + out0 / GROUP * S_BYTES % 16 + first / GROUP * S_BYTES;
 #endif
     u32 now[16], next[16];
     int w_slot = 0, w_parity = 0, s_slot = 0, s_parity = 0, x_slot = 0, x_parity = 0;
@@ -281,6 +282,8 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
       wgmma_commit();
       if (step + 1 < end) unpack(step + 1);  // while the matrix units multiply
       wgmma_wait<0>(sums);
+#pragma unroll
+      for (int i = 0; i < 16; i++) in_use(now[i]);
       if (lane == 0) barrier_arrive(x_empty + 8 * x_slot);
       if (++x_slot == X_STAGES) x_slot = 0, x_parity ^= 1;
     }

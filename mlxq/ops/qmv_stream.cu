@@ -39,7 +39,6 @@ constexpr int S_BYTES = S_TYPE == 0 ? 4 : 2;
 constexpr int COLUMN = 20;                                  // floats between columns of a warp's sums: no bank twice
 constexpr int PARTIAL = MP * COLUMN;
 constexpr int S_WORDS = (UNITS * S_BYTES + 3) / 4;          // of a row in a warp's part of a stage
-static_assert(LANE_WORDS == 1 || LANE_WORDS == 2 || LANE_WORDS == 4, "a lane's words of a unit");
 
 #if X_TYPE == 1
 constexpr int POSITION = BITS == 2 ? 8 : BITS == 4 ? 6 : 2;
