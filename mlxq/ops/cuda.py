@@ -727,6 +727,8 @@ def qmm_stream_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict, transpos
         shared += 16 * (x_stages + w_stages + s_stages)
         if shared <= gpu["shared"]:
             break
+    else:
+        return None
     out_tiles, units, ranks = -(-out // 128), -(-reduced // (64 * max(w_steps, s_steps))), 1
     tiles = out_tiles * -(-M // rows)
     while ranks < 8 and 2 * ranks * tiles <= gpu["multiprocessors"] and units >= 2 * ranks:
