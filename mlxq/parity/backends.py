@@ -275,8 +275,10 @@ def torch_backend(name: str, folder: Path, device: str, dtype: str) -> Backend:
     if device == "cuda":
         if not on_torch.has_cuda():
             raise Absent("torch finds no NVIDIA GPU on this machine")
-        if json.loads((folder / "config.json").read_text(encoding="utf-8")).get(q8_files.KEY):
-            raise Absent("8-bit activations are not served on NVIDIA GPUs yet")
+        said = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(q8_files.KEY) or {}
+        for activation in sorted({layer["activation"] for layer in said.values()}):
+            if refusal := on_torch.q8_refusal(activation):
+                raise Absent(f"activations {activation}: {refusal}")
     try:
         model = on_torch.TorchModel(folder, device, dtype)
     except ValueError as error:  # mlxq.load took the folder: this is about what transformers has
