@@ -7,6 +7,7 @@
 #   small    tools/train_small.py                model    SmolLM2 put together, checked, unpacked; packed at 4 bits
 #   mpq      tools/train_mpq.py                  smollm2  tools/train_smollm2.py
 #   parity   tools/parity_smollm2.py: mlxq parity at 4, 2, 8 bits and W8A8, and with a bit flipped
+#   mixed    tools/eval_mixed.py, on the CPU only; after model
 #
 # A stage that fails or runs too long is said in the last lines, and the next one runs all the same.
 set -u
@@ -49,13 +50,17 @@ smollm2() {
     "$PYTHON" "$REPO/tools/train_smollm2.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot \
         ${SMOLLM2:---qat --method rtn --minutes 2}
 }
+mixed() {
+    "$PYTHON" "$REPO/tools/eval_mixed.py" --text "prose=$DATA/heldout_dev.austen_emma.txt" \
+        --text "jargon=$DATA/heldout_dev.jargon_b.txt" --text "code=$DATA/heldout_dev.pycode2.txt" \
+        --out "$OUT/mixed.json" ${MIXED:-}
 parity() { # needs the stage model
     "$PYTHON" "$REPO/tools/parity_smollm2.py" --backends "best,torch$([ "$DEVICE" = cuda ] && echo ,cuda)" --out "$OUT" \
         ${PARITY:---kinds 4,w8a8,2,8 --tokens 8}
 }
 
 # seconds that a stage may take; a call of the device machine ends after 600
-declare -A LIMIT=([setup]=90 [tests]=150 [bench]=120 [small]=480 [model]=90 [mpq]=300 [smollm2]=220 [parity]=150)
+declare -A LIMIT=([setup]=90 [tests]=150 [bench]=120 [small]=480 [model]=90 [mpq]=300 [smollm2]=220 [parity]=150 [mixed]=540)
 if [ "${1:-}" = --stage ]; then
     "$2"
     exit
