@@ -617,10 +617,12 @@ class _Planner:
             return Format(opinion.get("bits", self.default.bits), opinion.get("group_size", group_size))
         return self.default
 
-    def _own_format(self, tensor) -> Format | str:
+    def _own_format(self, tensor) -> Format | MxFormat | str:
         """The format nearest to how a quantized source stores the tensor."""
         if tensor.repacks_to:
             return tensor.repacks_to
+        if tensor.mx_mode:
+            return MxFormat(tensor.mx_mode)
         if not tensor.is_quantized:
             return f"float in the {'GGUF' if self.is_gguf else 'source'}"
         fitting = [bits for bits in format.KERNEL_BITS if bits >= (tensor.source_bits or 0)]
@@ -641,7 +643,7 @@ class _Planner:
         largest = step.tensor.largest_scale()
         if not np.isfinite(largest):
             raise ValueError(f"{step.path}: NaN or Inf in the scales of the source")
-        if not _fits(largest, self.dtype):
+        if isinstance(wanted, Format) and not _fits(largest, self.dtype):
             step.dtype = "float32"
             report.notices.append(
                 f"{step.path}: scales and biases are float32; {largest:.6g} is too much for {self.dtype}"
@@ -730,6 +732,8 @@ def _quantized(step: Step, values: np.ndarray, start: int, stop: int) -> tuple[l
     if not isinstance(step.format, MxFormat):
         packed = _pack(step, values, start, stop)
         return [packed.words, packed.scales, packed.biases], format.dequantize(packed)
+    if step.repack:
+        return list(step.tensor.read_mx(start, stop)), values
     array = qarray.quantize(_live(step, values), _of_rows(step.site))
     tensors = mx_tensors(array)
     arrays = [bridge.to_numpy(tensors[name]) for name in ("weight", "scales")]
