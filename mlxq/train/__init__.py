@@ -32,6 +32,7 @@ class Settings:
     """Everything that decides what a run computes; a run is resumed with the same only.
 
     bits, group_size, embedding_bits, ranges   of a float model (qat); a quantized one has its own
+    start    with qat: a quantized folder of the same model in the same formats, whose codes are begun with
     """
 
     model: str
@@ -41,6 +42,7 @@ class Settings:
     group_size: int = 64
     embedding_bits: int | None = None
     ranges: str = "learned"
+    start: str | None = None
     train: str | None = None
     loss: str = "teacher"
     data: tuple[str, ...] = ()
@@ -77,6 +79,8 @@ class Settings:
             raise ValueError("train: length must be 2 or more, batch and evaluate 1 or more")
         if self.qat and self.train == "scales":
             raise ValueError("train: --qat trains weights; to train scales alone give a quantized MODEL")
+        if self.start is not None and not (self.qat and self.ranges == "learned"):
+            raise ValueError("train: --start is where --qat with learned ranges begins; give both")
         if (self.steps is None) == (self.minutes is None):
             raise ValueError("train: give --steps or --minutes, one of them")
 
@@ -315,6 +319,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--group-size", type=int, default=64, metavar="G", help="with --qat: weights per scale (default 64)")
     add("--embedding-bits", type=int, metavar="B", help="with --qat: bits of embedding and output head")
     add("--ranges", choices=RANGES, default="learned", help="with --qat: scales learn, or follow the weights")
+    add("--start", metavar="FOLDER", help="with --qat: quantized form of MODEL whose codes are begun with "
+        "(default: MODEL rounded to nearest)")  # fmt: skip
     add(
         "--train",
         choices=("scales", "all"),

@@ -22,6 +22,7 @@ from mlxq.torch_model import load_torch
 from mlxq.train.files import Loaded, weight_config
 
 FLOAT_HEADS = (nn.Linear, nn.Embedding)
+CELL = 0.45  # of a scale, from a code's value: within its cell after rounding to 16 bits too
 
 
 def best_device() -> str:
@@ -94,7 +95,9 @@ class Session:
                 return fits and (id(layer) in vocabulary) == of_vocabulary
 
             qt.quantize_(module, qat.QATConfig(weight_config=config), chosen)
-        if settings.ranges == "learned":
+        if settings.start is not None:
+            start_from_folder(module, Path(settings.start).expanduser())
+        elif settings.ranges == "learned":
             start_from_affine(module)
 
     def finished(self, model: Loaded, settings):
@@ -128,9 +131,44 @@ def start_from_affine(module: nn.Module) -> None:
             fmt = Format(levels.bit_length(), config.group_size)
             packed = ops.quantize(w.detach().float().cpu(), fmt, "affine", "float32")
             scale, bias = packed.scales.to(w.device), packed.biases.to(w.device)
-            bias = torch.where(scale < 0, bias + levels * scale, bias)  # code u becomes levels - u
-            quantizer.scale.copy_(scale.abs())
-            quantizer.zero_point.copy_(bias + scale.abs() * ((levels + 1) / 2))
+            _set_grid(quantizer, scale, bias)
+
+
+def _set_grid(quantizer, scale, bias) -> None:
+    """Learned ranges that are this stored grid; code u becomes levels - u where the scale is negative."""
+    levels = quantizer.config.bounds[1]
+    bias = torch.where(scale < 0, bias + levels * scale, bias)
+    quantizer.scale.copy_(scale.abs())
+    quantizer.zero_point.copy_(bias + scale.abs() * ((levels + 1) / 2))
+
+
+def start_from_folder(module: nn.Module, folder: Path) -> None:
+    """Fake-quantized layers begin with the codes, scales and biases of a quantized folder.
+
+    Each weight stays where it is in its code's cell, and moves to the cell's edge where its code is another
+    than the nearest one, as GPTQ's are. Raises ValueError where a layer is missing or of another format.
+    """
+    source, _ = load_torch(folder)
+    done = set()
+    with torch.no_grad():
+        for path, layer in module.named_modules():
+            quantizer = getattr(layer, "weight_fake_quantizer", None)
+            if quantizer is None or id(layer.weight) in done:
+                continue
+            done.add(id(layer.weight))
+            found = dict(source.named_modules()).get(path)
+            wanted = Format(quantizer.config.bounds[1].bit_length(), quantizer.config.group_size)
+            packed = getattr(found, "packed", None)
+            if packed is None or packed.format != wanted or packed.shape != tuple(layer.weight.shape):
+                has = "no packed layer" if packed is None else f"{packed.format}, {packed.shape}"
+                shape = tuple(layer.weight.shape)
+                raise ValueError(f"train: {path} of {folder} is {has}; --start wants {wanted}, {shape}")
+            parts = [part.detach() for part in (packed.words, packed.scales, packed.biases)]
+            value = ops.dequantize(Packed(*parts, wanted), "float32").to(layer.weight.device)
+            scale, bias = (part.float().to(layer.weight.device) for part in parts[1:])
+            _set_grid(quantizer, scale, bias)
+            reach = CELL * scale.abs().repeat_interleave(wanted.group_size, -1)
+            layer.weight.copy_(layer.weight.float().clamp(value - reach, value + reach))
 
 
 def _check_names(folder: Path, config: dict) -> None:
