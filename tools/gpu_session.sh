@@ -8,6 +8,7 @@
 #   mpq      tools/train_mpq.py                  smollm2  tools/train_smollm2.py
 #   parity   tools/parity_smollm2.py: mlxq parity at 4, 2, 8 bits and W8A8, and with a bit flipped
 #   mixed    tools/eval_mixed.py, on the CPU only; after model
+#   quality  tools/eval_quality.py with mlx-lm's GPTQ and DWQ, on the CPU only, all cores; after model
 #
 #   nccl     tools/train_nccl.py: mlxq train in two processes, whole and with --fsdp, beside one
 #
@@ -75,11 +76,11 @@ quality() {
     LD_LIBRARY_PATH=$WORK/blas${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} "$PYTHON" "$REPO/tools/eval_quality.py" \
         --calibration "$DATA"/calib.*.txt --text "prose=$DATA/heldout_dev.austen_emma.txt" \
         --text "jargon=$DATA/heldout_dev.jargon_b.txt" --text "code=$DATA/heldout_dev.pycode2.txt" \
-        --peers $blas --out "$OUT/quality.json" ${QUALITY:---minutes 6 --limit 530}
+        --peers $blas --out "$OUT/quality.json" ${QUALITY:---minutes 6 --limit 530 --cores $(($(nproc) - 4))} # GPU lanes need some cores too
 }
 
 # seconds that a stage may take; a call of the device machine ends after 600
-declare -A LIMIT=([setup]=90 [tests]=150 [bench]=120 [small]=480 [model]=90 [mpq]=300 [smollm2]=565 [nccl]=90 [parity]=150 [mixed]=540)
+declare -A LIMIT=([setup]=90 [tests]=150 [bench]=120 [small]=480 [model]=90 [mpq]=300 [smollm2]=565 [nccl]=90 [parity]=150 [mixed]=540 [quality]=560)
 if [ "${1:-}" = --stage ]; then
     "$2"
     exit
