@@ -169,6 +169,11 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         "--plan", metavar="FILE", help="write what --target-bpw chose as a .json file for --rules"
     )
     parser.add_argument(
+        "--costs",
+        metavar="FILE",
+        help="what --target-bpw measures, as .json: written once, then read for other targets",
+    )
+    parser.add_argument(
         "--dequantize",
         action="store_true",
         help="write float weights under Hugging Face's names instead, for transformers; takes --dtype",
@@ -225,6 +230,7 @@ def _convert(args: argparse.Namespace) -> int:
         calibration=args.calibration,
         target_bpw=args.target_bpw,
         plan=args.plan,
+        costs=args.costs,
         allow_nonfinite=args.allow_nonfinite,
         overwrite=args.overwrite,
         trust_remote_code=args.trust_remote_code,

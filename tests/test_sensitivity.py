@@ -120,3 +120,41 @@ def test_a_plan_is_saved_and_replayed_to_identical_files(tmp_path, capsys):
     assert edited["bits"] == 6
     assert main(["convert", str(source), str(tmp_path / "x"), "--target-bpw", "2.1", *common]) == 2
     assert "raise the target" in capsys.readouterr().err
+
+
+def test_costs_are_measured_once_for_several_targets(tmp_path, monkeypatch, capsys):
+    source = make_hf_model("llama", tmp_path / "hf", "float32", seed=4)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(str(n * n) for n in range(300)))
+    costs = tmp_path / "costs.json"
+    common = ["--calibration", str(text), "--method", "rtn"]
+    start = ["convert", str(source)]
+    assert main([*start, str(tmp_path / "a"), "--target-bpw", "5", *common]) == 0
+    dry = [*start, str(tmp_path / "b"), "--target-bpw", "5", *common, "--costs", str(costs)]
+    assert main([*dry, "--dry-run"]) == 0 and not (tmp_path / "b").exists()
+
+    def never(*args, **kwargs):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("mlxq.convert.sensitivities", never)
+    assert main(dry) == 0
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
+    assert files[0] == files[1]
+    small = [*start, str(tmp_path / "c"), "--target-bpw", "4", *common, "--costs", str(costs)]
+    assert main(small) == 0
+    assert (tmp_path / "c" / "model.safetensors").stat().st_size < 0.9 * len(files[0])
+    lines = json.loads(costs.read_text())
+    capsys.readouterr()
+    for damage, said in (
+        ("{", "holds no costs"), ("[]", "holds no costs"), ('{"a": {"kl": 1}}', "holds no costs"),
+        (json.dumps(dict(list(lines.items())[1:])), "of another model"),
+        (json.dumps({k: v | {"K": 32} for k, v in lines.items()}), "of another model"),
+        (json.dumps({k: v | {"kl": "nan"} for k, v in lines.items()}), "of another model"),
+    ):  # fmt: skip
+        costs.write_text(damage)
+        target = [*start, str(tmp_path / "d"), "--target-bpw", "4", *common, "--costs", str(costs)]
+        assert main(target) == 2
+        error = capsys.readouterr().err
+        assert said in error and "costs.json" in error and error.count("\n") == 1
+    assert main([*start, str(tmp_path / "d"), *common, "--costs", str(costs)]) == 2
+    assert "give both" in capsys.readouterr().err

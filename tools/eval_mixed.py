@@ -4,11 +4,12 @@
 
 The teacher is eval_quality.py's: SmolLM2-135M with its channels permuted. A uniform contender has one format
 for all layers, embedding and head included, or the embedding at 8 bits; its mixed twin gets the uniform
-one's size as --target-bpw. Both are solved by the same method on the same text. All contenders are made at
-once, --jobs of them side by side, so that their seconds say little. One mixed plan is replayed with --rules,
-and its files are compared byte by byte.
+one's size as --target-bpw. Both are solved by the same method on the same text. What an error in each layer
+costs is measured once, for all of them (--costs). Commands run --jobs side by side, so that their seconds say
+little. One mixed plan is replayed with --rules, and its files are compared byte by byte.
 
 JSON, besides bench_common's:
+    measuring   seconds of the command that measured the costs
     rows     [{name, like, bytes, bits_per_weight, kl, kl_error, perplexity, top1, domains, seconds, formats,
              ratio}]    like: the uniform twin; ratio: kl over the twin's, null unless the sizes agree within
              1 %; formats: {"bits/group": share of the weights}
@@ -22,20 +23,21 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bench_common import bar, cores, machine, print_bars, print_machine, result_path, write
-from eval_quality import SEED, made, permuted_teacher
+from eval_quality import SEED, permuted_teacher
 
 BETTER = 0.80
 UNIFORM = {
-    "2 bits, groups of 32": ["--bits", "2", "--group-size", "32"],
-    "3 bits": ["--bits", "3", "--group-size", "64"],
-    "4 bits": ["--bits", "4", "--group-size", "64"],
-    "2 bits, embedding 8": ["--bits", "2", "--group-size", "64", "--embedding-bits", "8"],
-    "3 bits, embedding 8": ["--bits", "3", "--group-size", "64", "--embedding-bits", "8"],
-    "4 bits, embedding 8": ["--bits", "4", "--group-size", "64", "--embedding-bits", "8"],
+    "2-bits-g32": ["--bits", "2", "--group-size", "32"],
+    "3-bits": ["--bits", "3", "--group-size", "64"],
+    "4-bits": ["--bits", "4", "--group-size", "64"],
+    "2-bits-embedding-8": ["--bits", "2", "--group-size", "64", "--embedding-bits", "8"],
+    "3-bits-embedding-8": ["--bits", "3", "--group-size", "64", "--embedding-bits", "8"],
+    "4-bits-embedding-8": ["--bits", "4", "--group-size", "64", "--embedding-bits", "8"],
 }
 
 
@@ -89,7 +91,6 @@ def main() -> int:
     for text in args.text:
         domain, _, file = text.partition("=")
         texts.setdefault(domain, []).append(Path(file).read_text(encoding="utf-8"))
-    os.environ["OMP_NUM_THREADS"] = os.environ["MLXQ_THREADS"] = str(max(1, cores() // args.jobs))
     with tempfile.TemporaryDirectory(prefix="mlxq-mixed-") as temporary:
         work = args.work or Path(temporary)
         result = measured(args, texts, work)
@@ -115,36 +116,47 @@ def measured(args, texts: dict[str, list[str]], work: Path) -> dict:
     commands: dict[str, tuple[Path, list[str]]] = {}
     like: dict[str, str] = {}
     for name in args.only or UNIFORM:
-        folder, twin = work / f"uniform {name}", f"mixed like {name}"
+        folder, twin = work / f"uniform-{name}", f"mixed-like-{name}"
         flags = UNIFORM[name]
         bits = size_of(teacher, work / "none", flags)
         commands[name] = folder, [*start, str(folder), "--overwrite", *flags, *common]
         plan = ["--target-bpw", f"{bits:.5f}", "--plan", str(work / f"{twin}.json")]
+        plan += ["--costs", str(work / "costs.json")]
         commands[twin] = work / twin, [*start, str(work / twin), "--overwrite", *plan, *common]
         like[twin] = name
     missing: list[str] = []
+    costs = work / "costs.json"
+    costs.unlink(missing_ok=True)
 
     def run(name: str) -> float | None:
-        try:
-            seconds, _ = made(commands[name][1], work)
-        except subprocess.CalledProcessError as error:
-            missing.append(f"{name}: {' '.join(str(error.output).strip().splitlines()[-1:])}")
+        begin = time.monotonic()
+        threads = cores() // (2 if name == "measuring" else args.jobs)  # all wait for the measuring
+        environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MLXQ_THREADS"), str(max(1, threads)))
+        done = subprocess.run(commands[name][1], capture_output=True, text=True, env=environment)
+        seconds = time.monotonic() - begin
+        if done.returncode:
+            missing.append(f"{name}: {' '.join(done.stderr.strip().splitlines()[-1:])}")
+            print(missing[-1], flush=True)
             return None
         print(f"{name:34} made in {seconds:.0f} s", flush=True)
         return seconds
 
-    replay, twin = None, next(iter(like), None)
+    commands["measuring"] = work / "none", [
+        *start, str(work / "none"), "--target-bpw", "8", "--costs", str(costs), "--dry-run", *common
+    ]  # fmt: skip
+    replay, twin = None, next(iter(like))
     with ThreadPoolExecutor(args.jobs) as pool:
-        # those that also measure sensitivity take longest
-        order = sorted(commands, key=lambda name: name not in like)
-        seconds = dict(zip(order, pool.map(run, order), strict=True))
+        waiting = {name: pool.submit(run, name) for name in ("measuring", *like.values())}
+        measuring = waiting.pop("measuring").result()
+        if measuring is not None:
+            waiting |= {name: pool.submit(run, name) for name in like}
+        seconds = {name: future.result() for name, future in waiting.items()}
         if not args.no_replay and seconds.get(twin) is not None:
             commands["replayed"] = work / "replayed", [
                 *start, str(work / "replayed"), "--overwrite", "--rules", str(work / f"{twin}.json"), *common
             ]  # fmt: skip
             again = pool.submit(run, "replayed")
         names = [name for name in commands if seconds.get(name) is not None]
-        os.environ.pop("MLXQ_THREADS")
         folders = [commands[name][0] for name in names]
         found = evaluate(
             folders, teacher, texts or None, windows=args.windows, length=args.length, decode=False,
@@ -169,7 +181,7 @@ def measured(args, texts: dict[str, list[str]], work: Path) -> dict:
         print(f"{name:34} {row['bytes'] / 1e6:7.2f} MB {row['bits_per_weight']:.3f} bits  KL {row['kl']:.4f} "
               f"+- {row['kl_error']:.4f} {shown:>7}  ppl {row['perplexity']:8.2f}  top-1 {row['top1']:.1%}"
               f"  {row['formats'] if row['like'] else ''}", flush=True)  # fmt: skip
-    return {"rows": list(rows.values()), "missing": missing, "replay": replay}
+    return {"rows": list(rows.values()), "measuring": measuring, "missing": missing, "replay": replay}
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ each byte, along the lower convex hull of every layer's formats.
 from __future__ import annotations
 
 import heapq
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -193,6 +195,41 @@ def _lower_hull(points):
             hull.pop()
         hull.append(point)
     return hull
+
+
+def write_costs(costs: dict[str, Cost], path: Path) -> None:
+    """The costs as a .json file, for read_costs."""
+    lines = {
+        name: {"kl": cost.kl, "weights": cost.weights, "K": cost.K, "probe": asdict(cost.probe)}
+        for name, cost in costs.items()
+    }
+    half = path.with_name(path.name + ".part")  # other processes may look for the file meanwhile
+    half.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
+    half.replace(path)
+
+
+def read_costs(path: Path, wanted: dict[str, tuple[int, int]]) -> dict[str, Cost]:
+    """The wanted layers' costs from a file of write_costs.
+
+    wanted   path -> (number of weights, row length)
+
+    Raises ValueError, naming the file, for other content and for layers that it lacks or has otherwise.
+    """
+    try:
+        lines = json.loads(path.read_text(encoding="utf-8"))
+        costs = {
+            name: Cost(float(line["kl"]), line["weights"], line["K"], Format(**line["probe"]))
+            for name, line in lines.items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} holds no costs of layers ({error}): delete it, and they are measured"
+        ) from None
+    for name, (weights, K) in wanted.items():
+        cost = costs.get(name)
+        if cost is None or (cost.weights, cost.K) != (weights, K) or not np.isfinite(cost.kl):
+            raise ValueError(f"{path} has no cost of {name} as this model has it: it is of another model")
+    return {name: costs[name] for name in wanted}
 
 
 def plan_rules(formats: dict[str, Format]) -> list[dict[str, object]]:
