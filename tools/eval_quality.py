@@ -358,7 +358,7 @@ def main() -> int:
     parser.add_argument("--text", action="append", default=[], metavar="DOMAIN=FILE")
     parser.add_argument("--calibration", type=Path, nargs="+", default=[SHIPPED], help="one text or several")
     parser.add_argument("--windows", type=int, default=20)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="names as in the table")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="as in the table, or with - for spaces")
     parser.add_argument("--peers", action="store_true", help="mlx_lm.gptq and mlx_lm.dwq too")
     parser.add_argument("--blas", type=Path, metavar="LIBRARY", help="an OpenBLAS to preload for the peers")
     parser.add_argument("--minutes", type=float, default=TUNE_MINUTES, help="of tune and mlx_lm.dwq")
@@ -374,7 +374,7 @@ def main() -> int:
         chosen = {
             name: one
             for name, one in contenders(run.calibration, args.peers, args.minutes).items()
-            if not args.only or name in args.only
+            if not args.only or {name, name.replace(" ", "-")} & set(args.only)
         }
         run.all(chosen)
     rows, teacher = run.rows, run.rows.pop("teacher")
