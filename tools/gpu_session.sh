@@ -51,7 +51,7 @@ model() {
     fi
     [ -e "$WORK/packed" ] || "$PYTHON" -m mlxq convert "$folder"/*.gguf "$WORK/packed" --bits 4 --group-size 64
 }
-mpq() { "$PYTHON" "$REPO/tools/train_mpq.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot ${MPQ:---minutes 1 2}; }
+mpq() { "$PYTHON" "$REPO/tools/train_mpq.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot ${MPQ:---bits 2 2 4 --lr 1e-2 3e-3 5e-3 --minutes 1.2 1.2 0.8}; }
 smollm2() {
     "$PYTHON" "$REPO/tools/train_smollm2.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot \
         ${SMOLLM2:---qat --sample 60 --start-seconds 170 --batch 16 --learning-rate 1e-4 --minutes 4.8}
@@ -80,7 +80,7 @@ quality() {
 }
 
 # seconds that a stage may take; a call of the device machine ends after 600
-declare -A LIMIT=([setup]=90 [tests]=150 [bench]=120 [small]=480 [model]=90 [mpq]=300 [smollm2]=565 [nccl]=90 [parity]=150 [mixed]=540 [quality]=560)
+declare -A LIMIT=([setup]=90 [tests]=150 [bench]=120 [small]=480 [model]=90 [mpq]=330 [smollm2]=565 [nccl]=90 [parity]=150 [mixed]=540 [quality]=560)
 if [ "${1:-}" = --stage ]; then
     "$2"
     exit

@@ -16,7 +16,7 @@ that others use, set OMP_NUM_THREADS=1 and MLXQ_THREADS=1: threads that wait for
 The result file has, besides the keys of bench_common:
     runs     [{bits, lr, steps, seconds, tokens, before, after: {kl, perplexity, agreement, tokens},
                codes_changed (share), weights (trained)}]
-    curve    [{bits, step, seconds, loss, lr, kl (of the held-out part that the curve follows, or null)}]
+    curve    [{run (its number), bits, step, seconds, loss, lr, kl (of the held-out part that the curve follows, or null)}]
     memory   [{what, peak_bytes, weight_bytes}]
 """
 
@@ -160,15 +160,16 @@ def resident_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def train(args, bits: int, teacher_folder: Path, teacher) -> tuple[dict, list[dict]]:
-    """One width: (its run, its curve)."""
+def train(args, number: int, teacher_folder: Path, teacher) -> tuple[dict, list[dict]]:
+    """The run for one of --bits: (the run, its curve)."""
+    bits = args.bits[number]
     student, tokenizer = packed_student(bits, teacher_folder, args.device, args.dtype)
     layers = collect_layers(student)
     before_words = {path: layer.words.clone().cpu() for path, layer in layers.items()}
     train_texts = tokens_of("calib.*", tokenizer, args.data)
     held_out = windows(tokens_of("heldout_dev.*", tokenizer, args.data), args.eval_windows, args.eval_length)
     followed = held_out[:: max(1, len(held_out) // args.curve_windows)][: args.curve_windows]
-    largest, minutes = (given[args.bits.index(bits) % len(given)] for given in (args.lr, args.minutes))
+    largest, minutes = (given[number % len(given)] for given in (args.lr, args.minutes))
     optimizer = optimizer_of(args, student, largest)
     if args.step_in_backward:
         optimizer.step_in_backward()
@@ -206,7 +207,7 @@ def train(args, bits: int, teacher_folder: Path, teacher) -> tuple[dict, list[di
             clip_grad_norm_(student.parameters(), args.clip)
         optimizer.step()
         step += 1
-        row = {"bits": bits, "step": step, "seconds": round(time.time() - begun - spent_measuring, 2)}
+        row = {"run": number, "bits": bits, "step": step, "seconds": round(time.time() - begun - spent_measuring, 2)}
         row |= {"loss": loss.item(), "lr": optimizer.param_groups[0]["lr"], "kl": None}
         if step % args.curve_every == 0:
             at = time.time()
@@ -268,7 +269,7 @@ def measured_memory(args) -> list[dict]:
     """The rows of `memory`, each from a process of its own."""
     rows = []
     for what in MEASURED:
-        for bits in args.bits if what != "float32 AdamW" else args.bits[:1]:
+        for bits in dict.fromkeys(args.bits if what != "float32 AdamW" else args.bits[:1]):
             command = [sys.executable, __file__, "--measure", what, "--bits", str(bits)]
             command += ["--device", args.device, "--teacher", str(args.teacher)]
             command += ["--state-bits", str(args.state_bits), "--zeros-every", str(args.zeros_every)]
@@ -286,7 +287,8 @@ def bars_of(runs: list[dict], memory: list[dict]) -> list[dict]:
     for run in runs:
         for name, what in (("kl", "held-out KL"), ("perplexity", "held-out perplexity")):
             ratio = run["after"][name] / run["before"][name]
-            note = f"{run['before'][name]:.4g} -> {run['after'][name]:.4g}"
+            note = f"{run['before'][name]:.4g} -> {run['after'][name]:.4g}, lr {run['lr']:g}, "
+            note += f"{100 * run['codes_changed']:.2g} % of the codes moved"
             bars.append(
                 bench_common.bar(f"{what}, {run['bits']} bits, after / before", ratio, 1.0, "<=", note)
             )
@@ -303,8 +305,8 @@ def plot(path: Path, runs: list[dict], curve: list[dict]) -> None:
     if pyplot is None:
         return
     figure, axes = pyplot.subplots(1, len(runs), figsize=(5 * len(runs), 3.6), squeeze=False)
-    for axis, run in zip(axes[0], runs, strict=True):
-        rows = [row for row in curve if row["bits"] == run["bits"]]
+    for number, (axis, run) in enumerate(zip(axes[0], runs, strict=True)):
+        rows = [row for row in curve if row["run"] == number]
         axis.plot(
             [row["seconds"] for row in rows], [row["loss"] for row in rows], color="0.7", label="batch loss"
         )
@@ -314,7 +316,7 @@ def plot(path: Path, runs: list[dict], curve: list[dict]) -> None:
             axis.plot(*zip(*kept, strict=True), ".-", color="C0", label="KL, followed part")
         axis.plot(*zip(*ends, strict=True), "o", color="C3", label="KL, all held-out text")
         axis.set(
-            xlabel="seconds of training", title=f"{run['bits']} bits, {run['steps']} steps", yscale="log"
+            xlabel="seconds of training", title=f"{run['bits']} bits, lr {run['lr']:g}, {run['steps']} steps", yscale="log"
         )
         axis.legend()
     figure.tight_layout()
@@ -395,8 +397,8 @@ def main() -> None:
         result = {"tool": "train_mpq", "machine": about, "settings": settings, "bars": bars, "missing": []}
         bench_common.write(path, result | {"runs": runs, "curve": curve, "memory": memory})
 
-    for bits in args.bits:
-        run, rows = train(args, bits, args.teacher, teacher)
+    for number in range(len(args.bits)):
+        run, rows = train(args, number, args.teacher, teacher)
         runs.append(run)
         curve += rows
         write()
