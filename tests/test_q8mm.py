@@ -182,7 +182,7 @@ def test_the_longest_row_of_extremes_fits(family):
     words = mx.concatenate([mx.zeros((1, shape[1]), mx.uint32), mx.full((2, shape[1]), 2**32 - 1, mx.uint32)])
     ones = mx.ones((3, K // 32))
     w = Packed(words, ones, -128 * ones, fmt)
-    for M in (1, 9):
+    for M in (1, 9, 37):
         with ops.forced_isa(family):
             y = ops.q8mm(mx.full((M, K), -128, mx.int8), mx.array([1.0]), w, per_row=True)
         want = np.float32([[K * 2**14, -128 * 127 * K, -128 * 127 * K]] * M)
@@ -193,7 +193,7 @@ def test_every_q8_kernel_that_runs_here_is_reached():
     before = ops.kernel_calls()
     w = weight(Format(4, 32), 3, 64)
     for family in FAMILIES:
-        for M in (1, 9):
+        for M in (1, 9, 37):
             x, x_scales = activations(M, 64)
             with ops.forced_isa(family):
                 mx.eval(ops.q8mm(mx.array(x), mx.array(x_scales), w))

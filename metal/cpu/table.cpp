@@ -22,6 +22,9 @@ extern const Family avx512_bf16_family;
 #ifdef MLXQ_HAS_AMX
 extern const Family amx_family;
 #endif
+#ifdef MLXQ_HAS_AMX_INT8
+extern const Family amx_int8_family;
+#endif
 #ifdef MLXQ_HAS_NEON
 extern const Family neon_family;
 #endif
@@ -45,6 +48,9 @@ const Family* const families[] = {
 #endif
 #ifdef MLXQ_HAS_AMX
     &amx_family,
+#endif
+#ifdef MLXQ_HAS_AMX_INT8
+    &amx_int8_family,
 #endif
 #ifdef MLXQ_HAS_NEON
     &neon_family,
@@ -126,7 +132,8 @@ std::vector<std::string> cpu_features() {
 #undef MLXQ_FEATURE
 #endif
   // What no compiler builtin tells, the family that needs it has asked the system for.
-  for (auto [family, feature] : {std::pair{"amx", "amx_bf16"}, {"neon", "asimd"}, {"neon_dotprod", "asimddp"}}) {
+  for (auto [family, feature] : {std::pair{"amx", "amx_bf16"}, {"amx_int8", "amx_int8"}, {"neon", "asimd"},
+                                 {"neon_dotprod", "asimddp"}}) {
     for (int i = 0; i < family_count; ++i) {
       if (std::string(families[i]->name) == family && families[i]->runs_here()) {
         out.push_back(feature);
