@@ -16,7 +16,8 @@ that others use, set OMP_NUM_THREADS=1 and MLXQ_THREADS=1: threads that wait for
 The result file has, besides the keys of bench_common:
     runs     [{bits, lr, steps, seconds, tokens, before, after: {kl, perplexity, agreement, tokens},
                codes_changed (share), weights (trained)}]
-    curve    [{run (its number), bits, step, seconds, loss, lr, kl (of the held-out part that the curve follows, or null)}]
+    curve    [{run (its number), bits, step, seconds, loss, lr, kl (of the held-out part that the curve
+               follows, or null)}]
     memory   [{what, peak_bytes, weight_bytes}]
 """
 
@@ -198,8 +199,6 @@ def train(args, number: int, teacher_folder: Path, teacher) -> tuple[dict, list[
             del wanted
         else:
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
-        if not torch.isfinite(loss):
-            raise SystemExit(f"train_mpq: the loss is {loss.item()} at step {step}; lower --lr")
         del logits
         optimizer.zero_grad()
         loss.backward()
@@ -207,8 +206,11 @@ def train(args, number: int, teacher_folder: Path, teacher) -> tuple[dict, list[
             clip_grad_norm_(student.parameters(), args.clip)
         optimizer.step()
         step += 1
-        row = {"run": number, "bits": bits, "step": step, "seconds": round(time.time() - begun - spent_measuring, 2)}
-        row |= {"loss": loss.item(), "lr": optimizer.param_groups[0]["lr"], "kl": None}
+        at = time.time() - begun - spent_measuring
+        row = {"run": number, "bits": bits, "step": step, "seconds": round(at, 2), "loss": loss.item()}
+        row |= {"lr": optimizer.param_groups[0]["lr"], "kl": None}
+        if not math.isfinite(row["loss"]):  # asked once the step has been started: a GPU waits for nothing
+            raise SystemExit(f"train_mpq: the loss is {row['loss']} at step {step}; lower --lr")
         if step % args.curve_every == 0:
             at = time.time()
             row["kl"] = evaluate(student, teacher, followed)["kl"]
@@ -315,9 +317,8 @@ def plot(path: Path, runs: list[dict], curve: list[dict]) -> None:
         if kept:
             axis.plot(*zip(*kept, strict=True), ".-", color="C0", label="KL, followed part")
         axis.plot(*zip(*ends, strict=True), "o", color="C3", label="KL, all held-out text")
-        axis.set(
-            xlabel="seconds of training", title=f"{run['bits']} bits, lr {run['lr']:g}, {run['steps']} steps", yscale="log"
-        )
+        title = f"{run['bits']} bits, lr {run['lr']:g}, {run['steps']} steps"
+        axis.set(xlabel="seconds of training", title=title, yscale="log")
         axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
