@@ -14,6 +14,8 @@
 #
 # `setup model together small smollm2 tests,bench` runs two stages, then three lanes at the same time.
 # With two GPUs each stage has one of them (ON, below); nccl has both.
+#   amx      tests/test_q8mm.py and tools/amx_device_check.sh: the AMX families beside AVX-512; needs g++
+#   w8a8     tools/eval_w8a8.py, on the CPU: KL and tokens a second beside W8A16; after model
 #
 # A stage that fails or runs too long is said in the last lines, and the next one runs all the same.
 set -u
@@ -54,7 +56,7 @@ model() {
 mpq() { "$PYTHON" "$REPO/tools/train_mpq.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot ${MPQ:---bits 2 2 4 --lr 1e-2 3e-3 5e-3 --minutes 1.2 1.2 0.8}; }
 smollm2() {
     "$PYTHON" "$REPO/tools/train_smollm2.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot \
-        ${SMOLLM2:---qat --sample 60 --start-seconds 170 --batch 16 --learning-rate 1e-4 --minutes 4.8}
+        ${SMOLLM2:---qat --sample 60 --start-seconds 170 --batch 24 --learning-rate 1.5e-4 --minutes 4.8}
 }
 nccl() { "$PYTHON" "$REPO/tools/train_nccl.py" --device "$DEVICE" --out "$OUT/nccl.json"; }
 mixed() {
@@ -78,9 +80,19 @@ quality() {
         --text "jargon=$DATA/heldout_dev.jargon_b.txt" --text "code=$DATA/heldout_dev.pycode2.txt" \
         --peers $blas --out "$OUT/quality.json" ${QUALITY:---minutes 6 --limit 530 --cores $(($(nproc) - 4))} # GPU lanes need some cores too
 }
+amx() {
+    (cd "$WORK" && "$PYTHON" -m pytest -q -p no:cacheprovider "$REPO/tests/test_q8mm.py")
+    code=$?
+    sh "$REPO/tools/amx_device_check.sh" "$OUT" "${AMX:-25}" && return "$code"
+}
+w8a8() {
+    "$PYTHON" "$REPO/tools/eval_w8a8.py" --data "$DATA" --teacher "$WORK/teacher" --out "$OUT/w8a8.json" \
+        ${W8A8:---speed-first --windows 6 --only "W8A16" "W8A8 per token" "W8A8 per token, tiles of 64" \
+            "W8A8 static, down_proj per token"}
+}
 
 # seconds that a stage may take; a call of the device machine ends after 600
-declare -A LIMIT=([setup]=90 [tests]=150 [bench]=120 [small]=480 [model]=90 [mpq]=330 [smollm2]=565 [nccl]=90 [parity]=150 [mixed]=540 [quality]=560)
+declare -A LIMIT=([setup]=90 [tests]=150 [bench]=120 [small]=480 [model]=90 [mpq]=330 [smollm2]=565 [nccl]=90 [parity]=150 [mixed]=540 [amx]=240 [w8a8]=200 [quality]=560)
 if [ "${1:-}" = --stage ]; then
     "$2"
     exit
