@@ -53,7 +53,7 @@ model() {
     fi
     [ -e "$WORK/packed" ] || "$PYTHON" -m mlxq convert "$folder"/*.gguf "$WORK/packed" --bits 4 --group-size 64
 }
-mpq() { "$PYTHON" "$REPO/tools/train_mpq.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot ${MPQ:---bits 2 2 4 --lr 1e-2 3e-3 5e-3 --minutes 1.2 1.2 0.8}; }
+mpq() { "$PYTHON" "$REPO/tools/train_mpq.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot --teacher "$WORK/mpq-teacher" ${MPQ:---bits 2 2 4 --lr 1e-2 3e-3 5e-3 --minutes 1.2 1.2 0.8}; }
 smollm2() {
     "$PYTHON" "$REPO/tools/train_smollm2.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot \
         ${SMOLLM2:---qat --sample 60 --start-seconds 170 --batch 24 --learning-rate 1.5e-4 --minutes 4.8}
