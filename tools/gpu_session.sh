@@ -6,6 +6,7 @@
 #   tests    tests/test_cuda.py, test_torch_cuda.py   bench    tools/bench_cuda.py
 #   small    tools/train_small.py                model    SmolLM2 put together, checked, unpacked; packed at 4 bits
 #   mpq      tools/train_mpq.py                  smollm2  tools/train_smollm2.py
+#   mpqcpu   tools/train_mpq.py on the CPU, shorter
 #   parity   tools/parity_smollm2.py: mlxq parity at 4, 2, 8 bits and W8A8, and with a bit flipped
 #   mixed    tools/eval_mixed.py, on the CPU only; after model
 #   quality  tools/eval_quality.py with mlx-lm's GPTQ and DWQ, on the CPU only, all cores; after model
@@ -54,6 +55,11 @@ model() {
     [ -e "$WORK/packed" ] || "$PYTHON" -m mlxq convert "$folder"/*.gguf "$WORK/packed" --bits 4 --group-size 64
 }
 mpq() { "$PYTHON" "$REPO/tools/train_mpq.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot --teacher "$WORK/mpq-teacher" ${MPQ:---bits 2 2 4 --lr 1e-2 3e-3 5e-3 --minutes 1.2 1.2 0.8}; }
+mpqcpu() { # the short run on the CPU, on eight cores
+    OMP_NUM_THREADS=${CORES:-8} MLXQ_THREADS=${CORES:-8} "$PYTHON" "$REPO/tools/train_mpq.py" --device cpu --data "$DATA" \
+        --out "$OUT" --plot --no-memory --teacher "$WORK/mpqcpu-teacher" \
+        ${MPQCPU:---bits 2 4 --lr 1e-2 5e-3 --minutes 2.5 1.5 --eval-windows 6 --curve-every 1000}
+}
 smollm2() {
     "$PYTHON" "$REPO/tools/train_smollm2.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot \
         ${SMOLLM2:---qat --sample 60 --start-seconds 170 --batch 24 --learning-rate 1.5e-4 --minutes 4.8}
@@ -92,7 +98,7 @@ w8a8() {
 }
 
 # seconds that a stage may take; a call of the device machine ends after 600
-declare -A LIMIT=([setup]=90 [tests]=150 [bench]=120 [small]=480 [model]=90 [mpq]=330 [smollm2]=565 [nccl]=90 [parity]=150 [mixed]=540 [amx]=240 [w8a8]=200 [quality]=560)
+declare -A LIMIT=([setup]=90 [tests]=150 [bench]=120 [small]=480 [model]=90 [mpq]=330 [mpqcpu]=450 [smollm2]=565 [nccl]=90 [parity]=150 [mixed]=540 [amx]=240 [w8a8]=200 [quality]=560)
 if [ "${1:-}" = --stage ]; then
     "$2"
     exit
