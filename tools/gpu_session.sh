@@ -62,7 +62,7 @@ mpqcpu() { # the short run on the CPU, on eight cores
 }
 smollm2() {
     "$PYTHON" "$REPO/tools/train_smollm2.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot \
-        ${SMOLLM2:---qat --sample 60 --start-seconds 170 --batch 24 --learning-rate 1.5e-4 --minutes 4.8}
+        ${SMOLLM2:---qat --sample 60 --start-seconds 140 --batch 24 --learning-rate 1.5e-4 --minutes 4.4}
 }
 nccl() { "$PYTHON" "$REPO/tools/train_nccl.py" --device "$DEVICE" --out "$OUT/nccl.json"; }
 mixed() {
@@ -98,7 +98,7 @@ w8a8() {
 }
 
 # seconds that a stage may take; a call of the device machine ends after 600
-declare -A LIMIT=([setup]=90 [tests]=150 [bench]=120 [small]=480 [model]=90 [mpq]=330 [mpqcpu]=450 [smollm2]=565 [nccl]=90 [parity]=150 [mixed]=540 [amx]=240 [w8a8]=200 [quality]=560)
+declare -A LIMIT=([setup]=90 [tests]=150 [bench]=120 [small]=480 [model]=90 [mpq]=330 [mpqcpu]=450 [smollm2]=520 [nccl]=90 [parity]=150 [mixed]=540 [amx]=240 [w8a8]=200 [quality]=560)
 if [ "${1:-}" = --stage ]; then
     "$2"
     exit

@@ -205,35 +205,40 @@ def main() -> None:
         import transformers
 
         tokenizer = transformers.AutoTokenizer.from_pretrained(teacher)
-        _, held = data.rows(Settings(**vars(settings) | {"evaluate": 4 * args.windows + 8}), tokenizer)
-        _, judging = data.rows(settings, tokenizer)
+        brief = vars(settings) | {"data": ()}  # what is trained on is not asked for here
+        _, held = data.rows(Settings(**brief | {"evaluate": 4 * args.windows + 8}), tokenizer)
+        _, judging = data.rows(Settings(**brief), tokenizer)
         judged = {tuple(tokens) for tokens, _ in judging}
         scored = [row for row in held if tuple(row[0]) not in judged]
         if not scored:
             raise SystemExit("train_smollm2: no held-out row is left to measure; pass a smaller --length")
         scored = scored[:: max(1, len(scored) // args.windows)][: args.windows]
+        path = bench_common.result_path("train_smollm2", about, args.out)
+        result = {"tool": "train_smollm2", "machine": about, "rows": [], "bars": [], "missing": missing}
+        tokens = sum(len(row) - 1 for row, _ in scored)
+
+        def store(what: str, kl: float) -> None:
+            result["rows"].append({"what": what, "bits": args.bits, "kl": kl, "tokens": tokens})
+            bench_common.write(path, result)
+
         before = measure(start, teacher, scored, args.device, missing)
         print(f"start: KL {before:.4f}", flush=True)
+        store("start", before)
         trained = args.keep or scratch / "trained"
         outcome = train(settings, trained)
+        rate = len(outcome.losses) * args.batch * args.length / outcome.seconds
+        result["data"] = {"sampled_tokens": sampled, "tokens_per_second": rate}
+        result["curve"] = [{"step": step, "loss": loss} for step, loss in outcome.evaluations]
+        result |= {"losses": outcome.losses, "seconds": outcome.seconds}
+        bench_common.write(path, result)  # an end by force while it is measured leaves the curve
         after = measure(trained, teacher, scored, args.device, missing)
-        shutil.rmtree(trained, ignore_errors=True) if args.keep is None else None
-    tokens = sum(len(row) - 1 for row, _ in scored)
-    rows = [
-        {"what": what, "bits": args.bits, "kl": kl, "tokens": tokens}
-        for what, kl in (("start", before), ("trained", after))
-    ]
-    bars = [bench_common.bar(f"KL after / before, {args.bits} bits", after / before, 0.9, "<=")]
+        if args.keep is None:
+            shutil.rmtree(trained)
+    result["bars"].append(bench_common.bar(f"KL after / before, {args.bits} bits", after / before, 0.9, "<="))
     if args.bits == 2:
-        bars.append(bench_common.bar("KL, 2 bits in groups of 64", after, AIM, "<="))
-    bench_common.print_bars(bars)
-    curve = [{"step": step, "loss": loss} for step, loss in outcome.evaluations]
-    result = {"tool": "train_smollm2", "machine": about, "rows": rows, "bars": bars, "curve": curve}
-    rate = len(outcome.losses) * args.batch * args.length / outcome.seconds
-    result |= {"data": {"sampled_tokens": sampled, "tokens_per_second": rate}, "missing": missing}
-    result |= {"losses": outcome.losses, "seconds": outcome.seconds}
-    path = bench_common.result_path("train_smollm2", about, args.out)
-    bench_common.write(path, result)
+        result["bars"].append(bench_common.bar("KL, 2 bits in groups of 64", after, AIM, "<="))
+    store("trained", after)
+    bench_common.print_bars(result["bars"])
     if args.plot:
         plot(path.with_suffix(".png"), result)
 
