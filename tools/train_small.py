@@ -49,6 +49,7 @@ GROUP, EMBEDDING_BITS = 64, 8
 SHARE = {4: 0.65, 2: 0.80}  # of rtn's KL that is to be removed
 SHARES = {"float": 2.0, 4: 1.5, 2: 2.5}  # of --minutes, to scale; other widths 2
 RATES = {4: (3e-5, 1e-4, 3e-4), 2: (1e-4, 3e-4, 1e-3)}  # of weights; ranges: ten times (qat.training)
+FAILURES = (RuntimeError, ValueError, TypeError, ImportError)  # of packed layers, which are said
 PROBE = 0.1  # of a width's minutes, for each rate that is tried
 SIZES = {"tiny": (128, 2, 256, 512), "mini": (128, 2, 384, 768), "small": (384, 8, 1024, 4096)}
 
@@ -227,7 +228,7 @@ def trained(model, bits: int, rows, judge, scored, minutes, rates, autocast, ste
     row |= {"rate": rates[0], "probes": probes, "measured": "fake quantized"}
     try:
         packed = measure(converted(student), model, scored)
-    except (RuntimeError, ValueError, TypeError, ImportError) as error:  # minutes of training are not lost
+    except FAILURES as error:  # minutes of training are not lost
         return row, curve, f"packed layers of {bits} bits: {type(error).__name__}: {error}"
     if abs(packed["kl"] - row["kl"]) > 1e-3 + 1e-2 * row["kl"]:
         return row, curve, f"packed layers of {bits} bits have another KL, {packed['kl']:.4f}"
@@ -299,9 +300,13 @@ def main() -> None:
     result = {"tool": "train_small", "machine": about, "model": summary}
     result |= {"rows": table, "curves": curves, "bars": bars, "missing": missing}
     for bits in args.bits:  # first, because they take seconds
-        about_it = {"seconds": 0.0, "steps": 0, "measured": "packed"}
-        table.append({"what": f"rtn {bits}", "bits": bits, **measure(rounded(model, bits), model, scored)})
-        table[-1] |= about_it
+        row = {"what": f"rtn {bits}", "bits": bits, "seconds": 0.0, "steps": 0, "measured": "packed"}
+        try:
+            row |= measure(rounded(model, bits), model, scored)
+        except FAILURES as error:  # fake quantizers begin at the same codes
+            missing.append(f"packed layers rounded to {bits} bits: {type(error).__name__}: {error}")
+            row |= measure(prepared(model, bits), model, scored) | {"measured": "fake quantized"}
+        table.append(row)
         print(table[-1], flush=True)
     bench_common.write(path, result)
     for bits in args.bits:
