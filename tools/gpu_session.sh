@@ -11,6 +11,7 @@
 #   mixed    tools/eval_mixed.py, on the CPU only; after model
 #   quality  tools/eval_quality.py with mlx-lm's GPTQ and DWQ, on the CPU only, all cores; after model
 #
+#   smollm2cpu  the same on four cores, scales and biases only, from the start that smollm2 makes beside it
 #   nccl     tools/train_nccl.py: mlxq train in two processes, whole and with --fsdp, beside one
 #
 # `setup model together small smollm2 tests,bench` runs two stages, then three lanes at the same time.
@@ -62,7 +63,15 @@ mpqcpu() { # the short run on the CPU, on eight cores
 }
 smollm2() {
     "$PYTHON" "$REPO/tools/train_smollm2.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot \
-        ${SMOLLM2:---qat --sample 60 --start-seconds 140 --batch 24 --learning-rate 1.5e-4 --minutes 4.4}
+        --keep-start "$WORK/start-2" ${SMOLLM2:---qat --sample 60 --start-seconds 140 --batch 24 --learning-rate 1.5e-4 --minutes 4.4}
+}
+smollm2cpu() { # scales and biases of the start that the stage smollm2 makes, on four cores
+    for _ in $(seq 240); do
+        [ -e "$WORK/start-2/config.json" ] && break
+        sleep 1
+    done
+    taskset -c "$(($(nproc) - 4))-$(($(nproc) - 1))" "$PYTHON" "$REPO/tools/train_smollm2.py" --device cpu \
+        --start "$WORK/start-2" --data "$DATA" --out "$OUT" --plot ${SMOLLM2CPU:---minutes 4 --windows 10}
 }
 nccl() { "$PYTHON" "$REPO/tools/train_nccl.py" --device "$DEVICE" --out "$OUT/nccl.json"; }
 mixed() {
@@ -98,7 +107,7 @@ w8a8() {
 }
 
 # seconds that a stage may take; a call of the device machine ends after 600
-declare -A LIMIT=([setup]=90 [tests]=150 [bench]=120 [small]=480 [model]=90 [mpq]=330 [mpqcpu]=450 [smollm2]=520 [nccl]=90 [parity]=150 [mixed]=540 [amx]=240 [w8a8]=200 [quality]=560)
+declare -A LIMIT=([setup]=90 [tests]=150 [bench]=120 [small]=480 [model]=90 [mpq]=330 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [parity]=150 [mixed]=540 [amx]=240 [w8a8]=200 [quality]=560)
 if [ "${1:-}" = --stage ]; then
     "$2"
     exit

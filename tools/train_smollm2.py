@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--method", default="gptq", help="of mlxq convert, for the start")
     parser.add_argument("--start", type=Path, help="a quantized folder of the permuted teacher")
+    parser.add_argument("--keep-start", type=Path, help="a new folder for the start that is made")
     parser.add_argument("--start-seconds", type=float, default=1800, help="that the conversion may take")
     parser.add_argument("--qat", action="store_true", help="train weights as well as scales and biases")
     parser.add_argument("--sample", type=float, default=0.0, help="seconds in which the teacher writes text")
@@ -152,7 +153,7 @@ def main() -> None:
     teacher = permuted_teacher(cache_folder() / f"smollm2-permuted-{args.seed}", args.seed)
     with tempfile.TemporaryDirectory(prefix="train-smollm2-") as scratch:
         scratch = Path(scratch)
-        start, missing, sampled = args.start or scratch / "start", [], 0
+        start, missing, sampled = args.start or args.keep_start or scratch / "start", [], 0
         child = None if args.start else begin_start(teacher, start, args.bits, args.method)
         begun = time.monotonic()
 
