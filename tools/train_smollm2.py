@@ -154,7 +154,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="train-smollm2-") as scratch:
         scratch = Path(scratch)
         start, missing, sampled = args.start or args.keep_start or scratch / "start", [], 0
-        child = None if args.start else begin_start(teacher, start, args.bits, args.method)
+        made = args.start or (start / "config.json").exists()
+        child = None if made else begin_start(teacher, start, args.bits, args.method)
         begun = time.monotonic()
 
         def late() -> bool:
