@@ -146,13 +146,17 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--method",
-        choices=("auto", "rtn", "gptq", "awq", "awq+gptq", "tune"),
+        choices=("auto", "rtn", "gptq", "awq", "awq+gptq", "tune", "train"),
         help="rtn: round to nearest; gptq: keep the layers' outputs on calibration text; awq: scale input "
-        "channels, then round; tune: gptq, then train scales and biases; auto: gptq where it helps, and tune "
-        "in what is left of --minutes (default: auto with --calibration or --minutes, else rtn)",
+        "channels, then round; tune: gptq, then train scales and biases; train: gptq, then train each "
+        "block's weights, then tune; auto: gptq where it helps, and tune, or at few bits on a GPU train, in "
+        "what is left of --minutes (default: auto with --calibration or --minutes, else rtn)",
     )
     parser.add_argument(
-        "--minutes", type=float, metavar="M", help="time for auto or tune, training included (tune: 10)"
+        "--minutes", type=float, metavar="M", help="time for auto, tune or train, all included (10)"
+    )
+    parser.add_argument(
+        "--device", metavar="D", help="of tune and train: cpu, cuda or mps of torch (default: the best here)"
     )
     parser.add_argument(
         "--calibration",
@@ -210,12 +214,12 @@ def _convert(args: argparse.Namespace) -> int:
     from mlxq.rules import read_rules
 
     options = {"method": args.method}
-    if args.method == "tune" or (args.minutes is not None and args.method in (None, "auto")):
+    if args.method in ("tune", "train") or (args.minutes is not None and args.method in (None, "auto")):
         from mlxq.tune import convert_and_tune as convert
 
-        options = {"method": args.method or "auto", "minutes": args.minutes}
-    elif args.minutes is not None:
-        raise ValueError(f"convert: --minutes is for --method auto and tune, not for {args.method}")
+        options = {"method": args.method or "auto", "minutes": args.minutes, "device": args.device}
+    elif args.minutes is not None or args.device is not None:
+        raise ValueError("convert: --minutes and --device are for --method auto, tune and train")
     report = convert(
         args.src,
         args.dst,

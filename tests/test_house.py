@@ -43,7 +43,14 @@ MAY_IMPORT = {
     "mlx": ("bridge", "ops.native", *FROM_NN_UP),
     "mlx_lm": FROM_NN_UP,
     # .bin files are PyTorch's own, and so are the processes of torchrun
-    "torch": ("bridge", "ops.cuda", "torch_model", "checkpoint.huggingface", "checkpoint.ranks"),
+    "torch": (
+        "bridge",
+        "ops.cuda",
+        "torch_model",
+        "checkpoint.huggingface",
+        "checkpoint.ranks",
+        "train.blocks",
+    ),
     "cupy": ("bridge", "ops.cuda"),
     "transformers": ("checkpoint", "torch_model", "train.torch"),
     "tokenizers": ("checkpoint",),

@@ -89,7 +89,7 @@ def permuted_teacher(folder: Path, seed: int) -> Path:
     return folder
 
 
-def contenders(calibration: Path, peers: bool, minutes: float) -> dict[str, dict]:
+def contenders(calibration: Path, peers: bool, minutes: float, gpu: bool) -> dict[str, dict]:
     """{name: {bits, method, cores, flags, after}}, what takes longest first; "rtn B" is what ratios refer to.
 
     after   the contender that has to be there first
@@ -100,8 +100,12 @@ def contenders(calibration: Path, peers: bool, minutes: float) -> dict[str, dict
         flags = ["--quantization-rule", "mlx"]
         out[f"rtn {bits}"] = {"bits": bits, "method": "rtn", "cores": 1, "flags": flags}
     for bits in (2, 4):
-        flags = ["--method", "tune", "--minutes", f"{minutes:g}", *text]
-        out[f"mlxq tune {bits}"] = {"bits": bits, "method": "tune", "cores": 1, "flags": flags}
+        flags = ["--minutes", f"{minutes:g}", *text]
+        tune = ["--method", "tune", "--device", "cpu", *flags]
+        out[f"mlxq tune {bits}"] = {"bits": bits, "method": "tune", "cores": 1, "flags": tune}
+        if gpu:
+            train = ["--method", "train", *flags]
+            out[f"mlxq train {bits}"] = {"bits": bits, "method": "train", "cores": 2, "flags": train}
     for bits in (2, 4, 3, 8):
         flags = ["--method", "gptq", *text]
         out[f"mlxq {bits}"] = {"bits": bits, "method": "gptq", "cores": 1, "flags": flags}
@@ -342,6 +346,7 @@ def bars_of(rows: dict[str, dict], minutes: float) -> list[dict]:
         bar("2 bits, KL / rounding, no gradients", ratio("mlxq 2", "rtn 2"), 0.22, "<="),
         bar("2 bits, seconds on one core", of("mlxq 2", "seconds"), 300, "<="),
         bar("2 bits, KL / rounding, tune", ratio("mlxq tune 2", "rtn 2"), 0.14, "<=", tuned),
+        bar("2 bits, KL / rounding, train on a GPU", ratio("mlxq train 2", "rtn 2"), 0.07, "<=", tuned),
         bar("4 bits, KL / mlx_lm.gptq", ratio("mlxq 4", "mlx_lm.gptq 4"), 0.40, "<="),
         bar("2 bits, KL / mlx_lm.gptq, tune", ratio("mlxq tune 2", "mlx_lm.gptq 2"), 0.14, "<=", tuned),
         bar("4 bits, KL / mlx_lm.dwq", ratio("mlxq tune 4", *dwq(4)), 0.80, "<=", tuned),
@@ -361,7 +366,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="as in the table, or with - for spaces")
     parser.add_argument("--peers", action="store_true", help="mlx_lm.gptq and mlx_lm.dwq too")
     parser.add_argument("--blas", type=Path, metavar="LIBRARY", help="an OpenBLAS to preload for the peers")
-    parser.add_argument("--minutes", type=float, default=TUNE_MINUTES, help="of tune and mlx_lm.dwq")
+    parser.add_argument("--gpu", action="store_true", help="--method train too, on the GPU")
+    parser.add_argument("--minutes", type=float, default=TUNE_MINUTES, help="of tune, train and mlx_lm.dwq")
     parser.add_argument("--cores", type=int, help="to use at once (default: all)")
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="what is not ready by then is missing")
     parser.add_argument("--seed", type=int, default=SEED, help="of the permutation")
@@ -373,7 +379,7 @@ def main() -> int:
         run = Run(Path(work), args)
         chosen = {
             name: one
-            for name, one in contenders(run.calibration, args.peers, args.minutes).items()
+            for name, one in contenders(run.calibration, args.peers, args.minutes, args.gpu).items()
             if not args.only or {name, name.replace(" ", "-")} & set(args.only)
         }
         run.all(chosen)

@@ -9,7 +9,7 @@
 #   mpqcpu   tools/train_mpq.py on the CPU, shorter
 #   parity   tools/parity_smollm2.py: mlxq parity at 4, 2, 8 bits and W8A8, and with a bit flipped
 #   mixed    tools/eval_mixed.py, on the CPU only; after model
-#   quality  tools/eval_quality.py with mlx-lm's GPTQ and DWQ, on the CPU only, all cores; after model
+#   quality  tools/eval_quality.py with mlx-lm's GPTQ and DWQ, all cores but four, and --method train on the GPU; after model
 #
 #   smollm2cpu  the same on four cores, scales and biases only, from the start that smollm2 makes beside it
 #   nccl     tools/train_nccl.py: mlxq train in two processes, whole and with --fsdp, beside one
@@ -93,7 +93,7 @@ quality() {
     LD_LIBRARY_PATH=$WORK/blas${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} "$PYTHON" "$REPO/tools/eval_quality.py" \
         --calibration "$DATA"/calib.*.txt --text "prose=$DATA/heldout_dev.austen_emma.txt" \
         --text "jargon=$DATA/heldout_dev.jargon_b.txt" --text "code=$DATA/heldout_dev.pycode2.txt" \
-        --peers $blas --out "$OUT/quality.json" ${QUALITY:---minutes 6 --limit 530 --cores $(($(nproc) - 4))} # GPU lanes need some cores too
+        --peers $blas $([ "$DEVICE" = cuda ] && echo --gpu) --out "$OUT/quality.json" ${QUALITY:---minutes 6 --limit 530 --cores $(($(nproc) - 4))} # GPU lanes need some cores too
 }
 amx() {
     (cd "$WORK" && "$PYTHON" -m pytest -q -p no:cacheprovider "$REPO/tests/test_q8mm.py")
