@@ -32,7 +32,7 @@ from mlxq.ptq.calibrated import Changed, Solved, Spool, quantize_blocks
 from mlxq.ptq.pack import pack
 from mlxq.ptq.plan import Site, operation, site_of
 from mlxq.ptq.qarray import HowToQuantize
-from mlxq.ptq.sensitivity import allocate, plan_rules, read_costs, sensitivities, write_costs
+from mlxq.ptq.sensitivity import allocate, pieces, plan_rules, read_costs, sensitivities, write_costs
 from mlxq.ptq.tensors import MxFormat, input_tensors, mx_format, mx_tensors
 from mlxq.ptq.text import read_text, token_windows
 from mlxq.rules import QuantizationRule, RuleSet
@@ -44,7 +44,6 @@ GGUF_DEFAULT = Format(4, 32)
 STATISTICS = "activation_statistics.npz"  # beside a model with static scales: what Statistics.save writes
 RANGING = "measuring ranges"
 SHARD_BYTES = 5 << 30  # mlx-lm's
-PROBE_WINDOWS, PROBE_LENGTH = 4, 128  # tokens on which sensitivity is measured: 210 layers, each half a pass
 SLAB_WEIGHTS = 1 << 18  # weights in float32 at once: 1 MB, and about five times that with every temporary
 SLAB_BYTES = 48  # of memory for a weight of a slab, at most: float32 and float64 copies, codes as bits
 MEMORY_MARGIN = 96 << 20  # for imports, headers and the report
@@ -313,11 +312,10 @@ def _spend(
     if file is not None and file.exists():
         costs = read_costs(file, {path: (_size(step), step.tensor.K) for path, step in free.items()})
     else:
-        probes = min(len(windows), PROBE_WINDOWS)
-        chosen = windows[np.linspace(0, len(windows) - 1, probes).astype(int), :PROBE_LENGTH]
+        chosen, fit = pieces(windows)
         dtypes = {path: step.dtype for path, step in free.items()}
         with _streaming(planner, steps, free, "measuring", progress) as (model, read, advance):
-            costs = sensitivities(model, read, chosen, dtypes, advance=advance)
+            costs = sensitivities(model, read, chosen, dtypes, fit, advance=advance)
         if file is not None and write:
             write_costs(costs, file)
     try:

@@ -60,7 +60,8 @@ class Skeleton:
         try:
             self.model: nn.Module = model_class(arguments.from_dict(config))
         except CONFIG_LIES as error:
-            said = f"{type(error).__name__}: {error}".removesuffix(": ")
+            # MLX's own errors list signatures on further lines
+            said = f"{type(error).__name__}: {error}".removesuffix(": ").splitlines()[0]
             raise ValueError(f"{folder}: config.json makes no {config['model_type']}: {said}") from None
 
     def copy(self) -> Skeleton:
