@@ -93,7 +93,7 @@ def train(
     overwrite: bool = False,
     progress: bool = True,
     save_every: float = 60.0,
-    fsdp: bool = False,
+    fsdp: bool | None = None,
 ):
     """Train, write the model with the best held-out loss as the new folder dst, and report what was done.
 
@@ -104,7 +104,8 @@ def train(
 
     In several processes (torchrun, mx.distributed) all of them call this and the first one writes. With fsdp
     torch's fully_shard cuts up the models, float32 copies and moments (mlxq.qat.torch.sharding); what is
-    written is whole all the same, and a run that was stopped goes on with or without fsdp.
+    written is whole all the same, and a run that was stopped goes on with or without fsdp. None: where these
+    would fill more than three quarters of a GPU (mlxq.train.torch.bytes_to_train).
 
     Raises FileExistsError, FileNotFoundError, ValueError or ImportError with one sentence.
     """
@@ -122,14 +123,19 @@ def train(
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlxq-train-")))
         backend = importlib.import_module(f"mlxq.train.{settings.backend}")
         session = stack.enter_context(backend.session(settings.device, fsdp))
-        model = session.load(_float_folder(settings.model, scratch / "model"), settings.dtype)
+        source, float_source = _float_folder(settings.model, scratch / "model"), None
+        if settings.loss == "teacher" and settings.teacher:
+            float_source = _float_folder(settings.teacher, scratch / "teacher")
+        elif settings.loss == "teacher":
+            float_source = source
+        session.settle(source, float_source, settings)
+        model = session.load(source, settings.dtype)
         _check_model(settings, model)
         if settings.qat:
             session.prepare(model, settings)
         teacher = None
-        if settings.loss == "teacher":
-            wanted = settings.teacher or settings.model
-            teacher = session.load(_float_folder(wanted, scratch / "teacher"), settings.dtype).module
+        if float_source is not None:
+            teacher = session.load(float_source, settings.dtype).module
         rows, held = data.rows(settings, model.tokenizer)
         trainer = training.trainer_for(
             model.module,
@@ -360,8 +366,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--fsdp",
-        action="store_true",
-        help="with torchrun: cut the models up over the processes, for those that one cannot hold",
+        action=argparse.BooleanOptionalAction,
+        help="with torchrun: cut the models up over the processes (default: where one GPU cannot hold them)",
     )
     add("--resume", action="store_true", help="go on with a run to DST that was stopped or killed")
     add("--overwrite", action="store_true", help="replace DST if it is a model folder")

@@ -27,7 +27,7 @@ def best_device() -> str:
 
 
 @contextlib.contextmanager
-def session(device: str, sharded: bool = False):
+def session(device: str, sharded: bool | None = None):
     """The Session of this process; MLX's default device is `device` while it lasts."""
     if sharded:
         raise ValueError("train: --fsdp is torch's; leave it out with MLX, or add --backend torch")
@@ -42,6 +42,9 @@ def session(device: str, sharded: bool = False):
 
 
 class Session:
+    def settle(self, model: Path, teacher: Path | None, settings) -> None:
+        """Nothing: MLX's models stay whole in every process."""
+
     def options(self) -> dict:
         return {}
 
