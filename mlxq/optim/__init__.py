@@ -46,7 +46,7 @@ class Options:
     rank          of the projected gradient; None: not projected
     projection_every   steps between two choices of the singular vectors
     state_bits    32 or 8
-    in_steps      lr counts steps of a weight's code, so that groups of every scale move alike
+    in_steps      lr of packed weights counts steps of the code: groups of every scale move alike
     dithered      residuals begin anywhere within half a step, at random, not at 0: else no code moves before
                   its weight has come half a step, which a short run at a small lr never does
     """
@@ -79,6 +79,8 @@ class Options:
                 f"zeros_every is {self.zeros_every} and projection_every {self.projection_every}; wanted "
                 "0 or more and 1 or more"
             )
+        if self.dithered and self.rounding != "error feedback":
+            raise ValueError(f"dithered residuals need rounding 'error feedback', not {self.rounding!r}")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank is {self.rank}; wanted 1 or more, or None")
         if self.state_bits not in (8, 32):
