@@ -24,6 +24,7 @@ import numpy as np
 from mlx_lm.quant import dwq, gptq
 
 from mlxq import load
+from mlxq.ptq.host import host_products
 from mlxq.ptq.text import read_text, token_windows
 
 LENGTH, BATCH = 513, 2  # one more than is predicted
@@ -57,9 +58,15 @@ def dwq_model(args, teacher, tokenizer):
             turns.append(time.monotonic())
             yield batch
 
+    def targets(batch, step, split):
+        with host_products():
+            logits = teacher(batch)
+            mx.eval(logits)
+        return logits
+
     dwq.iterate_batches = batches
     dwq.dwq_quantize(
-        student, lambda batch, step, split: teacher(batch),
+        student, targets,
         optimizers.Adam(learning_rate=args.learning_rate, bias_correction=True),
         train, valid, batch_size=BATCH, max_seq_length=LENGTH, seed=0, dtype=mx.float32,
     )  # fmt: skip
