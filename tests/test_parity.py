@@ -21,6 +21,9 @@ from mlxq.nn.q8 import mlx as q8
 from mlxq.parity import backends, bounds, report
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+from tools.msl import harness  # noqa: E402
+
 KINDS = ("2", "4", "8", "w8a8", "w8a8 learned", "w8a8 tile")
 
 
@@ -71,14 +74,41 @@ def test_every_back_end_here_passes(certificates, kind):
     found = certificates[kind]
     assert found["verdict"] == "PASS", report.faults(found)
     ran = set(found["backends"])
-    if kind == "w8a8 tile":  # no shader of ours multiplies tiles
-        assert "no layer of this model" in found["absent"]["shaders"]
-    else:
-        assert "shaders" in ran
     assert ran >= set(ops.isa_levels()) and ran | set(found["absent"]) >= {"torch", "cuda", "metal"}
     assert found["layers"] == len(found["backends"]["scalar"]["layers"]) == 16  # 2 x 7, table, table as head
     for name, backend in found["backends"].items():
         assert len(backend["layers"]) == (1 if name == "shaders" else 16)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_layer_passes_on_the_shader_harness(certificates, kind):
+    if reason := no_shaders():
+        pytest.skip(reason)
+    if kind == "w8a8 tile":  # no shader of ours multiplies tiles
+        assert "no layer of this model" in certificates[kind]["absent"]["shaders"]
+    else:
+        assert "shaders" in certificates[kind]["backends"]
+
+
+def no_shaders() -> str | None:
+    """Why the shader harness cannot run here; None where it can."""
+    if mx.metal.is_available():
+        return "needs a machine without Metal; here the GPU itself is a back end"
+    if reason := harness.absent():
+        return reason
+    try:
+        harness.compiler()
+    except FileNotFoundError as error:
+        return str(error)
+    return None
+
+
+def test_without_a_compiler_the_shader_harness_is_absent_and_parity_goes_on(folders, monkeypatch):
+    model, _ = mlxq.load(folders["4"])
+    monkeypatch.setattr(harness, "absent", lambda: None)
+    monkeypatch.setattr(harness.shutil, "which", lambda name: None)
+    with pytest.raises(backends.Absent, match="needs g"):
+        backends.shader_backend(model, backends.kinds(model))
 
 
 def test_what_is_absent_says_why(certificates):

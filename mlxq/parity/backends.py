@@ -203,6 +203,12 @@ def shader_backend(model: nn.Module, chosen: dict[str, str]) -> Backend:
     if str(root) not in sys.path:
         sys.path.append(str(root))
     harness = importlib.import_module("tools.msl.harness")
+    if reason := harness.absent():
+        raise Absent(reason)
+    try:
+        harness.compiler()
+    except FileNotFoundError as error:
+        raise Absent(str(error)) from error
     modules = dict(model.named_modules())
     served = [path for path, kind in chosen.items() if _shader_serves(modules[path], kind)]
     if not served:
