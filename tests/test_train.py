@@ -115,7 +115,7 @@ def two_workers(out, source, quantized, text):
 
 
 def chosen_shards(given):
-    """What is cut up by itself: without a GPU, with large ones, with one small, with small ones and told not to."""
+    """What is cut up by itself: no GPU, two large ones, a small one, small ones and told not to."""
     import mlxq.train.torch as backend
 
     large, small = 1 << 40, 1 << 10
