@@ -185,6 +185,23 @@ def test_smollm2_passed_with_bounds_near_its_errors_and_a_flipped_bit_was_named(
     assert_named(found["flipped"])
 
 
+ON_CUDA = sorted((ROOT / "tools" / "results").glob("parity-cuda-*.json"))
+
+
+@pytest.mark.skipif(not ON_CUDA, reason="needs parity-cuda-*.json, of tools/parity_smollm2.py on a GPU")
+def test_smollm2_passed_on_a_gpu_and_a_flipped_bit_there_was_named_at_each_width():
+    found = json.loads(ON_CUDA[-1].read_text())
+    assert set(found["kinds"]) | set(found["refused"]) == {"2", "4", "8", "w8a8"}
+    assert {"2", "4", "8"} <= set(found["kinds"]) == set(found["flipped"])
+    for kind, run in found["kinds"].items():
+        assert run["verdict"] == "PASS" and {"torch", "cuda"} < set(run["backends"]), kind
+        layers = [backend["worst_layer"] for backend in run["backends"].values()]
+        assert 0.1 < max(max(layer["share"], layer["share_one_row"]) for layer in layers) <= 1, kind
+        shares = [backend["logits"]["max"] / run["bounds"]["max"] for backend in run["backends"].values()]
+        assert 0.1 < max(shares) <= 1, kind
+    assert_named(found["flipped"])
+
+
 def assert_named(flipped):
     """Each flipped bit failed, and no layer but its own was named."""
     assert flipped
