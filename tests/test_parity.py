@@ -195,10 +195,10 @@ def test_smollm2_passed_on_a_gpu_and_a_flipped_bit_there_was_named_at_each_width
     assert {"2", "4", "8"} <= set(found["kinds"]) == set(found["flipped"])
     for kind, run in found["kinds"].items():
         assert run["verdict"] == "PASS" and {"torch", "cuda"} < set(run["backends"]), kind
-        layers = [backend["worst_layer"] for backend in run["backends"].values()]
+        runs = [backend for backend in run["backends"].values() if "logits" in backend]
+        layers = [backend["worst_layer"] for backend in runs]
         assert 0.1 < max(max(layer["share"], layer["share_one_row"]) for layer in layers) <= 1, kind
-        shares = [backend["logits"]["max"] / run["bounds"]["max"] for backend in run["backends"].values()]
-        assert 0.1 < max(shares) <= 1, kind
+        assert 0.1 < max(backend["logits"]["max"] / run["bounds"]["max"] for backend in runs) <= 1, kind
     assert_named(found["flipped"])
 
 
