@@ -161,7 +161,8 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration",
         metavar="FILE",
-        help="text or .jsonl file for gptq and static input scales (default: one that comes with mlxq)",
+        help="text or .jsonl file for gptq and static input scales, or the word model: answers that SRC "
+        "itself samples to a set of prompts, kept in the cache folder (default: a text that comes with mlxq)",
     )
     parser.add_argument(
         "--target-bpw",
@@ -220,6 +221,11 @@ def _convert(args: argparse.Namespace) -> int:
         options = {"method": args.method or "auto", "minutes": args.minutes, "device": args.device}
     elif args.minutes is not None or args.device is not None:
         raise ValueError("convert: --minutes and --device are for --method auto, tune and train")
+    calibration = args.calibration
+    if calibration == "model":
+        from mlxq.sampled import sampled_text
+
+        calibration = sampled_text(args.src, trust_remote_code=args.trust_remote_code)
     report = convert(
         args.src,
         args.dst,
@@ -231,7 +237,7 @@ def _convert(args: argparse.Namespace) -> int:
         embedding_bits=args.embedding_bits,
         quantization_rule=args.quantization_rule,
         **options,
-        calibration=args.calibration,
+        calibration=calibration,
         target_bpw=args.target_bpw,
         plan=args.plan,
         costs=args.costs,

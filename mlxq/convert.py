@@ -485,7 +485,7 @@ class _Planner:
     def _load(self):
         checkpoint = self.checkpoint
         folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-        skeleton = Skeleton(checkpoint.config, folder, self.trust_remote_code)
+        skeleton = Skeleton(checkpoint.config, folder, self.trust_remote_code, checkpoint.tensor_count)
         weights = checkpoint.weights(skeleton)
         skeleton.check({name: tensor.shape for name, tensor in weights.items()}, checkpoint.path)
         return skeleton, weights

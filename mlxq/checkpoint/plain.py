@@ -117,7 +117,7 @@ def _under_their_first_names(checkpoint, trust_remote_code: bool) -> dict[str, T
     if not from_mlx:
         return checkpoint.tensors()
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    skeleton = Skeleton(checkpoint.config, folder, trust_remote_code)
+    skeleton = Skeleton(checkpoint.config, folder, trust_remote_code, checkpoint.tensor_count)
     tensors = checkpoint.weights(skeleton)
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
