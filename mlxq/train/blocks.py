@@ -25,12 +25,16 @@ from mlxq.format import Format
 from mlxq.nn.torch import QuantizedEmbedding, QuantizedLinear
 from mlxq.qat import torch as qt
 from mlxq.qat.torch.training import TorchTrainer, divergence
-from mlxq.qat.training import Batch, Schedule, run
+from mlxq.qat.training import RANGE_RATE as OF_ALL
+from mlxq.qat.training import Batch, Schedule, is_range, run, times_of
 from mlxq.train import Settings, _float_folder, data
 from mlxq.train.files import Loaded, weight_config, write_model
 from mlxq.train.torch import Session, start_from_folder
 
-LEARNING_RATE = 5e-5  # of weights; their scales and biases have ten times that
+# Of weights, in units of their layer's mean scale, so that it takes as many steps at every width and in every
+# model until a code changes; other parameters are in units of their own mean magnitude.
+LEARNING_RATE = 1e-3
+RANGE_RATE = 5.0  # of that, for scales and biases
 ROWS = {"cpu": 48}  # rows of text whose states are held, by kind of device
 MOST_ROWS = 256  # on the others
 LEAST_MINUTES = 0.01  # of a block, when the time is over
@@ -57,6 +61,15 @@ class BlockTrainer(TorchTrainer):
     def __init__(self, block: nn.Module, call, inputs: torch.Tensor, targets: torch.Tensor):
         super().__init__(block, None, "all")
         self.call, self.inputs, self.targets = call, inputs, targets
+
+    def _times(self, name: str, trainable: str) -> float:
+        owner, _, own = name.rpartition(".")
+        module = self.student.get_submodule(owner)
+        ranges = module if is_range(name) else getattr(module, "weight_fake_quantizer", None)
+        if ranges is None or own == "bias":
+            return float(module.get_parameter(own).detach().abs().mean()) or 1.0
+        scale = float(ranges.scale.detach().abs().mean())
+        return scale * times_of(name, module, trainable) * (RANGE_RATE / OF_ALL if is_range(name) else 1.0)
 
     def _loss(self, model, batch: States) -> torch.Tensor:
         rows = list(batch.rows)
@@ -88,7 +101,7 @@ def train_blocks(
     """Train settings.start block by block towards settings.model, and write the new folder dst.
 
     settings   model: the float model; start: its quantized folder, whose layers keep their formats; minutes
-               for all blocks, or steps of each; batch, length, data, learning_rate, device as in mlxq.train
+               for all blocks, or steps of each; data, length, batch, evaluate, device as in mlxq.train
     on_block   called with (number, blocks, loss before, loss after)
 
     A block that is not better on the held-out rows after training is as it was. Where the whole model is not
@@ -105,7 +118,7 @@ def train_blocks(
     quantized = Loaded(student.module, quantized.tokenizer, quantized.config, quantized.folder, True)
     for model in (teacher.module, student.module):
         model.requires_grad_(False).eval()
-    text, held = data.rows(replace(settings, evaluate=8), teacher.tokenizer)
+    text, held = data.rows(settings, teacher.tokenizer)
     text = [row for row in text if len(row[0]) == settings.length]
     held = [row for row in held if len(row[0]) == settings.length]
     if len(text) < settings.batch or not held:

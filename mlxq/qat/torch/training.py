@@ -60,8 +60,7 @@ class TorchTrainer:
         self.masters = [p.detach().float().clone() for _, p in self.names]
         groups: dict[float, list] = {}
         for (name, _), master in zip(self.names, self.masters, strict=True):
-            times = times_of(name, student.get_submodule(name.rpartition(".")[0]), trainable)
-            groups.setdefault(times, []).append(master)
+            groups.setdefault(self._times(name, trainable), []).append(master)
         self.optimizer = torch.optim.Adam(
             [{"params": params, "times": times} for times, params in groups.items()], 1.0, BETAS, EPS
         )
@@ -71,6 +70,10 @@ class TorchTrainer:
             if not sharded:
                 self.model = nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
             self._publish()
+
+    def _times(self, name: str, trainable: str) -> float:
+        """What the learning rate is multiplied by for one of the student's parameters."""
+        return times_of(name, self.student.get_submodule(name.rpartition(".")[0]), trainable)
 
     def agree(self, *values: float) -> list[float]:
         """The first process's numbers, in every process."""
