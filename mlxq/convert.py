@@ -362,7 +362,7 @@ def _static_ranges(planner: _Planner, steps: list[Step], windows: np.ndarray, re
         stats = calibrate_blocks(model, read, windows, sites, advance)
     for path, site in sites.items():
         scale = input_tensors(site, stats, windows.astype(np.float32))["scale_a"]
-        planner.activations[path.replace("/", ".")]["scale_a"] = float(scale)
+        planner.activations[path.replace("/", ".")]["scale_a"] = scale.tolist()
     report.notices.append(
         f"{len(sites)} static scales of inputs from {windows.size} tokens; {STATISTICS} has their ranges"
     )

@@ -650,6 +650,25 @@ void run(const Qmm& q, const char* prepared, int begin, int end) {
   }
 }
 
+void codes_of_row(const void* x, DType x_dtype, int64_t at, int64_t K, int8_t* codes, float* scale) {
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  auto lanes_at = [&](int64_t k) { return K - k >= lanes ? __mmask16(0xffff) : __mmask16((1u << (K - k)) - 1); };
+  __m512i largest = _mm512_setzero_si512();  // |x| as its pattern: ordered like the number, and NaN above all
+  for (int64_t k = 0; k < K; k += lanes) {
+    __m512i pattern = _mm512_castps_si512(load16(x, x_dtype, at + k, lanes_at(k)));
+    largest = _mm512_max_epi32(largest, _mm512_and_si512(pattern, magnitude));
+  }
+  int top = _mm512_reduce_max_epi32(largest);
+  *scale = top == 0 ? 1.0f : bits_to_float(uint32_t(top)) / 127.0f;
+  const __m512 by = _mm512_set1_ps(*scale), low = _mm512_set1_ps(-127), high = _mm512_set1_ps(127);
+  for (int64_t k = 0; k < K; k += lanes) {
+    __m512 value = _mm512_div_ps(load16(x, x_dtype, at + k, lanes_at(k)), by);
+    value = _mm512_min_ps(_mm512_max_ps(value, low), high);  // NaN is -127
+    _mm_mask_storeu_epi8(codes + k, lanes_at(k), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(value)));
+  }
+  _mm256_zeroupper();
+}
+
 bool serves_gemv(const Qmm& q) { return q.transpose && q.M <= gemv_rows; }
 bool serves_gemm(const Qmm& q) { return q.transpose; }
 int gemv_unit(const Qmm&) { return 16; }
@@ -671,6 +690,6 @@ bool runs_here() {
 }  // namespace
 
 extern const Family avx512_vnni_family;
-const Family avx512_vnni_family{"avx512_vnni", runs_here, kernels, 4};
+const Family avx512_vnni_family{"avx512_vnni", runs_here, kernels, 4, codes_of_row};
 
 }  // namespace mlxq

@@ -117,6 +117,16 @@ const Kernel* pick(const Qmm& q) {
   return &scalar_family.kernels[q.x_scales ? 1 : 0];
 }
 
+void codes_of_rows(const void* x, DType x_dtype, int64_t rows, int64_t K, int8_t* codes, float* scales) {
+  int best = level();
+  while (!families[best]->codes_of_row || !families[best]->runs_here()) {
+    --best;
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    families[best]->codes_of_row(x, x_dtype, row * K, K, codes + row * K, scales + row);
+  }
+}
+
 std::vector<std::string> cpu_features() {
   std::vector<std::string> out;
 #if defined(__x86_64__)
