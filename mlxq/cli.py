@@ -297,8 +297,10 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="model folder")
-    parser.add_argument("--against", metavar="FLOAT", help="folder of the float model: gives KL and top-1")
+    parser.add_argument("model", metavar="MODEL", help="model folder, hub id, or GGUF file")
+    parser.add_argument(
+        "--against", metavar="FLOAT", help="the float model, of the same kinds: gives KL and top-1"
+    )
     parser.add_argument(
         "--compare", nargs="+", default=[], metavar="MODEL", help="more models for the same report"
     )

@@ -80,6 +80,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=UNIFORM, metavar="NAME", help="uniform twins to take")
     parser.add_argument("--method", default="gptq", help="of every contender")
     parser.add_argument("--jobs", type=int, default=max(1, cores() // 2), help="commands side by side")
+    parser.add_argument("--costs", type=Path, metavar="FILE", help="measured earlier, with the same text")
     parser.add_argument("--no-replay", action="store_true", help="do not follow a plan once more")
     parser.add_argument("--seed", type=int, default=SEED, help="of the permutation")
     parser.add_argument("--work", type=Path, help="folder that keeps the teacher and the models")
@@ -121,12 +122,13 @@ def measured(args, texts: dict[str, list[str]], work: Path) -> dict:
         bits = size_of(teacher, work / "none", flags)
         commands[name] = folder, [*start, str(folder), "--overwrite", *flags, *common]
         plan = ["--target-bpw", f"{bits:.5f}", "--plan", str(work / f"{twin}.json")]
-        plan += ["--costs", str(work / "costs.json")]
+        plan += ["--costs", str(args.costs or work / "costs.json")]
         commands[twin] = work / twin, [*start, str(work / twin), "--overwrite", *plan, *common]
         like[twin] = name
     missing: list[str] = []
-    costs = work / "costs.json"
-    costs.unlink(missing_ok=True)
+    costs = args.costs or work / "costs.json"
+    if args.costs is None:
+        costs.unlink(missing_ok=True)
 
     def run(name: str) -> float | None:
         begin = time.monotonic()
