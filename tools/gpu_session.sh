@@ -8,7 +8,7 @@
 #   mpq      tools/train_mpq.py                  smollm2  tools/train_smollm2.py
 #   mpqcpu   tools/train_mpq.py on the CPU, shorter
 #   parity   tools/parity_smollm2.py: mlxq parity at 4, 2, 8 bits and W8A8, and with a bit flipped
-#   mixed    tools/eval_mixed.py, on the CPU only; after model
+#   mixed    tools/eval_mixed.py, chat tools/eval_chat.py: on the CPU only; after model
 #   quality  tools/eval_quality.py with mlx-lm's GPTQ and DWQ, all cores but four, and --method train on the GPU; after model
 #
 #   smollm2cpu  the same on four cores, scales and biases only, from the start that smollm2 makes beside it
@@ -74,6 +74,7 @@ smollm2cpu() { # scales and biases of the start that the stage smollm2 makes, on
         --start "$WORK/start-2" --data "$DATA" --out "$OUT" --plot ${SMOLLM2CPU:---minutes 4 --windows 10}
 }
 nccl() { "$PYTHON" "$REPO/tools/train_nccl.py" --device "$DEVICE" --out "$OUT/nccl.json"; }
+chat() { "$PYTHON" "$REPO/tools/eval_chat.py" --out "$OUT/chat.json" ${CHAT:-}; }
 mixed() {
     "$PYTHON" "$REPO/tools/eval_mixed.py" --text "prose=$DATA/heldout_dev.austen_emma.txt" \
         --text "jargon=$DATA/heldout_dev.jargon_b.txt" --text "code=$DATA/heldout_dev.pycode2.txt" \
@@ -107,7 +108,7 @@ w8a8() {
 }
 
 # seconds that a stage may take; a call of the device machine ends after 600
-declare -A LIMIT=([setup]=90 [tests]=150 [bench]=120 [small]=480 [model]=90 [mpq]=330 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [parity]=150 [mixed]=540 [amx]=240 [w8a8]=200 [quality]=560)
+declare -A LIMIT=([setup]=90 [tests]=150 [bench]=120 [small]=480 [model]=90 [mpq]=330 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [parity]=150 [mixed]=540 [chat]=300 [amx]=240 [w8a8]=200 [quality]=560)
 if [ "${1:-}" = --stage ]; then
     "$2"
     exit
