@@ -78,7 +78,7 @@ chat() { "$PYTHON" "$REPO/tools/eval_chat.py" --out "$OUT/chat.json" ${CHAT:-}; 
 mixed() {
     "$PYTHON" "$REPO/tools/eval_mixed.py" --text "prose=$DATA/heldout_dev.austen_emma.txt" \
         --text "jargon=$DATA/heldout_dev.jargon_b.txt" --text "code=$DATA/heldout_dev.pycode2.txt" \
-        --out "$OUT/mixed.json" ${MIXED:---jobs 6 --windows 18 --only 3-bits 4-bits 2-bits-g32 4-bits-embedding-8}
+        --out "$OUT/mixed.json" ${MIXED:---jobs 4 --windows 12 --no-replay --only 3-bits 4-bits 2-bits-g32}
 }
 parity() { # needs the stage model
     "$PYTHON" "$REPO/tools/parity_smollm2.py" --backends "best,torch$([ "$DEVICE" = cuda ] && echo ,cuda)" --out "$OUT" \
