@@ -184,6 +184,12 @@ mx::array q8mm_named(const mx::array& x, const mx::array& x_scales, const mx::ar
   return q8mm(x, x_scales, words, scales, biases, group_size, bits, per_row, mlx_dtype(dtype), s);
 }
 
+mx::array q8_linear_named(const mx::array& x, const mx::array& words, const mx::array& scales, const mx::array& biases,
+                          int group_size, int bits, bool per_row, bool tiled, const std::string& dtype,
+                          mx::StreamOrDevice s) {
+  return q8_linear(x, words, scales, biases, group_size, bits, per_row, tiled, mlx_dtype(dtype), s);
+}
+
 std::pair<mx::array, mx::array> q8_rows_of(const mx::array& x, int group_size, mx::StreamOrDevice s) {
   return q8_rows(x, group_size, s);
 }
@@ -265,6 +271,8 @@ NB_MODULE(_ext, m) {
 
   m.def("q8mm", warning(&q8mm_named), "x"_a, "x_scales"_a, "words"_a, "scales"_a, "biases"_a, "group_size"_a, "bits"_a,
         "per_row"_a, "dtype"_a, "stream"_a = nb::none());
+  m.def("q8_linear", &q8_linear_named, "x"_a, "words"_a, "scales"_a, "biases"_a, "group_size"_a, "bits"_a, "per_row"_a,
+        "tiled"_a, "dtype"_a, "stream"_a = nb::none());
   m.def("q8_rows", warning(&q8_rows_of), "x"_a, "group_size"_a = 0, "stream"_a = nb::none());
 
   m.def("quantize", &quantize, "w"_a, "w_dtype"_a, "bits"_a, "group_size"_a, "storage"_a);

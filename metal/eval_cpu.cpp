@@ -37,7 +37,10 @@ constexpr int64_t wake_from = 4'000'000;
 // Tasks per thread: enough to even out a thread that loses its core for a while.
 constexpr int tasks_per_thread = 4;
 
-// Scratch that a stream thread keeps: a decoder step allocates nothing.
+// Scratch that a stream thread keeps: a decoder step allocates nothing. Of a `use`, one at a time.
+enum class Use { prepared, codes };
+
+template <Use use = Use::prepared>
 char* scratch(size_t bytes) {
   struct Free {
     void operator()(char* p) const { std::free(p); }
@@ -209,6 +212,15 @@ void copy_strided(const char* from, char* to, const mx::Shape& shape, const mx::
   }
 }
 
+void rows_to_codes(const char* x, DType dtype, int64_t rows, int64_t K, int8_t* codes, float* scales) {
+  constexpr int64_t values_per_task = 1 << 15;
+  const int64_t step = std::max<int64_t>(1, values_per_task / K), item = dtype == DType::f32 ? 4 : 2;
+  parallel(int((rows + step - 1) / step), rows * K < wake_from, [&](int task) {
+    int64_t row = task * step;
+    codes_of_rows(x + row * K * item, dtype, std::min(step, rows - row), K, codes + row * K, scales + row);
+  });
+}
+
 }  // namespace
 
 void QuantizedProduct::eval_cpu(const std::vector<array>& inputs, array& out) {
@@ -308,15 +320,31 @@ void Q8Rows::eval_cpu(const std::vector<array>& inputs, std::vector<array>& outp
   }
   int64_t K = x.shape(-1), rows = x.size() / K;
   mx::cpu::get_command_encoder(stream()).dispatch(
-      [=, from = x.data<char>(), dtype = to_dtype(x.dtype()), item = int64_t(x.itemsize()),
-       codes = outputs[0].data<int8_t>(), scales = outputs[1].data<float>()] {
-        constexpr int64_t values_per_task = 1 << 15;
-        int64_t step = std::max<int64_t>(1, values_per_task / K);
-        parallel(int((rows + step - 1) / step), rows * K < wake_from, [&](int task) {
-          int64_t row = task * step;
-          q8_rows(from + row * K * item, dtype, std::min(step, rows - row), K, codes + row * K, scales + row);
-        });
-      });
+      [=, from = x.data<char>(), dtype = to_dtype(x.dtype()), codes = outputs[0].data<int8_t>(),
+       scales = outputs[1].data<float>()] { rows_to_codes(from, dtype, rows, K, codes, scales); });
+}
+
+void Q8Linear::eval_cpu(const std::vector<array>& inputs, array& out) {
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  if (out.size() == 0) {
+    return;
+  }
+  const array& x = inputs[0];
+  Qmm q = describe(x, inputs[1], inputs[2], inputs[3], out, true, group_size_, bits_);
+  q.x_dtype = to_dtype(dtype_);
+  q.M = int(out.size() / out.shape(-1));
+  q.per_row = per_row_;
+  q.tiled = tiled_;
+  mx::cpu::get_command_encoder(stream()).dispatch([q, dtype = to_dtype(x.dtype())]() mutable {
+    int64_t size = int64_t(q.M) * q.K, row = q.tiled ? q.group_size : q.K, rows = size / row;
+    char* room = scratch<Use::codes>(size_t(size + 63) / 64 * 64 + size_t(rows) * sizeof(float));
+    auto* codes = reinterpret_cast<int8_t*>(room);
+    auto* scales = reinterpret_cast<float*>(room + (size + 63) / 64 * 64);
+    rows_to_codes(static_cast<const char*>(q.x), dtype, rows, row, codes, scales);
+    q.x = codes;
+    q.x_scales = scales;
+    run_one(q);
+  });
 }
 
 }  // namespace mlxq

@@ -176,6 +176,69 @@ array q8mm(const array& x, const array& x_scales, const array& words, const arra
                 row_contiguous(mx::astype(biases, stored, stream), stream), row_contiguous(rows, stream)});
 }
 
+array q8_linear(const array& x, const array& words, const array& scales, const array& biases, int group_size, int bits,
+                bool per_row, bool tiled, mx::Dtype dtype, mx::StreamOrDevice s) {
+  auto stream = mx::to_stream(s);
+  if (on_metal(stream) || stream.device == mx::Device::gpu) {
+    throw std::invalid_argument("q8_linear: wanted a stream of the CPU; on a GPU use q8_rows and q8mm");
+  }
+  Sizes sizes = check_packed("q8_linear", words, scales, biases, group_size, bits, false);
+  to_dtype(x.dtype(), "q8_linear: x");
+  to_dtype(dtype, "q8_linear: the result");
+  if (x.ndim() < 1 || x.shape(-1) != sizes.K || sizes.K > q8_longest || (per_row && tiled)) {
+    throw std::invalid_argument(text("q8_linear: x has shape ", shape_text(x), " and w holds K=", sizes.K,
+                                     "; wanted the same of at most ", q8_longest, ", and not per_row with tiles"));
+  }
+  Shape shape = leading(x);
+  shape.push_back(sizes.N);
+  auto stored = mx::promote_types(scales.dtype(), biases.dtype());
+  return array(std::move(shape), dtype, std::make_shared<Q8Linear>(stream, group_size, bits, per_row, tiled, dtype),
+               {row_contiguous(x, stream), row_contiguous(words, stream),
+                row_contiguous(mx::astype(scales, stored, stream), stream),
+                row_contiguous(mx::astype(biases, stored, stream), stream)});
+}
+
+void Q8Linear::eval_gpu(const vector<array>&, array&) {
+  throw std::logic_error(text(name(), ": there is no GPU kernel"));
+}
+
+vector<array> Q8Linear::jvp(const vector<array>&, const vector<array>&, const vector<int>&) { no_gradient(name()); }
+
+vector<array> Q8Linear::vjp(const vector<array>& primals, const vector<array>& cotangents, const vector<int>& argnums,
+                            const vector<array>&) {
+  vector<array> out;
+  for (int arg : argnums) {
+    if (arg != 0) {
+      throw std::invalid_argument(text(name(), ": packed weights have no gradient; freeze them"));
+    }
+    array dx = qmm(mx::astype(cotangents[0], mx::float32, stream()), primals[1],
+                   primals[2], primals[3], false, group_size_, bits_, stream());
+    out.push_back(mx::astype(dx, primals[0].dtype(), stream()));
+  }
+  return out;
+}
+
+std::pair<vector<array>, vector<int>> Q8Linear::vmap(const vector<array>& inputs, const vector<int>& axes) {
+  if (axes[0] < 0 || axes[1] >= 0 || axes[2] >= 0 || axes[3] >= 0) {
+    throw std::invalid_argument(text(name(), ": vmap over packed weights does not exist; vmap over x"));
+  }
+  return {{q8_linear(mx::moveaxis(inputs[0], axes[0], 0, stream()), inputs[1], inputs[2], inputs[3], group_size_, bits_,
+                     per_row_, tiled_, dtype_, stream())},
+          {0}};
+}
+
+bool Q8Linear::is_equivalent(const mx::Primitive& other) const {
+  auto* that = dynamic_cast<const Q8Linear*>(&other);
+  return that && std::tie(group_size_, bits_, per_row_, tiled_, dtype_) ==
+                     std::tie(that->group_size_, that->bits_, that->per_row_, that->tiled_, that->dtype_);
+}
+
+vector<Shape> Q8Linear::output_shapes(const vector<array>& inputs) {
+  Shape shape = leading(inputs[0]);
+  shape.push_back(inputs[1].shape(0));
+  return {shape};
+}
+
 #ifndef MLXQ_METAL
 void Q8Product::eval_gpu(const vector<array>&, array&) {
   throw std::logic_error(text(name(), ": this build has no GPU kernels"));

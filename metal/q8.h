@@ -22,6 +22,11 @@ mx::array q8mm(const mx::array& x, const mx::array& x_scales, const mx::array& w
                const mx::array& biases, int group_size, int bits, bool per_row, mx::Dtype dtype,
                mx::StreamOrDevice s = {});
 
+// q8mm of the codes and scales that q8_rows gives float x, on a CPU in one step; group_size codes a scale if tiled. Its
+// gradient for x is that of the unrounded x.
+mx::array q8_linear(const mx::array& x, const mx::array& words, const mx::array& scales, const mx::array& biases,
+                    int group_size, int bits, bool per_row, bool tiled, mx::Dtype dtype, mx::StreamOrDevice s = {});
+
 // Inputs: x, words, scales, biases, x_scales: one for each row of x, or on a CPU for each of its groups. On Metal: 8-bit
 // words, float32 scales of shape (N,) or (N, K / group_size), no biases, and the part of the formula that has none.
 class Q8Product : public mx::UnaryPrimitive {
@@ -44,6 +49,31 @@ class Q8Product : public mx::UnaryPrimitive {
   int group_size_;
   int bits_;
   bool per_row_;
+  mx::Dtype dtype_;
+};
+
+// Inputs: float x, words, scales, biases. On a CPU.
+class Q8Linear : public mx::UnaryPrimitive {
+ public:
+  Q8Linear(mx::Stream stream, int group_size, int bits, bool per_row, bool tiled, mx::Dtype dtype)
+      : UnaryPrimitive(stream), group_size_(group_size), bits_(bits), per_row_(per_row), tiled_(tiled), dtype_(dtype) {}
+  void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override;
+  void eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) override;
+  std::vector<mx::array> jvp(const std::vector<mx::array>&, const std::vector<mx::array>&,
+                             const std::vector<int>&) override;
+  std::vector<mx::array> vjp(const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents,
+                             const std::vector<int>& argnums, const std::vector<mx::array>&) override;
+  std::pair<std::vector<mx::array>, std::vector<int>> vmap(const std::vector<mx::array>& inputs,
+                                                           const std::vector<int>& axes) override;
+  const char* name() const override { return "mlxq.q8_linear"; }
+  bool is_equivalent(const mx::Primitive& other) const override;
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
+
+ private:
+  int group_size_;
+  int bits_;
+  bool per_row_;
+  bool tiled_;
   mx::Dtype dtype_;
 };
 

@@ -32,8 +32,4 @@ QuantizeReport quantize_rows(const void* w, DType w_dtype, int64_t rows, int64_t
 void dequantize_rows(const uint32_t* words, const void* scales, const void* biases, DType storage, int64_t rows,
                      int64_t K, int bits, int group_size, float* w);
 
-// codes = clamp(rint(x / scale), -127, 127) of each row, scale = max |x| / 127, 1 for a row of zeros: the operations of
-// shaders/q8.metal's q8_rows, to the bit. A row with NaN or infinity gets a scale that is not finite.
-void q8_rows(const void* x, DType x_dtype, int64_t rows, int64_t K, int8_t* codes, float* scales);
-
 }  // namespace mlxq

@@ -146,18 +146,23 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--method",
-        choices=("auto", "rtn", "gptq", "awq", "awq+gptq", "tune"),
+        choices=("auto", "rtn", "gptq", "awq", "awq+gptq", "tune", "train"),
         help="rtn: round to nearest; gptq: keep the layers' outputs on calibration text; awq: scale input "
-        "channels, then round; tune: gptq, then train scales and biases; auto: gptq where it helps, and tune "
-        "in what is left of --minutes (default: auto with --calibration or --minutes, else rtn)",
+        "channels, then round; tune: gptq, then train scales and biases; train: gptq, then train each "
+        "block's weights, then tune; auto: gptq where it helps, and tune, or at few bits on a GPU train, in "
+        "what is left of --minutes (default: auto with --calibration or --minutes, else rtn)",
     )
     parser.add_argument(
-        "--minutes", type=float, metavar="M", help="time for auto or tune, training included (tune: 10)"
+        "--minutes", type=float, metavar="M", help="time for auto, tune or train, all included (10)"
+    )
+    parser.add_argument(
+        "--device", metavar="D", help="of tune and train: cpu, cuda or mps of torch (default: the best here)"
     )
     parser.add_argument(
         "--calibration",
         metavar="FILE",
-        help="text or .jsonl file for gptq and static input scales (default: one that comes with mlxq)",
+        help="text or .jsonl file for gptq and static input scales, or the word model: answers that SRC "
+        "itself samples to a set of prompts, kept in the cache folder (default: a text that comes with mlxq)",
     )
     parser.add_argument(
         "--target-bpw",
@@ -167,6 +172,11 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--plan", metavar="FILE", help="write what --target-bpw chose as a .json file for --rules"
+    )
+    parser.add_argument(
+        "--costs",
+        metavar="FILE",
+        help="what --target-bpw measures, as .json: written once, then read for other targets",
     )
     parser.add_argument(
         "--dequantize",
@@ -205,12 +215,17 @@ def _convert(args: argparse.Namespace) -> int:
     from mlxq.rules import read_rules
 
     options = {"method": args.method}
-    if args.method == "tune" or (args.minutes is not None and args.method in (None, "auto")):
+    if args.method in ("tune", "train") or (args.minutes is not None and args.method in (None, "auto")):
         from mlxq.tune import convert_and_tune as convert
 
-        options = {"method": args.method or "auto", "minutes": args.minutes}
-    elif args.minutes is not None:
-        raise ValueError(f"convert: --minutes is for --method auto and tune, not for {args.method}")
+        options = {"method": args.method or "auto", "minutes": args.minutes, "device": args.device}
+    elif args.minutes is not None or args.device is not None:
+        raise ValueError("convert: --minutes and --device are for --method auto, tune and train")
+    calibration = args.calibration
+    if calibration == "model":
+        from mlxq.sampled import sampled_text
+
+        calibration = sampled_text(args.src, trust_remote_code=args.trust_remote_code)
     report = convert(
         args.src,
         args.dst,
@@ -222,9 +237,10 @@ def _convert(args: argparse.Namespace) -> int:
         embedding_bits=args.embedding_bits,
         quantization_rule=args.quantization_rule,
         **options,
-        calibration=args.calibration,
+        calibration=calibration,
         target_bpw=args.target_bpw,
         plan=args.plan,
+        costs=args.costs,
         allow_nonfinite=args.allow_nonfinite,
         overwrite=args.overwrite,
         trust_remote_code=args.trust_remote_code,
@@ -281,8 +297,10 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="model folder")
-    parser.add_argument("--against", metavar="FLOAT", help="folder of the float model: gives KL and top-1")
+    parser.add_argument("model", metavar="MODEL", help="model folder, hub id, or GGUF file")
+    parser.add_argument(
+        "--against", metavar="FLOAT", help="the float model, of the same kinds: gives KL and top-1"
+    )
     parser.add_argument(
         "--compare", nargs="+", default=[], metavar="MODEL", help="more models for the same report"
     )

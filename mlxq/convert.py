@@ -32,7 +32,7 @@ from mlxq.ptq.calibrated import Changed, Solved, Spool, quantize_blocks
 from mlxq.ptq.pack import pack
 from mlxq.ptq.plan import Site, operation, site_of
 from mlxq.ptq.qarray import HowToQuantize
-from mlxq.ptq.sensitivity import allocate, plan_rules, sensitivities
+from mlxq.ptq.sensitivity import allocate, pieces, plan_rules, read_costs, sensitivities, write_costs
 from mlxq.ptq.tensors import MxFormat, input_tensors, mx_format, mx_tensors
 from mlxq.ptq.text import read_text, token_windows
 from mlxq.rules import QuantizationRule, RuleSet
@@ -44,7 +44,6 @@ GGUF_DEFAULT = Format(4, 32)
 STATISTICS = "activation_statistics.npz"  # beside a model with static scales: what Statistics.save writes
 RANGING = "measuring ranges"
 SHARD_BYTES = 5 << 30  # mlx-lm's
-PROBE_WINDOWS, PROBE_LENGTH = 4, 128  # tokens on which sensitivity is measured: 210 layers, each half a pass
 SLAB_WEIGHTS = 1 << 18  # weights in float32 at once: 1 MB, and about five times that with every temporary
 SLAB_BYTES = 48  # of memory for a weight of a slab, at most: float32 and float64 copies, codes as bits
 MEMORY_MARGIN = 96 << 20  # for imports, headers and the report
@@ -117,6 +116,7 @@ def convert(
     calibration: str | Path | None = None,
     target_bpw: float | None = None,
     plan: str | Path | None = None,
+    costs: str | Path | None = None,
     allow_nonfinite: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -148,6 +148,8 @@ def convert(
     target_bpw        bits per weight of the whole model: bits and groups of the layers that no rule names are
                       chosen by the KL divergence that each layer's error causes on the calibration text
     plan              a .json file for the formats so chosen; given as rules it makes the same files again
+    costs             a .json file with the KL divergences measured for target_bpw: read where it exists,
+                      written where not, so that several targets need one measurement
     allow_nonfinite   keep layers that hold NaN or Inf in float and list them, instead of refusing
     overwrite         replace dst if it is a model folder; it stays until the new one is complete
     max_memory        bytes of anonymous memory, or "3GB": less is held at once, or the conversion is refused
@@ -167,6 +169,8 @@ def convert(
     _check_arguments(bits, group_size, dtype, embedding_bits, quantization_rule, max_shard_bytes)
     if plan is not None and target_bpw is None:
         raise ValueError("convert: a plan is what target_bpw makes; to follow one, give it as rules")
+    if costs is not None and target_bpw is None:
+        raise ValueError("convert: costs are what target_bpw measures; give both")
     method = method or ("rtn" if calibration is None and target_bpw is None else "auto")
     if method not in _METHOD_WORDS:
         raise ValueError(f"convert: no method {method!r}; built: {', '.join(_METHOD_WORDS)}")
@@ -199,7 +203,7 @@ def convert(
         steps = planner.steps(report, broken)
         windows = _calibration_windows(checkpoint, documents, workspace) if documents else None
         if target_bpw is not None:
-            formats = _spend(planner, steps, target_bpw, windows, broken, progress)
+            formats = _spend(planner, steps, target_bpw, windows, broken, costs, progress, group.rank == 0)
             if plan is not None and group.rank == 0:
                 text = json.dumps(plan_rules(formats), indent=1)
                 Path(plan).expanduser().write_text(text + "\n", encoding="utf-8")
@@ -293,18 +297,27 @@ def _streaming(planner: _Planner, steps: list[Step], wanted, what: str, progress
 
 
 def _spend(
-    planner: _Planner, steps: list[Step], target_bpw: float, windows: np.ndarray, broken, progress
-) -> dict[str, Format]:
-    """Give the layers that no rule names formats that fit the target, by measured KL; all formats by path."""
+    planner: _Planner, steps: list[Step], target_bpw: float, windows: np.ndarray, broken, file, progress,
+    write: bool,
+) -> dict[str, Format]:  # fmt: skip
+    """Give the layers that no rule names formats that fit the target, by measured KL; all formats by path.
+
+    file    of the costs, or None; it is written where there is none and `write` says so
+    """
     named = planner.named_by_rules
     free = {s.path: s for s in _solvable(steps, broken) if s.path not in named and _size(s)}
     fixed = sum(p.nbytes for s in steps if s.path not in free for p in s.planned())
     budget = target_bpw * sum(_size(step) for step in steps) - 8 * fixed
-    probes = min(len(windows), PROBE_WINDOWS)
-    chosen = windows[np.linspace(0, len(windows) - 1, probes).astype(int), :PROBE_LENGTH]
-    dtypes = {path: step.dtype for path, step in free.items()}
-    with _streaming(planner, steps, free, "measuring", progress) as (model, read, advance):
-        costs = sensitivities(model, read, chosen, dtypes, advance=advance)
+    file = None if file is None else Path(file).expanduser()
+    if file is not None and file.exists():
+        costs = read_costs(file, {path: (_size(step), step.tensor.K) for path, step in free.items()})
+    else:
+        chosen, fit = pieces(windows)
+        dtypes = {path: step.dtype for path, step in free.items()}
+        with _streaming(planner, steps, free, "measuring", progress) as (model, read, advance):
+            costs = sensitivities(model, read, chosen, dtypes, fit, advance=advance)
+        if file is not None and write:
+            write_costs(costs, file)
     try:
         formats = allocate(costs, budget)
     except ValueError as error:
@@ -349,7 +362,7 @@ def _static_ranges(planner: _Planner, steps: list[Step], windows: np.ndarray, re
         stats = calibrate_blocks(model, read, windows, sites, advance)
     for path, site in sites.items():
         scale = input_tensors(site, stats, windows.astype(np.float32))["scale_a"]
-        planner.activations[path.replace("/", ".")]["scale_a"] = float(scale)
+        planner.activations[path.replace("/", ".")]["scale_a"] = scale.tolist()
     report.notices.append(
         f"{len(sites)} static scales of inputs from {windows.size} tokens; {STATISTICS} has their ranges"
     )
@@ -472,7 +485,7 @@ class _Planner:
     def _load(self):
         checkpoint = self.checkpoint
         folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-        skeleton = Skeleton(checkpoint.config, folder, self.trust_remote_code)
+        skeleton = Skeleton(checkpoint.config, folder, self.trust_remote_code, checkpoint.tensor_count)
         weights = checkpoint.weights(skeleton)
         skeleton.check({name: tensor.shape for name, tensor in weights.items()}, checkpoint.path)
         return skeleton, weights
@@ -617,10 +630,12 @@ class _Planner:
             return Format(opinion.get("bits", self.default.bits), opinion.get("group_size", group_size))
         return self.default
 
-    def _own_format(self, tensor) -> Format | str:
+    def _own_format(self, tensor) -> Format | MxFormat | str:
         """The format nearest to how a quantized source stores the tensor."""
         if tensor.repacks_to:
             return tensor.repacks_to
+        if tensor.mx_mode:
+            return MxFormat(tensor.mx_mode)
         if not tensor.is_quantized:
             return f"float in the {'GGUF' if self.is_gguf else 'source'}"
         fitting = [bits for bits in format.KERNEL_BITS if bits >= (tensor.source_bits or 0)]
@@ -641,7 +656,7 @@ class _Planner:
         largest = step.tensor.largest_scale()
         if not np.isfinite(largest):
             raise ValueError(f"{step.path}: NaN or Inf in the scales of the source")
-        if not _fits(largest, self.dtype):
+        if isinstance(wanted, Format) and not _fits(largest, self.dtype):
             step.dtype = "float32"
             report.notices.append(
                 f"{step.path}: scales and biases are float32; {largest:.6g} is too much for {self.dtype}"
@@ -730,6 +745,8 @@ def _quantized(step: Step, values: np.ndarray, start: int, stop: int) -> tuple[l
     if not isinstance(step.format, MxFormat):
         packed = _pack(step, values, start, stop)
         return [packed.words, packed.scales, packed.biases], format.dequantize(packed)
+    if step.repack:
+        return list(step.tensor.read_mx(start, stop)), values
     array = qarray.quantize(_live(step, values), _of_rows(step.site))
     tensors = mx_tensors(array)
     arrays = [bridge.to_numpy(tensors[name]) for name in ("weight", "scales")]

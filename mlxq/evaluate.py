@@ -21,6 +21,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlxq.checkpoint.huggingface import read_json, resolve
+from mlxq.checkpoint.plain import dequantize
+from mlxq.checkpoint.sources import method_of
 from mlxq.checkpoint.summary import human_bytes, inspect
 from mlxq.ptq.host import host, host_products
 from mlxq.ptq.text import EVALUATION, LENGTH, token_windows
@@ -83,8 +86,9 @@ def evaluate(
 ) -> list[Measured]:
     """One row for each model, the float one first when there is one.
 
-    models   folders that mlxq.load or mlx-lm loads
-    against  the float model's folder
+    models   what convert takes: folders, hub ids, GGUF files; ours and mlx-lm's run as they are, other
+             quantized ones as the floats that they stand for, in a temporary folder
+    against  the float model, of the same kinds
     texts    documents by domain (default: the set that comes with mlxq)
     windows  of `length` tokens, altogether, split evenly over the domains
     decode   also time an answer of 32 tokens
@@ -99,25 +103,54 @@ def evaluate(
         raise ValueError("eval: there is no text to measure on")
     rows: list[Measured] = []
     models = list(models)
-    first, tokenizer = _load(against if against is not None else models[0])
-    each = max(1, windows // len(texts))
-    cut = {
-        domain: token_windows(documents, lambda text: tokenizer.encode(text, verbose=False), each, length)
-        for domain, documents in texts.items()
-    }
-    with tempfile.TemporaryDirectory(prefix="mlxq-eval-") as folder:
+    names = _names(models if against is None else [against, *models])
+    with tempfile.TemporaryDirectory(prefix="mlxq-eval-") as work:
+        places = [_opened(path, Path(work) / f"floats-{n}", progress) for n, path in enumerate(models)]
+        first = places[0] if against is None else _opened(against, Path(work) / "floats", progress)
+        model, tokenizer = _load(first)
+        each = max(1, windows // len(texts))
+        cut = {
+            domain: token_windows(documents, lambda text: tokenizer.encode(text, verbose=False), each, length)
+            for domain, documents in texts.items()
+        }
         truth = None
         if against is not None:
             progress(f"float model {against}")
-            truth = _Truth(Path(folder), cut)
-            rows.append(_measure(against, first, cut, truth.record, False, None))
-            del first
-        for path in models:
+            truth = _Truth(Path(work), cut)
+            size = _size(resolve(against), first)
+            rows.append(_measure(size, names.pop(0), model, cut, truth.record, False, None))
+        del model
+        for path, place, name in zip(models, places, names, strict=True):
             progress(f"{path}")
-            model, tokenizer = _load(path)
-            score = truth.compare if truth else _alone
-            rows.append(_measure(path, model, cut, score, truth is not None, tokenizer if decode else None))
+            model, tokenizer = _load(place)
+            score, compared = (truth.compare, True) if truth else (_alone, False)
+            talks = tokenizer if decode else None
+            size = _size(resolve(path), place)
+            rows.append(_measure(size, name, model, cut, score, compared, talks))
     return rows
+
+
+def _names(paths: list) -> list[str]:
+    """The last part of each path, or all of it where two end alike."""
+    last = [Path(path).name for path in paths]
+    return [str(path) if last.count(name) > 1 else name for path, name in zip(paths, last, strict=True)]
+
+
+def _opened(path: str | Path, work: Path, progress: Callable[[str], None]) -> Path:
+    """The folder to load for a model: itself, or floats written to `work` for what no framework here runs.
+
+    Raises FileNotFoundError and ValueError as convert does.
+    """
+    src = resolve(path)
+    if src.is_dir():
+        if not (src / "config.json").exists():
+            raise FileNotFoundError(f"eval: {src} is not a model folder: it has no config.json")
+        method = method_of(read_json(src / "config.json"))
+        if (method is None and any(src.glob("model*.safetensors"))) or method and method.name == "MLX":
+            return src
+    progress(f"{path}: its weights are written as floats to a temporary folder")
+    dequantize(src, work, dtype="float32")  # which they compute in: 16 bits would round some types
+    return work
 
 
 def evaluation_texts() -> dict[str, list[str]]:
@@ -182,7 +215,17 @@ def log_probabilities(model, window: np.ndarray) -> np.ndarray:
     return np.maximum(logits, np.float32(math.log(FLOOR)), out=logits)
 
 
-def _measure(path, model, cut, score, compared: bool, tokenizer) -> Measured:
+def _size(src: Path, place: Path) -> tuple[int, float]:
+    """(bytes, bits per weight) of a model that was loaded from `place`."""
+    if place == src or src.is_file():
+        summary = inspect(src)
+        return summary.total_bytes, summary.bits_per_weight
+    files = list(src.glob("*.safetensors")) or list(src.glob("*.bin"))
+    count = sum(file.stat().st_size for file in files)
+    return count, 8 * count / sum(layer.weights for layer in inspect(place).layers)
+
+
+def _measure(size: tuple[int, float], name: str, model, cut, score, compared: bool, tokenizer) -> Measured:
     seconds, tokens, domains = 0.0, 0, {}
     with host_products():
         for domain, windows in cut.items():
@@ -196,11 +239,9 @@ def _measure(path, model, cut, score, compared: bool, tokenizer) -> Measured:
     total = Domain()
     for one in domains.values():
         total.add(one)
-    summary = inspect(path)
     return Measured(
-        Path(path).name,
-        summary.total_bytes,
-        summary.bits_per_weight,
+        name,
+        *size,
         total.means(compared),
         {domain: one.means(compared) for domain, one in domains.items()},
         tokens / seconds,
@@ -217,23 +258,19 @@ def _decode_rate(model, tokenizer, window: np.ndarray) -> float:
     return float(last.generation_tps)
 
 
-def _load(path: str | Path):
+def _load(folder: Path):
     """(model, tokenizer) of a quantized model on our layers, or of a float one in float32."""
     from mlx_lm import utils
 
-    from mlxq.checkpoint.huggingface import read_json
     from mlxq.load import load
 
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"eval: {path} is not a folder")
     config = read_json(folder / "config.json")
     if "quantization" in config or "quantization_config" in config:
         return load(folder)
     try:
         model, config = utils.load_model(folder)
     except (ValueError, KeyError, FileNotFoundError) as error:
-        raise ValueError(f"eval: mlx-lm does not load {path}: {error}") from error
+        raise ValueError(f"eval: mlx-lm does not load {folder}: {error}") from error
     model.set_dtype(mx.float32)
     return model, utils.load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
 
@@ -367,6 +404,8 @@ def run(args: argparse.Namespace) -> int:
     for path in reports:
         if path.suffix not in (".html", ".png", ".json"):
             raise ValueError(f"eval: a report is .html, .png or .json, not {path.name}")
+    if args.card and not Path(args.model).expanduser().is_dir():
+        raise ValueError(f"eval: --card writes into a model's folder, and {args.model} is none")
     texts: dict[str, list[str]] = {}
     for text in args.text:
         domain, equals, file = text.partition("=")
@@ -394,7 +433,7 @@ def append_to_card(rows: list[Measured], folder: Path, against: str | None) -> N
     """Put what was measured at the end of a model's README.md, in the place of what stood there before."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8") if card.exists() else f"# {folder.name}\n"
-    means = next(row for row in rows if row.name == folder.name).total
+    means = rows[0 if against is None else 1].total  # the others are to compare with
     line = f"{means['tokens']} tokens: perplexity {means['perplexity']:.3f}"
     if "kl" in means:
         float_row = rows[0].total["perplexity"]

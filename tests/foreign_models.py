@@ -96,7 +96,7 @@ def read_mlx(folder) -> dict[str, np.ndarray]:
         base, _, kind = name.rpartition(".")
         if kind in ("scales", "biases"):
             continue
-        if f"{base}.scales" not in arrays:
+        if kind != "weight" or f"{base}.scales" not in arrays:
             found[name] = np.array(array.astype(mx.float32), np.float64)
             continue
         said = block.get(base) or block

@@ -125,14 +125,14 @@ def test_convert_passes_every_flag_on(monkeypatch, capsys, tmp_path):
     line = "convert S D --bits 2 --group-size 32 --dtype float16 --embedding-bits 8"
     flags = f" --rule a=bits:8 --rule b=bits:none --rules {rules} --allow-unused-rules"
     flags += " --quantization-rule mlx --overwrite --allow-nonfinite --trust-remote-code --method gptq"
-    flags += " --calibration C --target-bpw 3.5 --plan P --max-memory 3GB --no-resume --dry-run"
+    flags += " --calibration C --target-bpw 3.5 --plan P --costs K --max-memory 3GB --no-resume --dry-run"
     assert cli.main((line + flags).split()) == 0
     assert seen == {
         "src": "S", "dst": "D", "bits": 2, "group_size": 32, "dtype": "float16", "embedding_bits": 8,
         "rules": ["a=bits:8", "b=bits:none", QuantizationRule(module_path="c", weight_qtype="int8")],
         "allow_unused_rules": True, "quantization_rule": "mlx", "overwrite": True,
         "allow_nonfinite": True, "trust_remote_code": True, "method": "gptq", "calibration": "C",
-        "target_bpw": 3.5, "plan": "P", "max_memory": "3GB", "resume": False, "dry_run": True,
+        "target_bpw": 3.5, "plan": "P", "costs": "K", "max_memory": "3GB", "resume": False, "dry_run": True,
     }  # fmt: skip
     out = capsys.readouterr().out
     assert "a/b" in out and "4-bit/64" in out and "mlxq chat D" in out

@@ -1,6 +1,7 @@
 """`mlxq eval`: its numbers against float64 by hand, its report, its errors."""
 
 import json
+import shutil
 
 import mlx.core as mx
 import mlx_lm
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from tiny_models import make_hf_model
 
+from mlxq.checkpoint.plain import dequantize
 from mlxq.cli import main
 from mlxq.convert import convert
 from mlxq.evaluate import evaluate, evaluation_texts
@@ -90,9 +92,52 @@ def test_the_command_prints_a_table_and_writes_reports_and_the_card(models, caps
     assert card.count("## Measured") == 1 and f"{rows[1]['total']['kl']:.4f}" in card
 
 
+def test_a_gguf_and_other_quantized_sources_are_measured_as_the_floats_they_stand_for(models, tmp_path):
+    gguf = pytest.importorskip("gguf", reason="needs the package gguf")
+    from foreign_models import quantized_model
+    from test_gguf import write_gguf
+    from test_sources_gptq import gptq_layer, settings
+
+    file = write_gguf(models / "float", tmp_path / "m.gguf", "llama", gguf.GGMLQuantizationType.Q4_0)
+    gptq, _ = quantized_model(tmp_path / "gptq", settings(4, 64, 1, False), gptq_layer(4, 64, 1, False))
+    options = {"texts": TEXT, "windows": 2, "length": 32, "decode": False}
+    for source in (file, gptq):
+        dequantize(source, tmp_path / "floats", dtype="float32", overwrite=True)
+        wanted = evaluate([models / "q3", models / "q8"], tmp_path / "floats", **options)
+        found = evaluate([models / "q3", models / "q8"], source, **options)
+        assert [row.name for row in found] == [source.name, "q3", "q8"]
+        for a, b in zip(found, wanted, strict=True):
+            assert a.total == b.total and a.domains == b.domains
+        assert found[0].bytes < wanted[0].bytes / 4  # its own size, not that of the floats
+        (itself,) = evaluate([source], source, **options)[1:]
+        assert abs(itself.total["kl"]) < 1e-4 and itself.total["top1"] >= 0.97
+
+
+def test_models_of_the_same_name_are_told_apart(models, tmp_path):
+    twin = tmp_path / "q8"
+    shutil.copytree(models / "q3", twin)
+    options = {"texts": TEXT, "windows": 2, "length": 24, "decode": False}
+    rows = evaluate([models / "q8", twin, models / "q3"], models / "float", **options)
+    assert [row.name for row in rows] == ["float", str(models / "q8"), str(twin), "q3"]
+    assert rows[2].total == rows[3].total != rows[1].total
+    card = tmp_path / "card" / "float"  # the float model's own name
+    shutil.copytree(models / "q3", card)
+    args = ["eval", str(card), "--against", str(models / "float"), "--compare", str(models / "q8"), "--card"]
+    text = tmp_path / "a.txt"
+    text.write_text(TEXT["squares"][0])
+    assert main([*args, "--text", str(text), "--windows", "1", "--length", "24"]) == 0
+    alone = evaluate([models / "q3"], models / "float", {"a": [text.read_text()]}, windows=1, length=24)[1]
+    assert f"KL divergence from it {alone.total['kl']:.4f}" in (card / "README.md").read_text()
+
+
 def test_bad_input_gets_one_line(models, capsys, tmp_path):
+    (tmp_path / "text.gguf").write_text("this is no GGUF file at all, but text")
     for args, words in (
-        ([str(tmp_path / "none")], "none is not a folder"),
+        ([str(tmp_path / "none")], "none: no such file or folder, and not a hub id"),
+        ([str(models / "q3"), "--against", "some-owner/some-model"], "the Hugging Face hub"),
+        ([str(models / "q3"), "--against", str(tmp_path)], "is not a model folder: it has no config.json"),
+        ([str(models / "q3"), "--against", str(tmp_path / "text.gguf")], "text.gguf is not a GGUF file"),
+        ([str(tmp_path / "text.gguf"), "--card"], "--card writes into a model's folder"),
         ([str(models / "q3"), "--report", "x.pdf"], "a report is .html, .png or .json, not x.pdf"),
         ([str(models / "q3"), "--windows", "0"], "at least one window"),
         ([str(models / "q3"), "--text", str(tmp_path / "gone.txt")], "No such file"),

@@ -18,7 +18,7 @@ PICTURE = """
     __main__
     cli
     doctor
-    tune
+    sampled  tune
     chat  autotune  evaluate  parity  train
     checkpoint.embedded
     __init__
@@ -34,16 +34,23 @@ PICTURE = """
 LAYER = {unit: depth for depth, line in enumerate(PICTURE.split("\n")) for unit in line.split()}
 
 FROM_NN_UP = ("nn", "optim", "qat.mlx", "ptq", "checkpoint", "load", "torch_model", "convert", "chat")
-FROM_NN_UP += ("autotune", "evaluate", "parity", "train", "doctor")
+FROM_NN_UP += ("autotune", "evaluate", "parity", "train", "sampled", "doctor")
 TERMINAL = ("checkpoint.summary", "convert", "chat", "autotune", "evaluate", "parity", "train")
-TERMINAL += ("doctor", "cli")
+TERMINAL += ("sampled", "doctor", "cli")
 # Which third-party modules may be imported, and where. Besides these, files named for torch may import torch.
 MAY_IMPORT = {
     "numpy": ("",),
     "mlx": ("bridge", "ops.native", *FROM_NN_UP),
     "mlx_lm": FROM_NN_UP,
     # .bin files are PyTorch's own, and so are the processes of torchrun
-    "torch": ("bridge", "ops.cuda", "torch_model", "checkpoint.huggingface", "checkpoint.ranks"),
+    "torch": (
+        "bridge",
+        "ops.cuda",
+        "torch_model",
+        "checkpoint.huggingface",
+        "checkpoint.ranks",
+        "train.blocks",
+    ),
     "cupy": ("bridge", "ops.cuda"),
     "transformers": ("checkpoint", "torch_model", "train.torch"),
     "tokenizers": ("checkpoint",),

@@ -169,14 +169,15 @@ def test_generate_and_training_work(quantized):
     assert layer.scales.grad.abs().sum() > 0 and model.model.norm.weight.grad is not None
 
 
-@pytest.mark.parametrize("activation", ["token", "tile", "static"])
+@pytest.mark.parametrize("activation", ["token", "tile", "static", "static_tile"])
 def test_layers_with_8_bit_activations_are_restored(activation, tmp_path):
     source = make_hf_model("llama", tmp_path / "float", "float32", seed=4)
     folder = quantize(source, tmp_path / "8-bit", q_bits=8)
     model, tokenizer, config = mlxq.load(folder, return_config=True)
     layer = model.model.layers[0].mlp.down_proj
     shift = 0.1 * mx.random.normal((256,), key=mx.random.key(0))
-    scale = 0.05 if activation == "static" else None
+    groups = layer.scales.shape[1]
+    scale = {"static": 0.05, "static_tile": [0.04 + 0.01 * (g % 3) for g in range(groups)]}.get(activation)
     settings = {"activation": activation, "bias_a": shift, "scale_a": scale}
     model.model.layers[0].mlp.down_proj = q8_mlx.Q8Linear.from_packed(layer.packed, None, **settings)
     q8.save(model, tokenizer, config, tmp_path / "model")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from mlxq import ops
 from mlxq.format import Format, dequantize, quantize
 from mlxq.nn.mpq import Layout
 from mlxq.nn.mpq.torch import (
@@ -399,6 +400,35 @@ def test_autocast_decides_the_dtype_of_products():
     layer = layer_of(layout, random_tensors(layout))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer(torch.ones(2, K)).dtype == torch.bfloat16
+
+
+def test_on_a_stand_in_a_gpu_gets_one_packed_for_all_steps_until_a_tensor_is_another(monkeypatch):
+    """ops.cuda keeps what it worked out on the Packed: a new one each call would be checked anew."""
+
+    class OnCuda(torch.Tensor):
+        is_cuda = property(lambda self: True)
+
+    calls = []
+
+    class Cuda:
+        @staticmethod
+        def qmm(x, w, transpose=True):
+            calls.append((w, transpose))
+            return torch.zeros(*x.shape[:-1], w.N if transpose else w.K)
+
+    monkeypatch.setattr(ops.dispatch, "_cuda", lambda: Cuda)
+    layout = Layout(K, N, 4, 64, dq_mode=0)
+    layer = layer_of(layout, random_tensors(layout))
+    x = torch.ones(2, K).as_subclass(OnCuda).requires_grad_()
+    for _ in range(2):
+        layer.zero_grad()
+        layer(x).sum().backward()
+        layer.words.add_(1)  # as an optimiser does
+    assert len(calls) >= 2 and all(w is calls[0][0] for w, _ in calls)
+    assert calls[0][0].words.data_ptr() == layer.words.data_ptr()
+    layer.half().words.data = layer.words.clone()
+    layer(x)
+    assert calls[-1][0].words.data_ptr() == layer.words.data_ptr() != calls[0][0].words.data_ptr()
 
 
 def test_words_that_an_optimiser_changed_are_not_differentiated_silently():

@@ -147,6 +147,7 @@ def test_a8_a_learning_rate_far_below_half_a_step_moves_codes(framework):
         ("MPQAdamW", dict(rounding="stochastic"), 2.0),
         ("MPQAdamW", dict(state_bits=8), 2.0),
         ("MPQAdamW", dict(zeros_every=5), 2.0),
+        ("MPQAdamW", dict(dithered=True), 2.0),
         ("MPQSign", dict(), 2.0),
         # 16 of 128 directions at a time, chosen twice: 60 % of the way is what they allow
         ("MPQAdamW", dict(rank=16), 6.0),
@@ -171,6 +172,46 @@ def literal_adamw(P, m, v, t, lr, beta1=0.99, beta2=0.9999, eps=1e-6):
     m = beta1 * m + (1 - beta1) * P
     v = beta2 * v + (1 - beta2) * P**2
     return lr * np.sqrt(1 - beta2**t) / (1 - beta1**t) * m / (np.sqrt(v) + eps), m, v
+
+
+def master_in_steps(problem, optimizer) -> np.ndarray:
+    """code + residual, (N, K) in canonical order, in steps."""
+    residual = problem.state(optimizer)["residual"].astype(float)
+    return problem.codes().reshape(N, K) + residual / mlxq.optim.RESIDUAL_UNITS
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("dithered", [False, True])
+def test_dithered_residuals_let_as_many_codes_move_as_the_step_is_long(framework, dithered):
+    problem = Problem(framework)
+    before = problem.codes().astype(int)
+    optimizer = problem.optimizer(lr=0.1 * SCALE, dithered=dithered)
+    problem.apply(optimizer, np.ones((K, N), np.float32))  # AdamW's first step is lr: a tenth of a step
+    moved = problem.codes().astype(int) - before
+    assert set(np.unique(moved)) == ({-1, 0} if dithered else {0})
+    inside = moved[before > 0]  # codes of 0 have nowhere to go
+    assert abs(inside.mean() + 0.1 * dithered) < 0.01  # five deviations of 30000 draws
+    residual = problem.state(optimizer)["residual"] / mlxq.optim.RESIDUAL_UNITS
+    assert residual.min() >= -0.5 and residual.max() <= 0.5
+    if dithered:  # still spread evenly, and what the weights are meant to be has moved by the step
+        assert abs(residual.std() - 1 / np.sqrt(12)) < 0.01
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("in_steps", [False, True])
+def test_a_rate_in_steps_moves_groups_of_every_scale_alike(framework, in_steps):
+    problem = Problem(framework)
+    factors = np.repeat([1.0, 8.0], K // 64).astype(np.float32)
+    if problem.torch:
+        problem.layer.group_scales *= torch.from_numpy(factors)
+    else:
+        problem.layer.scales = problem.layer.scales * mx.array(factors)
+    before = problem.codes().reshape(N, K).astype(float)
+    optimizer = problem.optimizer(lr=0.25 if in_steps else 0.25 * SCALE, in_steps=in_steps)
+    problem.apply(optimizer, np.ones((K, N), np.float32))
+    moved = master_in_steps(problem, optimizer) - before
+    want = np.full((N, K), -0.25) if in_steps else -0.25 / np.repeat(factors, 32)[None] * np.ones((N, 1))
+    assert np.abs(moved - want).max() < 1 / mlxq.optim.RESIDUAL_UNITS + 1e-5
 
 
 ZEROS = {
@@ -500,6 +541,7 @@ def test_frozen_layers_and_layers_without_a_gradient_stay():
         (dict(rounding="nearest"), "rounding is 'nearest'; wanted one of 'error feedback', 'stochastic'"),
         (dict(zeros_every=-1), "zeros_every is -1"),
         (dict(rank=0), "rank is 0"),
+        (dict(dithered=True, rounding="stochastic"), "dithered residuals need rounding 'error feedback'"),
         (dict(state_bits=16), "state_bits is 16; wanted 32 or 8"),
     ],
 )

@@ -21,6 +21,9 @@ from mlxq.nn.q8 import mlx as q8
 from mlxq.parity import backends, bounds, report
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+from tools.msl import harness  # noqa: E402
+
 KINDS = ("2", "4", "8", "w8a8", "w8a8 learned", "w8a8 tile")
 
 
@@ -71,14 +74,41 @@ def test_every_back_end_here_passes(certificates, kind):
     found = certificates[kind]
     assert found["verdict"] == "PASS", report.faults(found)
     ran = set(found["backends"])
-    if kind == "w8a8 tile":  # no shader of ours multiplies tiles
-        assert "no layer of this model" in found["absent"]["shaders"]
-    else:
-        assert "shaders" in ran
     assert ran >= set(ops.isa_levels()) and ran | set(found["absent"]) >= {"torch", "cuda", "metal"}
     assert found["layers"] == len(found["backends"]["scalar"]["layers"]) == 16  # 2 x 7, table, table as head
     for name, backend in found["backends"].items():
         assert len(backend["layers"]) == (1 if name == "shaders" else 16)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_layer_passes_on_the_shader_harness(certificates, kind):
+    if reason := no_shaders():
+        pytest.skip(reason)
+    if kind == "w8a8 tile":  # no shader of ours multiplies tiles
+        assert "no layer of this model" in certificates[kind]["absent"]["shaders"]
+    else:
+        assert "shaders" in certificates[kind]["backends"]
+
+
+def no_shaders() -> str | None:
+    """Why the shader harness cannot run here; None where it can."""
+    if mx.metal.is_available():
+        return "needs a machine without Metal; here the GPU itself is a back end"
+    if reason := harness.absent():
+        return reason
+    try:
+        harness.compiler()
+    except FileNotFoundError as error:
+        return str(error)
+    return None
+
+
+def test_without_a_compiler_the_shader_harness_is_absent_and_parity_goes_on(folders, monkeypatch):
+    model, _ = mlxq.load(folders["4"])
+    monkeypatch.setattr(harness, "absent", lambda: None)
+    monkeypatch.setattr(harness.shutil, "which", lambda name: None)
+    with pytest.raises(backends.Absent, match="needs g"):
+        backends.shader_backend(model, backends.kinds(model))
 
 
 def test_what_is_absent_says_why(certificates):
@@ -138,7 +168,7 @@ def test_experts_run_and_are_said_not_to_be_compared_by_layer(tmp_path):
     assert "load_torch: " in found["absent"]["torch"]
 
 
-RESULTS = sorted((ROOT / "tools" / "results").glob("parity-*.json"))
+RESULTS = sorted((ROOT / "tools" / "results").glob("parity-2*.json"))
 
 
 @pytest.mark.skipif(not RESULTS, reason="needs tools/results/parity-*.json, of tools/parity_smollm2.py")
@@ -152,8 +182,32 @@ def test_smollm2_passed_with_bounds_near_its_errors_and_a_flipped_bit_was_named(
         assert 0.1 < max(worst) <= 1, kind
         shares = [backend["logits"]["max"] / run["bounds"]["max"] for backend in runs]
         assert 0.1 < max(shares) <= 1, kind
-    layers = {fault.split(": ")[1] for fault in found["flipped"]["faults"]} - {"logits", "other tokens"}
-    assert layers == {f"layer {found['flipped']['layer']}"}
+    assert_named(found["flipped"])
+
+
+ON_CUDA = sorted((ROOT / "tools" / "results").glob("parity-cuda-*.json"))
+
+
+@pytest.mark.skipif(not ON_CUDA, reason="needs parity-cuda-*.json, of tools/parity_smollm2.py on a GPU")
+def test_smollm2_passed_on_a_gpu_and_a_flipped_bit_there_was_named_at_each_width():
+    found = json.loads(ON_CUDA[-1].read_text())
+    assert set(found["kinds"]) | set(found["refused"]) == {"2", "4", "8", "w8a8"}
+    assert {"2", "4", "8"} <= set(found["kinds"]) == set(found["flipped"])
+    for kind, run in found["kinds"].items():
+        assert run["verdict"] == "PASS" and {"torch", "cuda"} < set(run["backends"]), kind
+        runs = [backend for backend in run["backends"].values() if "logits" in backend]
+        layers = [backend["worst_layer"] for backend in runs]
+        assert 0.1 < max(max(layer["share"], layer["share_one_row"]) for layer in layers) <= 1, kind
+        assert 0.1 < max(backend["logits"]["max"] / run["bounds"]["max"] for backend in runs) <= 1, kind
+    assert_named(found["flipped"])
+
+
+def assert_named(flipped):
+    """Each flipped bit failed, and no layer but its own was named."""
+    assert flipped
+    for found in flipped.values():
+        layers = {fault.split(": ")[1] for fault in found["faults"]} - {"logits", "other tokens"}
+        assert layers == {f"layer {found['layer']}"}
 
 
 # -------------------------------------------------------------------------------------------- one is wrong

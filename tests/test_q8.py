@@ -18,10 +18,11 @@ import mlxq.convert
 import mlxq.load
 from mlxq import format as fm
 from mlxq.checkpoint.q8 import save
+from mlxq.checkpoint.summary import inspect
 from mlxq.format import Format, Packed
 from mlxq.nn import q8
 from mlxq.nn.q8 import mlx as q8_mlx
-from mlxq.ptq import quantize_model
+from mlxq.ptq import Statistics, quantize_model
 
 torch = pytest.importorskip("torch", reason="needs the package torch: pip install 'mlxq[torch]'")
 from mlxq.nn.q8 import torch as q8_torch  # noqa: E402
@@ -99,7 +100,7 @@ def normal(*shape, seed=0, size=1.0):
 def written_out(x, w, rule, group_size, activation, scale_a=None, bias_a=None):
     """Spec B.1 and the other scales, literally: x and w as integers, their scales, in float32 and int64.
 
-    q_x (M, K), s_x (M, 1), (M, K) or number, q_w (N, K), s_w broadcast to (N, K); the answer in float64.
+    q_x (M, K), s_x (M, 1), (M, K), (1, K) or number, q_w (N, K), s_w broadcast to (N, K); y in float64.
     """
     x = x.reshape(-1, x.shape[-1])
     if bias_a is not None:
@@ -109,6 +110,9 @@ def written_out(x, w, rule, group_size, activation, scale_a=None, bias_a=None):
         s_x = np.abs(x).reshape(len(x), -1, tile).max(2) / np.float32(127)
         s_x[s_x == 0] = 1
         s_x = s_x if activation == "token" else np.repeat(s_x, tile, axis=1)
+    elif activation == "static_tile":
+        tile = group_size or 64
+        s_x = np.repeat(np.float32(tile_scales(scale_a, x.shape[1] // tile)), tile)[None]
     else:
         s_x = max(np.float32(scale_a), np.float32(1e-5))
     q_x = np.clip(np.rint(x / s_x), -128, 127).astype(np.int64)
@@ -130,9 +134,17 @@ def written_out(x, w, rule, group_size, activation, scale_a=None, bias_a=None):
 RULES = ("row", "tensor", "group", "lsq")
 
 
+def tile_scales(scale_a, tiles):
+    return [float(scale_a) * (1 + 0.25 * (t % 3)) for t in range(tiles)]
+
+
 def make(fw, w, bias=None, scale_a=0.02, **settings):
-    if settings.get("activation", "token") in ("learned", "static"):
+    activation, K = settings.get("activation", "token"), w.shape[1]
+    if activation in ("learned", "static"):
         settings["scale_a"] = scale_a
+    elif activation == "static_tile":
+        group_size = settings.get("group_size") or max(g for g in (32, 64, 128) if K % g == 0)
+        settings["scale_a"] = tile_scales(scale_a, K // group_size)
     return fw.Linear.from_linear(fw.plain(w, bias), **settings)
 
 
@@ -156,7 +168,7 @@ def test_the_sum_is_the_exact_integer_one(fw, rule, activation):
         assert np.array_equal(codes, want.q_w)
     y = fw.run(layer, x)
     # Whole rows: the integer, two scales, two products. Groups: nine terms added one by one.
-    if rule != "group" and activation != "tile":
+    if rule != "group" and activation not in ("tile", "static_tile"):
         bound = 4 * EPS * np.abs(want.y)
     else:
         bound = 13 * EPS * np.abs(want.s_x * want.q_x) @ np.abs(codes.T) * want.s_w.max()
@@ -211,8 +223,11 @@ def autograd_float64(x, w, dy, s_w, activation, scale_a, shift, clipped_weights)
         c = 1 / math.sqrt(x.numel() * 127)
         step = s * c + (s * (1 - c)).detach()
     # Clamped before it is rounded, so that gradients pass where v itself is in range.
+    if activation == "static_tile":
+        tiles = np.float32(tile_scales(scale_a, w.shape[1] // 32))
+        step = torch.tensor(np.repeat(tiles, 32).astype(np.float64))
     v = moved / step
-    q_x = rounded(v.clamp(-128, 127) if activation in ("learned", "static") else v)
+    q_x = rounded(v if activation in ("token", "tile") else v.clamp(-128, 127))
     q_w = rounded((w / s_w).clamp(-128, 127) if clipped_weights else w / s_w)
     y = (step * q_x) @ (s_w * q_w).T + bias
     (y * dy).sum().backward()
@@ -227,7 +242,7 @@ CLIPPING = {"unclipped": 0.05, "clipped": 0.008}  # times 127: 6.3 and 1.0 stand
 
 @pytest.mark.parametrize("clipping", CLIPPING)
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("activation", ["learned", "token", "tile", "static"])
+@pytest.mark.parametrize("activation", ["learned", "token", "tile", "static", "static_tile"])
 def test_gradients_equal_float64_autograd(fw, activation, rule, clipping):
     K, N, M = 96, 40, 24
     x, w, dy = normal(M, K, seed=11), normal(N, K, seed=12, size=0.1), normal(M, N, seed=13)
@@ -315,12 +330,13 @@ def test_observing_takes_the_first_batch_that_is_not_zero(fw):
     for activation, want in (
         ("learned", 2 * np.abs(first).mean() / math.sqrt(127)),
         ("static", np.abs(second).max() / 127),
+        ("static_tile", np.abs(np.concatenate([first, second])).reshape(6, 2, 32).max((0, 2)) / 127),
     ):
-        layer = fw.Linear(64, 16, activation=activation)
+        layer = fw.Linear(64, 16, activation=activation, group_size=32)
         with fw.observing(layer):
             for batch in (zeros, first, second, first):
                 fw.run(layer, batch)
-        assert np.array(layer.scale_a.item()) == pytest.approx(want, rel=1e-6)
+        assert np.array(layer.scale_a.tolist()) == pytest.approx(want, rel=1e-6)
         assert layer.scale_a.dtype in (mx.float32, torch.float32)
 
 
@@ -343,13 +359,13 @@ def test_an_all_zero_first_batch_leaves_a_torch_layer_waiting():
     assert layer.scale_a.item() == pytest.approx(2 * x.abs().mean().item() / math.sqrt(127), rel=1e-6)
 
 
-@pytest.mark.parametrize("activation", ["learned", "static"])
+@pytest.mark.parametrize("activation", ["learned", "static", "static_tile"])
 def test_evaluation_never_sets_a_scale(fw, activation):
     layer = fw.Linear(64, 16, activation=activation)
     layer.eval()
     with pytest.raises(ValueError, match=f"no {activation} activation scale yet; run data .*observing"):
         fw.run(layer, normal(3, 64))
-    assert math.isnan(layer.scale_a.item())
+    assert np.isnan(layer.scale_a.tolist()).all()
     layer = make(fw, normal(8, 64), activation=activation)
     layer.eval()
     before = state(layer)
@@ -376,7 +392,7 @@ def test_three_dimensional_input_is_its_rows(fw, activation):
     assert y.shape == (2, 3, 24)
     assert np.array_equal(y.reshape(6, 24), fw.run(layer, x.reshape(6, 64)))
     alone = fw.run(layer, x[1, 2])
-    if activation == "tile":  # groups are added in the order of the kernel for so many rows
+    if activation in ("tile", "static_tile"):  # groups are added in the order of the kernel for so many rows
         assert np.allclose(y[1, 2], alone, rtol=0, atol=8 * EPS * np.abs(y).max())
     else:
         assert np.array_equal(y[1, 2], alone)
@@ -451,7 +467,7 @@ def test_torch_layers_survive_state_dict_deepcopy_pickle_and_half():
             half = copy.deepcopy(layer).half()
             assert half(x.half()).dtype == torch.float16
             assert torch.allclose(half(x.half()).float(), y, rtol=0.02, atol=0.05 * y.abs().max().item())
-            if activation in ("learned", "static"):
+            if activation not in ("token", "tile"):
                 assert half.scale_a.dtype == torch.float32 and torch.equal(half.scale_a, layer.scale_a)
 
 
@@ -548,7 +564,7 @@ def test_packed_q8_weights_are_known_by_their_one_scale_a_row(fw):
 
 def test_bad_settings_are_one_sentence(fw):
     with pytest.raises(
-        ValueError, match="activation 'row' does not exist; built: token, tile, learned, static"
+        ValueError, match="activation 'row' does not exist; built: token, tile, learned, static, static_tile"
     ):
         fw.Linear(64, 16, activation="row")
     with pytest.raises(
@@ -590,7 +606,7 @@ def w8a8_model(tiny, **settings):
     model, config = mlx_lm.utils.load_model(tiny)
     changed = q8_mlx.replace_linears(model, **settings)
     assert "model.layers.0.mlp.down_proj" in changed and "model.layers.1.self_attn.q_proj" in changed
-    if settings["activation"] in ("learned", "static"):
+    if settings["activation"] not in ("token", "tile"):
         with q8_mlx.observing(model):
             mx.eval(model(TOKENS))
     return model, config
@@ -609,7 +625,7 @@ def test_a_model_survives_the_disk_and_mlx_lm_reads_the_same_weights(tiny, tmp_p
     ours, _, read = mlxq.load(tmp_path / "m", return_config=True)
     again = ours.model.layers[0].self_attn.q_proj
     assert type(again) is q8_mlx.Q8Linear and again.settings.activation == activation
-    assert again.per_row == (activation != "tile")
+    assert again.per_row == (activation not in ("tile", "static_tile"))
     assert np.array_equal(ours(TOKENS), want)
     assert ours.training == again.training is False
 
@@ -639,15 +655,24 @@ def test_a_quantized_model_takes_8_bit_activations_as_it_is(tiny, tmp_path):
     assert np.linalg.norm(np.array(stock(TOKENS)) - exact) < 1e-4 * np.linalg.norm(exact)
 
 
-def test_a_file_converted_by_a_rule_with_tiles_holds_the_layers_of_the_live_model(tiny, tmp_path):
-    rule = ".*_proj=weight_qtype:int8,act_qtype:int8,tile_size:32"
-    mlxq.convert.convert(tiny, tmp_path / "m", rules=[rule], progress=False)
+@pytest.mark.parametrize("static", [False, True])
+def test_a_file_converted_by_a_rule_with_tiles_holds_the_layers_of_the_live_model(tiny, tmp_path, static):
+    rule = ".*_proj=weight_qtype:int8,act_qtype:int8,tile_size:32" + ",act_static_scale:true" * static
+    stats = None
+    (tmp_path / "text.txt").write_text("One text, a few words long, for the ranges of the inputs. " * 40)
+    of = {"calibration": tmp_path / "text.txt"} if static else {}
+    mlxq.convert.convert(tiny, tmp_path / "m", rules=[rule], progress=False, **of)
     loaded, _ = mlxq.load(tmp_path / "m")
-    live = quantize_model(mlx_lm.utils.load_model(tiny)[0], [rule])
+    if static:
+        stats = Statistics.load(tmp_path / "m" / mlxq.convert.STATISTICS)
+    live = quantize_model(mlx_lm.utils.load_model(tiny)[0], [rule], stats)
+    kind = "static_tile" if static else "tile"
+    shown = {layer.stored for layer in inspect(tmp_path / "m").layers if "inputs" in layer.stored}
+    assert shown == {f"8-bit/32 + int8 {kind.replace('_', ' ')} inputs"}
     for have, want in zip(loaded.model.layers, live.model.layers, strict=True):
         have, want = have.mlp.down_proj, want.mlp.down_proj
         x = mx.array(normal(3, want.packed.K, seed=81))
-        assert have.settings.activation == want.settings.activation == "tile"
+        assert have.settings.activation == want.settings.activation == kind
         assert mx.array_equal(have(x), want(x))
 
 
@@ -669,6 +694,8 @@ def test_what_cannot_be_saved_or_restored_names_the_layer(tiny, tmp_path):
         ({"lm_tail": {"activation": "token"}}, "lm_tail, which is no layer"),
         ({"model.norm": {"activation": "token"}}, "model.norm, which is a RMSNorm"),
         ({layer: {"activation": "static"}}, f"{layer} has .* wanted scale_a"),
+        ({layer: {"activation": "static_tile", "scale_a": 0.1}}, f"{layer} has .* a list for static_tile"),
+        ({layer: {"activation": "static_tile", "scale_a": [0.1] * 9}}, f"{layer}: .* has 9 numbers; wanted"),
         ({layer: {"activation": "row", "scale_a": 1.0}}, f"{layer}: .*'row' does not exist"),
         ({layer: 4}, f"{layer} is 4; wanted an object"),
     ):

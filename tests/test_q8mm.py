@@ -182,7 +182,7 @@ def test_the_longest_row_of_extremes_fits(family):
     words = mx.concatenate([mx.zeros((1, shape[1]), mx.uint32), mx.full((2, shape[1]), 2**32 - 1, mx.uint32)])
     ones = mx.ones((3, K // 32))
     w = Packed(words, ones, -128 * ones, fmt)
-    for M in (1, 9):
+    for M in (1, 9, 37):
         with ops.forced_isa(family):
             y = ops.q8mm(mx.full((M, K), -128, mx.int8), mx.array([1.0]), w, per_row=True)
         want = np.float32([[K * 2**14, -128 * 127 * K, -128 * 127 * K]] * M)
@@ -193,7 +193,7 @@ def test_every_q8_kernel_that_runs_here_is_reached():
     before = ops.kernel_calls()
     w = weight(Format(4, 32), 3, 64)
     for family in FAMILIES:
-        for M in (1, 9):
+        for M in (1, 9, 37):
             x, x_scales = activations(M, 64)
             with ops.forced_isa(family):
                 mx.eval(ops.q8mm(mx.array(x), mx.array(x_scales), w))
@@ -210,13 +210,16 @@ def test_rows_become_codes_and_scales_as_numpy_makes_them(dtype):
         if M > 2:
             x[1] = 0
         x[-1, 0] = 1e4
-        codes, scales = ops.q8_rows(x)
         exact = np.array(x.astype(mx.float32))
         peak = np.abs(exact).max(-1)
         want = np.where(peak == 0, np.float32(1), peak / np.float32(127))
-        np.testing.assert_array_equal(np.array(scales), want)
         rounded = np.clip(np.rint(exact / want[:, None]), -127, 127).astype(np.int8)
-        np.testing.assert_array_equal(np.array(codes), rounded)
+        for family in FAMILIES:
+            with ops.forced_isa(family):
+                codes, scales = ops.q8_rows(x)
+                mx.eval(codes, scales)
+            np.testing.assert_array_equal(np.array(scales), want, family)
+            np.testing.assert_array_equal(np.array(codes), rounded, family)
         assert codes.dtype == mx.int8 and np.abs(np.array(codes)).max() == 127
 
 
@@ -240,9 +243,46 @@ def test_tiles_of_a_row_become_codes_as_rows_of_their_own(group_size):
 def test_a_row_with_nan_or_infinity_gets_a_scale_that_says_so():
     x = np.ones((3, 40), np.float32)
     x[0, 7], x[1, 39] = np.nan, -np.inf
-    codes, scales = ops.q8_rows(mx.array(x))
-    assert np.isnan(scales[0].item()) and np.isposinf(scales[1].item()) and np.isfinite(scales[2].item())
-    assert (np.array(codes)[2] == 127).all()
+    for family in FAMILIES:
+        with ops.forced_isa(family):
+            codes, scales = ops.q8_rows(mx.array(x))
+            mx.eval(codes, scales)
+        assert np.isnan(scales[0].item()) and np.isposinf(scales[1].item()) and np.isfinite(scales[2].item())
+        assert (np.array(codes)[2] == 127).all()
+        assert (np.array(codes)[0] == -127).all(), family  # x / NaN
+        assert (np.array(codes)[1] == np.where(np.isinf(x[1]), -127, 0)).all(), family
+
+
+@pytest.mark.parametrize("dtype", DTYPE)
+@pytest.mark.parametrize("kind", ["rows", "groups", "tiles"])
+def test_one_step_from_floats_gives_the_bits_of_two(kind, dtype):
+    for fmt, M in ((Format(8, 64), 1), (Format(4, 32), 37)):
+        w = weight(fmt, 40, 5 * fmt.group_size, per_row=kind == "rows", scale_dtype=dtype)
+        x = mx.random.normal((2, M, w.K), key=mx.random.key(M)).astype(DTYPE[dtype])
+        tile, per_row = fmt.group_size if kind == "tiles" else None, kind == "rows"
+
+        def one(x, w=w, per_row=per_row, tile=tile):
+            return native.q8_linear(x, w, per_row, tile, dtype)
+
+        want = ops.q8mm(*ops.q8_rows(x, tile), w, per_row=per_row, dtype=dtype)
+        assert one(x).dtype == DTYPE[dtype] and mx.array_equal(one(x), want)
+        assert mx.array_equal(one(x.swapaxes(0, 1)), want.swapaxes(0, 1))
+        assert mx.array_equal(mx.compile(one)(x), want) and mx.array_equal(mx.vmap(one)(x), want)
+        dy = mx.random.normal(want.shape)
+        _, (dx,) = mx.vjp(one, [x], [dy.astype(want.dtype)])
+        straight = ops.qmm(dy.astype(want.dtype).astype(mx.float32), w, transpose=False).astype(x.dtype)
+        assert mx.array_equal(dx, straight)
+    assert one(mx.zeros((0, w.K), DTYPE[dtype])).shape == (0, 40)
+
+
+def test_one_step_refuses_what_two_refuse_and_leaves_gpus_and_builds_without_kernels_to_them(monkeypatch):
+    w = weight(Format(8, 64), 9, 128)
+    with pytest.raises(ValueError, match=r"x has shape \(3, 64\) and w holds K=128"):
+        native.q8_linear(mx.zeros((3, 64)), w, False, None, "float32")
+    with pytest.raises(TypeError, match="int8"):
+        native.q8_linear(mx.zeros((3, 128), mx.int8), w, False, None, "float32")
+    monkeypatch.setattr(native, "_ext", lambda: None)
+    assert native.q8_linear(mx.zeros((3, 128)), w, False, None, "float32") is None
 
 
 def test_leading_axes_views_and_one_scale_for_all_are_served():

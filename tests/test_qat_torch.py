@@ -296,6 +296,18 @@ def test_the_embedding_quantizer_has_torchaos_codes(torchao):
         qt.ComposableQATQuantizer([qt.Int8DynActInt4WeightQATQuantizer(), qt.Int4WeightOnlyQATQuantizer()])
 
 
+@pytest.mark.parametrize("dtype, scales", [(torch.bfloat16, "float32"), (torch.float32, "bfloat16")], ids=str)
+def test_a_converted_table_gives_the_rows_that_it_trained_with_in_the_models_dtype(dtype, scales):
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Embedding(40, 64), nn.Linear(64, 8)).to(dtype)
+    quantizer = qt.Int4WeightOnlyEmbeddingQATQuantizer(32, scale_precision=scales)
+    rows = quantizer.prepare(model)[0](torch.arange(40))
+    model = quantizer.convert(model)
+    assert model[0].scales.dtype == getattr(torch, scales)
+    assert torch.equal(model[0](torch.arange(40)), rows) and rows.dtype == dtype
+    assert model(torch.arange(40)).dtype == dtype
+
+
 # Gradients, toggling, identity.
 
 

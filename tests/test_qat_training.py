@@ -327,7 +327,7 @@ def run_together(runs):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     running = [subprocess.Popen(command, env=env, **pipes) for command, env in runs]
     try:
-        said = [process.communicate(timeout=100)[0] for process in running]
+        said = [process.communicate(timeout=240)[0] for process in running]
     finally:
         for process in running:
             process.kill()

@@ -190,6 +190,22 @@ def test_a_model_computes_with_the_librarys_weights(name, tmp_path):
     assert bool(report.notices) == (name[0] != "i")  # floats are quantized again, and that is said
 
 
+@pytest.mark.parametrize("arch", ["llama", "qwen3_moe"])
+def test_mxfp4_keeps_its_codes_in_mlxs_own_mode(arch, tmp_path):
+    source, weights = quantized_model(tmp_path / "src", block("mxfp4"), quantizer("mxfp4"), arch=arch)
+    report = convert(source, tmp_path / "q", progress=False)
+    assert not report.notices and {layer.stored for layer in report.layers} >= {"mxfp4"}
+    plain = tiny_models.make_hf_model(arch, tmp_path / "plain")
+    stacked = dict(weights)
+    for layer in range(2) if arch == "qwen3_moe" else ():
+        for projection in ("gate_proj", "up_proj", "down_proj"):
+            at = f"model.layers.{layer}.mlp."
+            parts = [stacked.pop(f"{at}experts.{e}.{projection}.weight") for e in range(4)]
+            stacked[f"{at}switch_mlp.{projection}.weight"] = np.stack(parts)
+    # the same weights to the last bit, and MLX's products of either kind in float32
+    assert relative_error(logits(tmp_path / "q"), logits(plain, stacked)) < 1e-4
+
+
 def test_experts_keep_their_codes_through_stacking(tmp_path):
     name = "int4 groups"
     source, weights = quantized_model(tmp_path / "src", block(name), quantizer(name), arch="qwen3_moe")

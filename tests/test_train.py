@@ -23,7 +23,7 @@ import mlxq.train
 from mlxq import cli
 from mlxq.convert import convert
 from mlxq.load import load
-from mlxq.qat.training import trainer_for
+from mlxq.qat.training import Batch, trainer_for
 from mlxq.train import Settings, data, train
 
 torch = pytest.importorskip("torch", reason="needs the package torch")
@@ -111,6 +111,23 @@ def two_workers(out, source, quantized, text):
     train(given, out + "-qat", fsdp=True, progress=False, resume=True)
     given = settings(quantized, text, teacher=source, batch=1, steps=3)
     train(given, out + "-scales", fsdp=True, progress=False)
+    Path(out + f"-chosen{os.environ['RANK']}").write_text(json.dumps(chosen_shards(given)))
+
+
+def chosen_shards(given):
+    """What is cut up by itself: no GPU, two large ones, a small one, small ones and told not to."""
+    import mlxq.train.torch as backend
+
+    large, small = 1 << 40, 1 << 10
+    of_rank_1 = small if os.environ["RANK"] == "1" else large
+    found = []
+    with backend.session("cpu"):
+        for memory, told in ((None, None), (large, None), (of_rank_1, None), (small, False)):
+            backend.gpu_bytes = lambda device, memory=memory: memory
+            here = backend.Session("cpu", told)
+            here.settle(Path(given.model), Path(given.teacher), given)
+            found.append((here.sharded, here.options().get("sharded", False)))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +143,32 @@ def in_two_processes(models, tmp_path_factory):
 
 def test_two_processes_of_torch_follow_the_loss_curve_of_one_whole_or_sharded(in_two_processes):
     check_two_processes("torch", in_two_processes)
+
+
+def test_models_are_cut_up_by_themselves_where_one_gpu_is_too_small(in_two_processes):
+    for rank in (0, 1):
+        found = json.loads(Path(in_two_processes + f"-chosen{rank}").read_text())
+        assert found == [[False, False], [False, False], [True, True], [False, False]]
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_the_memory_that_decides_is_what_a_step_leaves_behind(models, quantized):
+    from mlxq.train.torch import Session, bytes_to_train
+
+    folder, train_what = (models[1], "scales") if quantized else (models[0], "all")
+    here = Session("cpu", False)
+    student, teacher = here.load(folder, None).module, here.load(models[0], None).module
+    trainer = trainer_for(student, teacher, train_what)
+    trainer.step(Batch(np.arange(16).reshape(2, 8)), 1e-4)
+    count = sum(master.numel() for master in trainer.masters)
+    whole = sum(
+        t.nbytes for m in (student, teacher) for t in [*m.parameters(), *dict(m.named_buffers()).values()]
+    )
+    rotary = sum(b.nbytes for m in (student, teacher) for n, b in m.named_buffers() if "inv_freq" in n)
+    moments = sum(t.nbytes for state in trainer.optimizer.state.values() for t in state.values() if t.ndim)
+    gradients = sum(2 * parameter.nbytes for _, parameter in trainer.names)
+    filled = whole - rotary + gradients + moments + 2 * 4 * count
+    assert bytes_to_train(folder, models[0], settings(folder, models[2], train=train_what)) == filled
 
 
 def test_a_sharded_run_stops_goes_on_and_writes_what_one_process_writes(in_two_processes, trained, models):
@@ -172,6 +215,21 @@ def test_scales_of_a_quantized_model_learn_from_its_float_model(models, tmp_path
     assert changed == {"scales", "biases"}
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_qat_begins_with_the_codes_of_a_start_and_ends_no_worse(models, tmp_path, backend):
+    convert(models[0], tmp_path / "gptq", bits=2, group_size=64, method="gptq", progress=False)
+    given = settings(models[0], models[2], backend=backend, qat=True, bits=2, learning_rate=2e-4)
+    given = replace(given, start=str(tmp_path / "gptq"))
+    outcome = train(given, tmp_path / "out", progress=False)
+    begun = held_out_loss(given, tmp_path / "gptq", models[0])
+    assert outcome.start == pytest.approx(begun, rel=0.02)  # scales and biases went through bfloat16 twice
+    rounded = train(replace(given, start=None, steps=1), tmp_path / "rounded", progress=False)
+    assert abs(outcome.start - rounded.start) > 0.05 * begun
+    assert outcome.best < outcome.start
+    with pytest.raises(ValueError, match="--start wants 4-bit"):
+        train(replace(given, bits=4), tmp_path / "other", progress=False)
+
+
 def test_a_tied_model_keeps_one_table(models, tmp_path):
     make_hf_model("qwen3", tmp_path / "float")
     for backend in BACKENDS:
@@ -184,9 +242,7 @@ def test_a_tied_model_keeps_one_table(models, tmp_path):
 def command(models, dst):
     source, quantized, text = map(str, models)
     arguments = ["train", quantized, str(dst), "--teacher", source, "--data", text, "--steps", "30"]
-    return arguments + (
-        "--length 24 --evaluate 4 --learning-rate 2e-3 --backend torch --device cpu".split()
-    )
+    return arguments + ("--length 24 --evaluate 4 --learning-rate 2e-3 --backend torch --device cpu".split())
 
 
 def steps_of(state: Path) -> int:

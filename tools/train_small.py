@@ -1,20 +1,24 @@
 """A small Llama trained from scratch, then rounded and trained quantized: how much of the loss QAT recovers.
 
-    python tools/train_small.py [--device cuda] [--minutes 4] [--bits 4 2] [--plot]
-    python tools/train_small.py --tiny          a minute on a CPU: shows that it runs, says nothing of quality
+    python tools/train_small.py [--device cuda] [--minutes 6] [--bits 4 2] [--plot]
+    python tools/train_small.py --size mini     0.4 M parameters, for minutes on a CPU
+    python tools/train_small.py --size tiny     a minute on a CPU: shows that it runs, says nothing of quality
 
 The texts are ../shared/data: calib.* is trained on, heldout_dev.* is measured, the tokenizer (byte-level BPE)
 is made from the first. For each width: every linear layer in groups of 64, embedding and head at 8 bits,
 scales in bfloat16.
 
     rtn   rounded to nearest by rule "affine"
-    qat   from there, weights and ranges trained with fake quantization towards the float model, for
-          --minutes, then converted; measured as packed layers on mlxq.ops
+    qat   from there, weights and ranges trained with fake quantization towards the float model's
+          distributions (self-distillation), then converted; measured as packed layers on mlxq.ops. The
+          learning rate is the best of three short runs, and the long run goes on from there
 
-The float model too trains for --minutes. Each keeps the best held-out loss of a tenth of the held-out text,
-which is not what is measured. The result file has, besides the keys of bench_common:
+The float model and the widths share --minutes (SHARES). Each keeps the best held-out loss of a tenth of the
+held-out text, which is not what is measured. The result file is written anew after each of them: a run
+that is killed leaves what was done. It has, besides the keys of bench_common:
     model    {parameters, vocabulary, tokens trained on, seconds}
-    rows     [{what, bits, cross_entropy, kl, perplexity, seconds, steps}]
+    rows     [{what, bits, cross_entropy, kl, perplexity, seconds, steps, tokens_per_second, measured}]
+             measured: "float", "packed", or "fake quantized" where packed layers failed, which `missing` says
     curves   [{what, step, loss}]   losses on the judging text while training
     bars     the share of rtn's KL that qat removes
 """
@@ -43,6 +47,11 @@ from mlxq.train.torch import start_from_affine
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 GROUP, EMBEDDING_BITS = 64, 8
 SHARE = {4: 0.65, 2: 0.80}  # of rtn's KL that is to be removed
+SHARES = {"float": 2.0, 4: 1.5, 2: 2.5}  # of --minutes, to scale; other widths 2
+RATES = {4: (3e-5, 1e-4, 3e-4), 2: (1e-4, 3e-4, 1e-3)}  # of weights; ranges: ten times (qat.training)
+FAILURES = (RuntimeError, ValueError, TypeError, ImportError)  # of packed layers, which are said
+PROBE = 0.1  # of a width's minutes, for each rate that is tried
+SIZES = {"tiny": (128, 2, 256, 512), "mini": (128, 2, 384, 768), "small": (384, 8, 1024, 4096)}
 
 
 def texts(pattern: str, data: Path) -> list[str]:
@@ -75,8 +84,8 @@ def batched(rows: np.ndarray, size: int) -> list[training.Batch]:
     return [training.Batch(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
-def small_model(tiny: bool, vocabulary: int) -> LlamaForCausalLM:
-    hidden, layers, mlp = (128, 2, 256) if tiny else (384, 8, 1024)
+def small_model(size: str, vocabulary: int) -> LlamaForCausalLM:
+    hidden, layers, mlp, _ = SIZES[size]
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocabulary,
@@ -84,7 +93,7 @@ def small_model(tiny: bool, vocabulary: int) -> LlamaForCausalLM:
             intermediate_size=mlp,
             num_hidden_layers=layers,
             num_attention_heads=hidden // 64,
-            num_key_value_heads=max(hidden // 128, 1),
+            num_key_value_heads=hidden // 128 or 1,
             max_position_embeddings=1024,
             tie_word_embeddings=True,
             use_cache=False,
@@ -103,6 +112,12 @@ def fit(student, teacher, rows, judge, minutes, rate, autocast, trainable="all",
             print(f"  step {told[-1][0]}: {told[-1][1]:.4f}  ({outcome.seconds:.0f} s)", flush=True)
 
     return training.run(trainer, rows, judge, schedule, on_step=show)
+
+
+def spent(outcome, rows) -> dict:
+    steps = len(outcome.losses)
+    tokens = steps * rows[0].tokens.size
+    return {"seconds": outcome.seconds, "steps": steps, "tokens_per_second": tokens / outcome.seconds}
 
 
 def measure(model, teacher, rows) -> dict:
@@ -175,7 +190,7 @@ def plot(path: Path, result: dict) -> None:
         axes[0].plot([r["step"] for r in rows], [r["loss"] for r in rows], marker="o", label=what)
     axes[0].set(xlabel="step", ylabel="KL on the judging text", yscale="log", title="training")
     axes[0].legend()
-    rows = result["rows"][1:]
+    rows = sorted(result["rows"][1:], key=lambda row: -row["bits"])
     axes[1].bar([r["what"] for r in rows], [r["kl"] for r in rows])
     axes[1].set(ylabel="held-out KL (nats)", yscale="log", title="measured")
     figure.tight_layout()
@@ -183,79 +198,134 @@ def plot(path: Path, result: dict) -> None:
     print(f"wrote {path}")
 
 
+def share_bar(rows: list[dict], bits: int) -> dict:
+    kl = {row["what"]: row["kl"] for row in rows}
+    share = 1 - kl[f"qat {bits}"] / kl[f"rtn {bits}"]
+    return bench_common.bar(f"share of rtn's KL removed at {bits} bits", share, SHARE.get(bits, 0.65))
+
+
+def trained(model, bits: int, rows, judge, scored, minutes, rates, autocast, steps) -> tuple[dict, list, str]:
+    """(row, curve, what failed or "") of one width: trained, converted, measured.
+
+    Of several rates each is tried first, and the run goes on from where the best one came to.
+    """
+    student, probes = prepared(model, bits), []
+    if len(rates) > 1:
+        tried = []
+        for rate in rates:
+            other = prepared(model, bits)
+            short = None if steps is None else max(1, int(PROBE * steps))
+            told = fit(other, model, rows, judge, PROBE * minutes, rate, autocast, steps=short)
+            tried.append((told.best, rate, other))
+            probes.append({"rate": rate, "loss": told.best, "steps": len(told.losses)})
+            print(f"  rate {rate:g}: {told.best:.4f}", flush=True)
+        _, rate, student = min(tried, key=lambda one: one[0])
+        rates = (rate,)
+        minutes *= 1 - PROBE * len(probes)
+    outcome = fit(student, model, rows, judge, minutes, rates[0], autocast, steps=steps)
+    curve = [{"what": f"qat {bits}", "step": s, "loss": v} for s, v in outcome.evaluations]
+    row = {"what": f"qat {bits}", "bits": bits} | measure(student, model, scored) | spent(outcome, rows)
+    row |= {"rate": rates[0], "probes": probes, "measured": "fake quantized"}
+    try:
+        packed = measure(converted(student), model, scored)
+    except FAILURES as error:  # minutes of training are not lost
+        return row, curve, f"packed layers of {bits} bits: {type(error).__name__}: {error}"
+    if abs(packed["kl"] - row["kl"]) > 1e-3 + 1e-2 * row["kl"]:
+        return row, curve, f"packed layers of {bits} bits have another KL, {packed['kl']:.4f}"
+    return row | packed | {"measured": "packed"}, curve, ""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--minutes", type=float, default=4.0, help="of each training")
+    parser.add_argument("--minutes", type=float, default=6.0, help="of all trainings together")
     parser.add_argument("--steps", type=int, help="of each training, instead of minutes")
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 2])
+    parser.add_argument("--bits", type=int, nargs="*", default=[4, 2])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--float-rate", type=float, default=1e-3)
-    parser.add_argument("--qat-rate", type=float, default=3e-5)
+    parser.add_argument("--qat-rates", type=float, nargs="+", help="of which each width tries all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--tiny", action="store_true", help="2 layers of 128, little text")
+    parser.add_argument("--size", choices=SIZES, default="small", help="tiny also takes little text")
+    parser.add_argument("--float", type=Path, help="weights of the float model: read, or written if missing")
     parser.add_argument("--plot", action="store_true")
     parser.add_argument("--out", type=Path, default=bench_common.RESULTS)
     args = parser.parse_args()
     about = bench_common.machine()
     if args.device.startswith("cuda"):
         about["gpu"] = torch.cuda.get_device_name(args.device)
+        about |= {"cpu": about["gpu"], "family": ""}
     torch.manual_seed(args.seed)
     autocast = torch.bfloat16 if args.device.startswith("cuda") else None
     learned, held = texts("calib.*", args.data), texts("heldout_dev.*", args.data)
-    if args.tiny:
+    if args.size == "tiny":
         learned, held = [t[:30000] for t in learned], [t[:6000] for t in held]
-    tokenizer = make_tokenizer(learned, 512 if args.tiny else 4096)
-    rows = batched(windows(learned, tokenizer, args.length), args.batch)
+    tokenizer = make_tokenizer(learned, SIZES[args.size][3])
+    rows = windows(learned, tokenizer, args.length)
+    rows = batched(np.random.default_rng(args.seed).permutation(rows), args.batch)
+    rows = rows[:-1] or rows  # the last one may be short
     every = windows(held, tokenizer, args.length)
     judge, scored = every[::10], np.delete(every, np.s_[::10], 0)
     judge = batched(judge[:: max(1, len(judge) // 32)], args.batch)
     scored = batched(scored[:: max(1, len(scored) // 160)], args.batch)
+    whole = sum(SHARES.get(what, 2.0) for what in ("float", *args.bits))
+    minutes = {what: args.minutes * SHARES.get(what, 2.0) / whole for what in ("float", *args.bits)}
+    path = bench_common.result_path(
+        "train_small" if args.size == "small" else f"train_small-{args.size}", about, args.out
+    )
 
-    print("float model")
-    model = small_model(args.tiny, tokenizer.get_vocab_size()).to(args.device)
-    outcome = fit(model, None, rows, judge, args.minutes, args.float_rate, autocast, steps=args.steps)
-    table, curves = [], [{"what": "float", "step": s, "loss": v} for s, v in outcome.evaluations]
+    print("float model", flush=True)
+    model = small_model(args.size, tokenizer.get_vocab_size()).to(args.device)
+    if args.float is not None and args.float.exists():
+        model.load_state_dict(torch.load(args.float, args.device))
+        outcome = training.Outcome(seconds=1e-9)
+    else:
+        outcome = fit(
+            model, None, rows, judge, minutes["float"], args.float_rate, autocast, steps=args.steps
+        )
+        if args.float is not None:
+            torch.save(model.state_dict(), args.float)
     summary = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "vocabulary": tokenizer.get_vocab_size(),
         "tokens": sum(b.tokens.size for b in rows),
         "seconds": outcome.seconds,
     }
-    common = {"seconds": outcome.seconds, "steps": len(outcome.losses)}
-    table.append({"what": "float", "bits": 32, **measure(model, model, scored), **common})
+    curves = [{"what": "float", "step": s, "loss": v} for s, v in outcome.evaluations]
+    table = [{"what": "float", "bits": 32, **measure(model, model, scored), **spent(outcome, rows)}]
+    table[0]["measured"] = "float"
     print(table[-1], flush=True)
-    bars = []
-    for bits in args.bits:
-        rtn = {"what": f"rtn {bits}", "bits": bits, **measure(rounded(model, bits), model, scored)}
-        table.append(rtn | {"seconds": 0.0, "steps": 0})
-        print(table[-1], flush=True)
-        student = prepared(model, bits)
-        outcome = fit(student, model, rows, judge, args.minutes, args.qat_rate, autocast, steps=args.steps)
-        curves += [{"what": f"qat {bits}", "step": s, "loss": v} for s, v in outcome.evaluations]
-        common = {"seconds": outcome.seconds, "steps": len(outcome.losses)}
-        trained = measure(student, model, scored)
-        packed = measure(converted(student), model, scored)
-        if abs(packed["kl"] - trained["kl"]) > 1e-3 + 1e-2 * trained["kl"]:
-            raise SystemExit(f"train_small: the packed model has another KL: {packed} after {trained}")
-        table.append({"what": f"qat {bits}", "bits": bits, **packed, **common})
-        print(table[-1], flush=True)
-        share = 1 - packed["kl"] / rtn["kl"]
-        bars.append(
-            bench_common.bar(f"share of rtn's KL removed at {bits} bits", share, SHARE.get(bits, 0.65))
-        )
-    bench_common.print_bars(bars)
+    bars, missing = [], []
     result = {"tool": "train_small", "machine": about, "model": summary}
-    result |= {"rows": table, "curves": curves, "bars": bars}
-    name = "train_small-tiny" if args.tiny else "train_small"
-    if "gpu" in about:
-        about |= {"cpu": about["gpu"], "family": ""}
-    path = bench_common.result_path(name, about, args.out)
+    result |= {"rows": table, "curves": curves, "bars": bars, "missing": missing}
+    for bits in args.bits:  # first, because they take seconds
+        row = {"what": f"rtn {bits}", "bits": bits, "seconds": 0.0, "steps": 0, "measured": "packed"}
+        try:
+            row |= measure(rounded(model, bits), model, scored)
+        except FAILURES as error:  # fake quantizers begin at the same codes
+            missing.append(f"packed layers rounded to {bits} bits: {type(error).__name__}: {error}")
+            row |= measure(prepared(model, bits), model, scored) | {"measured": "fake quantized"}
+        table.append(row)
+        print(table[-1], flush=True)
     bench_common.write(path, result)
-    if args.plot:
-        plot(path.with_suffix(".png"), result)
+    for bits in args.bits:
+        rates = args.qat_rates or RATES.get(bits, (1e-4,))
+        print(f"{bits} bits", flush=True)
+        row, curve, failed = trained(
+            model, bits, rows, judge, scored, minutes[bits], rates, autocast, args.steps
+        )
+        table.append(row)
+        curves += curve
+        missing += [failed] if failed else []
+        bars.append(share_bar(table, bits))
+        print(row, flush=True)
+        bench_common.write(path, result)
+        if args.plot:
+            plot(path.with_suffix(".png"), result)
+    bench_common.print_bars(bars)
+    if missing:
+        raise SystemExit("train_small: " + "; ".join(missing))
 
 
 if __name__ == "__main__":

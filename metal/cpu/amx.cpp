@@ -53,13 +53,7 @@
 #include "kernel.h"
 #include "numeric.h"
 
-#ifdef MLXQ_EMULATE_AMX
-#include "amx_emulation.h"
-#elif defined(__linux__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#include "amx_tiles.h"
 
 namespace mlxq {
 namespace {
@@ -93,9 +87,6 @@ int padded_k(const Qmm& q) {
 }
 
 int padded_groups(const Qmm& q) { return (padded_k(q) + q.group_size - 1) / q.group_size; }
-
-// gcc's tile intrinsics do not say that they read memory: without this, stores before them may come after them.
-inline void stores_done() { asm volatile("" ::: "memory"); }
 
 inline __m512i lanes16(int (*value)(int)) {
   alignas(64) uint16_t lanes[32];
@@ -399,13 +390,6 @@ inline void build_part(const Block& block, int step, int part, char* out) {
 // ---- run: products
 
 // Tiles 0..3: sums (n_tile * 2 + m_tile). 4, 5: W. 6, 7: x.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t colsb[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 
 template <int n_tiles, int m_tiles>
 inline void zero_sums() {
@@ -632,10 +616,7 @@ void run_format(const Qmm& q, const char* prepared, int begin, int end) {
   float* biases = reinterpret_cast<float*>(aside + aside_bytes + group_bytes);
   char* xv = aside + aside_bytes + 2 * group_bytes;
 
-  TileConfig config;
-  // gcc 12 declares 8 of the 64 bytes as read and drops the stores to the others.
-  asm volatile("" ::"r"(&config) : "memory");
-  _tile_loadconfig(&config);
+  configure(TileConfig{});
   for (int m_begin = 0; m_begin < q.M; m_begin += pass_rows) {
     const int m_end = q.M - m_begin < pass_rows ? q.M : m_begin + pass_rows;
     transpose_rows<planes>(q, prepared, m_begin, m_end, xv);
@@ -681,32 +662,10 @@ constexpr Kernel kernels[] = {
     {"amx:split", serves_split, unit, row_bytes<2>, prepare<2>, run<2>},
 };
 
-#ifdef MLXQ_EMULATE_AMX
-bool find() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw"); }
-#elif defined(__linux__)
-// The CPU has tiles, the kernel saves them, and this process was given leave to use them.
-bool find() {
-  if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512bw") ||
-      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
-    return false;
-  }
-  unsigned a, b, c, d;
-  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (amx_bf16 | amx_tile)) != (amx_bf16 | amx_tile)) {
-    return false;
-  }
-  unsigned low, high;
-  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  constexpr unsigned tile_state = 3u << 17;
-  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return (low & tile_state) == tile_state && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-}
-#else
-bool find() { return false; }  // macOS on x86 and Windows: no Apple machine has AMX, Windows is not built
-#endif
-
 bool runs_here() {
-  static const bool here = find();
+  static const bool here = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                           tiles_here(cpuid_amx_bf16);
   return here;
 }
 

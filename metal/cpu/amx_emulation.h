@@ -1,12 +1,13 @@
-// The AMX tile instructions that amx.cpp uses, in plain C++, so that the kernel can be tested where there is no AMX.
-// Included in place of the intrinsics when MLXQ_EMULATE_AMX is defined; never part of a build that is shipped.
+// The AMX tile instructions that amx.cpp and amx_int8.cpp use, in plain C++, so that the kernels can be tested where there
+// is no AMX. Included in place of the intrinsics when MLXQ_EMULATE_AMX is defined; never part of a build that is shipped.
 //
 // As in Intel's manual: a tile is rows x colsb bytes as configured, a load reads just those bytes (a guard page behind
 // them is not touched) and zeroes the rest of the tile, a store writes just those. Where the hardware would raise #UD
 // (no configuration, shapes that do not fit) this aborts and says which instruction it was.
 // tdpbf16ps keeps two float32 chains per sum, even k and odd k, by fused multiply-adds rounded to nearest even with
 // subnormals read and written as zero; it then adds even + odd and adds that to the destination. Real hardware gives
-// the same bits (tools/amx_device_check.sh compares them).
+// the same bits (tools/amx_device_check.sh compares them). tdpbssd adds four products of signed bytes at a time, in
+// integers that wrap.
 #pragma once
 
 #include <immintrin.h>
@@ -94,7 +95,7 @@ __attribute__((noinline)) void emulated_products(EmulatedTile& c, const Emulated
   }
 }
 
-void emulated_dpbf16ps(int dst, int a, int b) {
+[[maybe_unused]] void emulated_dpbf16ps(int dst, int a, int b) {
   EmulatedTile &c_tile = emulated_tile(dst, "tdpbf16ps"), &a_tile = emulated_tile(a, "tdpbf16ps"),
                &b_tile = emulated_tile(b, "tdpbf16ps");
   emulated_check(dst != a && dst != b && a != b, "tdpbf16ps with a tile named twice");
@@ -106,6 +107,24 @@ void emulated_dpbf16ps(int dst, int a, int b) {
   _mm_setcsr(before);
 }
 
+[[maybe_unused]] void emulated_dpbssd(int dst, int a, int b) {
+  EmulatedTile &c_tile = emulated_tile(dst, "tdpbssd"), &a_tile = emulated_tile(a, "tdpbssd"),
+               &b_tile = emulated_tile(b, "tdpbssd");
+  emulated_check(dst != a && dst != b && a != b, "tdpbssd with a tile named twice");
+  emulated_check(c_tile.rows == a_tile.rows && c_tile.colsb == b_tile.colsb && a_tile.colsb == 4 * b_tile.rows,
+                 "tdpbssd with shapes that do not fit");
+  for (int m = 0; m < c_tile.rows; ++m) {
+    for (int n = 0; n < c_tile.colsb / 4; ++n) {
+      uint32_t sum;
+      std::memcpy(&sum, c_tile.data[m] + 4 * n, 4);
+      for (int k = 0; k < a_tile.colsb; ++k) {
+        sum += uint32_t(int(int8_t(a_tile.data[m][k])) * int(int8_t(b_tile.data[k / 4][4 * n + k % 4])));
+      }
+      std::memcpy(c_tile.data[m] + 4 * n, &sum, 4);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace mlxq
 
@@ -115,9 +134,11 @@ void emulated_dpbf16ps(int dst, int a, int b) {
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbf16ps
+#undef _tile_dpbssd
 #define _tile_loadconfig emulated_loadconfig
 #define _tile_release emulated_release
 #define _tile_zero emulated_zero
 #define _tile_loadd emulated_loadd
 #define _tile_stored emulated_stored
 #define _tile_dpbf16ps emulated_dpbf16ps
+#define _tile_dpbssd emulated_dpbssd

@@ -329,6 +329,49 @@ void q8_run(const Qmm& q, const char* prepared, int begin, int end) {
   _mm256_zeroupper();
 }
 
+__m256 eight(const void* x, DType dtype, int64_t at) {
+  if (dtype == DType::f32) {
+    return _mm256_loadu_ps(static_cast<const float*>(x) + at);
+  }
+  __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(x) + at));
+  return dtype == DType::f16 ? _mm256_cvtph_ps(half)
+                             : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+
+void codes_of_row(const void* x, DType x_dtype, int64_t at, int64_t K, int8_t* codes, float* scale) {
+  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+  const int64_t whole = K / 8 * 8;
+  __m256i largest = _mm256_setzero_si256();  // |x| as its pattern: ordered like the number, and NaN above all
+  for (int64_t k = 0; k < whole; k += 8) {
+    __m256i pattern = _mm256_and_si256(_mm256_castps_si256(eight(x, x_dtype, at + k)), magnitude);
+    largest = _mm256_max_epi32(largest, pattern);
+  }
+  alignas(32) uint32_t tops[8];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(tops), largest);
+  uint32_t top = 0;
+  for (uint32_t one : tops) {
+    top = one > top ? one : top;
+  }
+  for (int64_t k = whole; k < K; ++k) {
+    uint32_t one = float_to_bits(load(x, x_dtype, at + k)) & 0x7fffffff;
+    top = one > top ? one : top;
+  }
+  *scale = top == 0 ? 1.0f : bits_to_float(top) / 127.0f;
+  const __m256 by = _mm256_set1_ps(*scale), low = _mm256_set1_ps(-127), high = _mm256_set1_ps(127);
+  auto code = [&](__m256 value) {  // NaN is -127
+    return _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(_mm256_div_ps(value, by), low), high));
+  };
+  for (int64_t k = 0; k < whole; k += 8) {
+    __m256i ints = code(eight(x, x_dtype, at + k));
+    __m128i shorts = _mm_packs_epi32(_mm256_castsi256_si128(ints), _mm256_extracti128_si256(ints, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + k), _mm_packs_epi16(shorts, shorts));
+  }
+  for (int64_t k = whole; k < K; ++k) {
+    codes[k] = int8_t(_mm256_cvtsi256_si32(code(_mm256_set1_ps(load(x, x_dtype, at + k)))));
+  }
+  _mm256_zeroupper();
+}
+
 bool q8_serves(const Qmm& q) { return q.transpose; }
 int q8_unit(const Qmm&) { return 16; }
 
@@ -347,6 +390,6 @@ constexpr Kernel kernels[] = {
 }  // namespace
 
 extern const Family avx2_family;
-const Family avx2_family{"avx2", runs_here, kernels, sizeof(kernels) / sizeof(kernels[0])};
+const Family avx2_family{"avx2", runs_here, kernels, sizeof(kernels) / sizeof(kernels[0]), codes_of_row};
 
 }  // namespace mlxq

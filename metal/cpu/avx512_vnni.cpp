@@ -23,20 +23,19 @@
 // lane in gemv and of a group in gemm, where they begin. PLANES is 1 for it, and 0 where per_row makes K one group.
 #include <immintrin.h>
 
-#include <cstdlib>
 #include <cstring>
 
 #include "avx512_common.h"
 #include "fields.h"
 #include "kernel.h"
 #include "numeric.h"
+#include "panel.h"
 
 namespace mlxq {
 namespace {
 
 constexpr int gemv_rows = 4;      // the largest M that gemv takes
 constexpr int lanes = 16;
-constexpr int panel_columns = 32;
 constexpr float smallest_scaled = 0x1p-90f;  // a group with a smaller maximum would have a subnormal scale
 
 struct alignas(64) Header {
@@ -48,22 +47,21 @@ struct alignas(64) Header {
 int planes_of(const Qmm& q) { return q.x_scales ? 1 : q.x_dtype == DType::f32 ? 3 : 2; }
 
 int groups(const Qmm& q) { return q.K / q.group_size; }
-int padded(int n) { return (n + lanes - 1) / lanes * lanes; }
 int chunks(const Qmm& q) { return (q.K * q.bits / 32 + 15) / 16; }
 
 // A prepared row: Header, x_scale[groups], x_sum[groups], planes. Of a q8mm: Header, where each group's int32 sum starts,
 // x_sum[groups] of the codes, one plane, and for each of its chunks where the 16 lanes' sums start. Of a tiled one: its
 // x_scale is 1, its x_sums are scaled, and x_scale[groups] comes last.
 size_t scale_offset() { return sizeof(Header); }
-size_t sum_offset(const Qmm& q) { return scale_offset() + 4 * padded(groups(q)); }
-size_t plane_offset(const Qmm& q) { return sum_offset(q) + 4 * padded(groups(q)); }
+size_t sum_offset(const Qmm& q) { return scale_offset() + 4 * padded16(groups(q)); }
+size_t plane_offset(const Qmm& q) { return sum_offset(q) + 4 * padded16(groups(q)); }
 
 size_t row_bytes(const Qmm& q) {
   return plane_offset(q) + size_t(chunks(q)) * (planes_of(q) * (8 / q.bits) + (q.x_scales ? 1 : 0)) * 64 +
-         (q.tiled ? 4 * padded(groups(q)) : 0);
+         (q.tiled ? 4 * padded16(groups(q)) : 0);
 }
 
-size_t tile_scale_offset(const Qmm& q) { return row_bytes(q) - 4 * padded(groups(q)); }
+size_t tile_scale_offset(const Qmm& q) { return row_bytes(q) - 4 * padded16(groups(q)); }
 
 const Header& header(const char* row) { return *reinterpret_cast<const Header*>(row); }
 
@@ -101,8 +99,8 @@ void prepare_row(const Qmm& q, const void* x, int64_t base, char* row) {
   char* planes = row + plane_offset(q);
   std::memset(row, 0, sizeof(Header));
   int count = groups(q);
-  std::memset(scales + count, 0, 4 * (padded(count) - count));
-  std::memset(sums + count, 0, 4 * (padded(count) - count));
+  std::memset(scales + count, 0, 4 * (padded16(count) - count));
+  std::memset(sums + count, 0, 4 * (padded16(count) - count));
   int last_chunk = chunks(q) - 1;
   if (q.K * q.bits / 32 % 16 != 0) {
     std::memset(planes + size_t(last_chunk) * PLANES * fields * 64, 0, PLANES * fields * 64);
@@ -153,7 +151,7 @@ void prepare_codes(const Qmm& q, const int8_t* x, const float* x_scales, char* r
   auto* sums = reinterpret_cast<float*>(row + sum_offset(q));
   char* planes = row + plane_offset(q);
   int count = groups(q), last = chunks(q), whole = 0;
-  std::memset(sums + count, 0, 4 * (padded(count) - count));
+  std::memset(sums + count, 0, 4 * (padded16(count) - count));
   std::memset(planes + size_t(last - 1) * fields * 64, 0, fields * 64);
   for (int g = 0; g < count; ++g) {
     __m256i total = _mm256_setzero_si256();
@@ -170,7 +168,7 @@ void prepare_codes(const Qmm& q, const int8_t* x, const float* x_scales, char* r
   }
   if (q.tiled) {
     auto* tile_scales = reinterpret_cast<float*>(row + tile_scale_offset(q));
-    std::memset(tile_scales, 0, 4 * padded(count));
+    std::memset(tile_scales, 0, 4 * padded16(count));
     for (int g = 0; g < count; ++g) {
       tile_scales[g] = x_scales[g];
       sums[g] *= x_scales[g];
@@ -206,16 +204,6 @@ void prepare_bits(const Qmm& q, char* prepared, int begin, int end) {
 void prepare(const Qmm& q, char* prepared, int begin, int end) {
   (q.bits == 2 ? prepare_bits<2> : q.bits == 4 ? prepare_bits<4> : prepare_bits<8>)(q, prepared, begin, end);
   _mm256_zeroupper();
-}
-
-template <int BITS>
-__m512i field(__m512i words, int j) {
-  if constexpr (BITS == 8) {
-    return words;
-  } else {
-    const __m512i mask = _mm512_set1_epi8((1 << BITS) - 1);
-    return _mm512_and_si512(j ? _mm512_srli_epi32(words, BITS * j) : words, mask);
-  }
 }
 
 // A group's integer sum as float, from the sums of its planes: two planes fit one int32, three do not.
@@ -449,72 +437,6 @@ void gemv_all(const Qmm& q, const char* prepared, int begin, int end) {
 
 // ---- gemm ----------------------------------------------------------------------------------------------------------
 
-// 32 rows of W, ready for the inner loop.
-struct Panel {
-  char* codes;    // [dword][field][2][64]: 16 rows x 4 codes, twice
-  float* scales;  // [group][32]
-  float* biases;  // [group][32]
-};
-
-// Memory of a thread's panel, kept between calls.
-Panel panel_memory(const Qmm& q) {
-  static thread_local char* held = nullptr;
-  static thread_local size_t size = 0;
-  size_t codes = size_t(q.K) * panel_columns, scales = size_t(padded(groups(q))) * panel_columns * 4;
-  size_t wanted = (codes + 2 * scales + 4095) / 4096 * 4096;
-  if (wanted > size) {
-    std::free(held);
-    held = static_cast<char*>(std::aligned_alloc(4096, wanted));
-    size = wanted;
-  }
-  auto* floats = reinterpret_cast<float*>(held + codes);
-  return {held, floats, floats + scales / 4};
-}
-
-template <int BITS>
-void build_panel(const Qmm& q, const Panel& panel, int n0) {
-  constexpr int fields = 8 / BITS;
-  const int words_per_row = q.K * BITS / 32, count = groups(q);
-  for (int half = 0; half < 2; ++half) {
-    int64_t row[16];
-    for (int i = 0; i < 16; ++i) {
-      int n = n0 + half * 16 + i;
-      row[i] = n < q.N ? n : q.N - 1;  // past the edge: any row, never stored
-    }
-    for (int d0 = 0; d0 < words_per_row; d0 += 16) {
-      int here = words_per_row - d0 < 16 ? words_per_row - d0 : 16;
-      __mmask16 valid = (1u << here) - 1;
-      __m512i r[16];
-      for (int i = 0; i < 16; ++i) {
-        r[i] = _mm512_maskz_loadu_epi32(valid, q.words + row[i] * words_per_row + d0);
-      }
-      transpose16(r);
-      char* to = panel.codes + (size_t(d0) * fields * 2 + half) * 64;
-      for (int i = 0; i < here; ++i) {
-        for (int j = 0; j < fields; ++j) {
-          _mm512_store_si512(to + (i * fields + j) * 128, field<BITS>(r[i], j));
-        }
-      }
-    }
-    for (int which = 0; which < 2; ++which) {
-      const void* from = which ? q.biases : q.scales;
-      float* to = which ? panel.biases : panel.scales;
-      for (int g0 = 0; g0 < count; g0 += 16) {
-        int here = count - g0 < 16 ? count - g0 : 16;
-        __mmask16 valid = (1u << here) - 1;
-        __m512i r[16];
-        for (int i = 0; i < 16; ++i) {
-          r[i] = _mm512_castps_si512(load16(from, q.scale_dtype, row[i] * count + g0, valid));
-        }
-        transpose16(r);
-        for (int i = 0; i < here; ++i) {
-          _mm512_store_si512(to + size_t(g0 + i) * panel_columns + half * 16, r[i]);
-        }
-      }
-    }
-  }
-}
-
 // MR rows of x times the panel.
 template <int BITS, int PLANES, int MR>
 void gemm_block(const Qmm& q, const Panel& panel, const char* prepared, int m, int n0, int columns) {
@@ -728,6 +650,25 @@ void run(const Qmm& q, const char* prepared, int begin, int end) {
   }
 }
 
+void codes_of_row(const void* x, DType x_dtype, int64_t at, int64_t K, int8_t* codes, float* scale) {
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  auto lanes_at = [&](int64_t k) { return K - k >= lanes ? __mmask16(0xffff) : __mmask16((1u << (K - k)) - 1); };
+  __m512i largest = _mm512_setzero_si512();  // |x| as its pattern: ordered like the number, and NaN above all
+  for (int64_t k = 0; k < K; k += lanes) {
+    __m512i pattern = _mm512_castps_si512(load16(x, x_dtype, at + k, lanes_at(k)));
+    largest = _mm512_max_epi32(largest, _mm512_and_si512(pattern, magnitude));
+  }
+  int top = _mm512_reduce_max_epi32(largest);
+  *scale = top == 0 ? 1.0f : bits_to_float(uint32_t(top)) / 127.0f;
+  const __m512 by = _mm512_set1_ps(*scale), low = _mm512_set1_ps(-127), high = _mm512_set1_ps(127);
+  for (int64_t k = 0; k < K; k += lanes) {
+    __m512 value = _mm512_div_ps(load16(x, x_dtype, at + k, lanes_at(k)), by);
+    value = _mm512_min_ps(_mm512_max_ps(value, low), high);  // NaN is -127
+    _mm_mask_storeu_epi8(codes + k, lanes_at(k), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(value)));
+  }
+  _mm256_zeroupper();
+}
+
 bool serves_gemv(const Qmm& q) { return q.transpose && q.M <= gemv_rows; }
 bool serves_gemm(const Qmm& q) { return q.transpose; }
 int gemv_unit(const Qmm&) { return 16; }
@@ -749,6 +690,6 @@ bool runs_here() {
 }  // namespace
 
 extern const Family avx512_vnni_family;
-const Family avx512_vnni_family{"avx512_vnni", runs_here, kernels, 4};
+const Family avx512_vnni_family{"avx512_vnni", runs_here, kernels, 4, codes_of_row};
 
 }  // namespace mlxq

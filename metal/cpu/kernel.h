@@ -71,6 +71,8 @@ struct Family {
   bool (*runs_here)();
   const Kernel* kernels;  // in order of preference
   int count;
+  // A row of codes_of_rows: x's K elements from `at` on. Null: an earlier family's serves.
+  void (*codes_of_row)(const void* x, DType x_dtype, int64_t at, int64_t K, int8_t* codes, float* scale) = nullptr;
 };
 
 // Every family compiled into this build, worst first; the last that runs here and is allowed serves.
@@ -90,6 +92,10 @@ void set_level(int index);
 
 // CPU features that the families look for and this machine has.
 std::vector<std::string> cpu_features();
+
+// codes = clamp(rint(x / scale), -127, 127) of each row, scale = max |x| / 127, 1 for a row of zeros: the operations of
+// shaders/q8.metal's q8_rows, to the bit in every family. A row with NaN or infinity gets a scale that is not finite.
+void codes_of_rows(const void* x, DType x_dtype, int64_t rows, int64_t K, int8_t* codes, float* scales);
 
 // The plain loops, for one row: the oracle, and the way out for a row of x that is not finite.
 void scalar_row(const Qmm& q, int m, int begin, int end);

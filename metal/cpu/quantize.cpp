@@ -259,40 +259,4 @@ void dequantize_rows(const uint32_t* words, const void* scales, const void* bias
 #undef MLXQ_RUN
 }
 
-void q8_rows(const void* x, DType x_dtype, int64_t rows, int64_t K, int8_t* codes, float* scales) {
-  constexpr int64_t part = 1024;
-  // Added to a float of up to 2^22 and taken off again, it leaves the nearest integer, ties to even.
-  constexpr float whole = 12582912.0f;
-  float values[part];
-  auto widen = [&](int64_t at, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-      values[i] = load(x, x_dtype, at + i);
-    }
-  };
-  for (int64_t row = 0; row < rows; ++row, codes += K) {
-    uint32_t largest = 0;  // |x| as its pattern: ordered like the number, and NaN above all
-    for (int64_t k = 0; k < K; k += part) {
-      int64_t count = std::min(part, K - k);
-      widen(row * K + k, count);
-      for (int64_t i = 0; i < count; ++i) {
-        largest = std::max(largest, float_to_bits(values[i]) & 0x7fffffff);
-      }
-    }
-    float scale = largest == 0 ? 1.0f : bits_to_float(largest) / 127.0f;
-    scales[row] = scale;
-    for (int64_t k = 0; k < K; k += part) {
-      int64_t count = std::min(part, K - k);
-      if (K > part) {
-        widen(row * K + k, count);
-      }
-      for (int64_t i = 0; i < count; ++i) {
-        float value = values[i] / scale;
-        value = value > -127.0f ? value : -127.0f;
-        value = value < 127.0f ? value : 127.0f;
-        codes[k + i] = int8_t(int32_t((value + whole) - whole));
-      }
-    }
-  }
-}
-
 }  // namespace mlxq

@@ -3,6 +3,8 @@
 //
 // prepare does nothing (row_bytes 0): run reads x as it is, widens to float32, and sums x * (scale * code + bias) in
 // float32. So an Inf or NaN in x gives what float arithmetic on the dequantized weight gives.
+#include <algorithm>
+
 #include "kernel.h"
 #include "numeric.h"
 
@@ -74,6 +76,39 @@ void q8_row(const Qmm& q, int m, int begin, int end) {
   }
 }
 
+void codes_of_row(const void* x, DType x_dtype, int64_t at, int64_t K, int8_t* codes, float* scale) {
+  constexpr int64_t part = 1024;
+  // Added to a float of up to 2^22 and taken off again, it leaves the nearest integer, ties to even.
+  constexpr float whole = 12582912.0f;
+  float values[part];
+  auto widen = [&](int64_t k, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      values[i] = load(x, x_dtype, at + k + i);
+    }
+  };
+  uint32_t largest = 0;  // |x| as its pattern: ordered like the number, and NaN above all
+  for (int64_t k = 0; k < K; k += part) {
+    int64_t count = std::min(part, K - k);
+    widen(k, count);
+    for (int64_t i = 0; i < count; ++i) {
+      largest = std::max(largest, float_to_bits(values[i]) & 0x7fffffff);
+    }
+  }
+  *scale = largest == 0 ? 1.0f : bits_to_float(largest) / 127.0f;
+  for (int64_t k = 0; k < K; k += part) {
+    int64_t count = std::min(part, K - k);
+    if (K > part) {
+      widen(k, count);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      float value = values[i] / *scale;
+      value = value > -127.0f ? value : -127.0f;
+      value = value < 127.0f ? value : 127.0f;
+      codes[k + i] = int8_t(int32_t((value + whole) - whole));
+    }
+  }
+}
+
 bool serves(const Qmm&) { return true; }
 int unit(const Qmm&) { return 1; }
 size_t row_bytes(const Qmm&) { return 0; }
@@ -106,6 +141,6 @@ void scalar_row(const Qmm& q, int m, int begin, int end) {
 }
 
 extern const Family scalar_family;
-const Family scalar_family{"scalar", runs_here, kernels, 2};
+const Family scalar_family{"scalar", runs_here, kernels, 2, codes_of_row};
 
 }  // namespace mlxq

@@ -22,6 +22,9 @@ extern const Family avx512_bf16_family;
 #ifdef MLXQ_HAS_AMX
 extern const Family amx_family;
 #endif
+#ifdef MLXQ_HAS_AMX_INT8
+extern const Family amx_int8_family;
+#endif
 #ifdef MLXQ_HAS_NEON
 extern const Family neon_family;
 #endif
@@ -45,6 +48,9 @@ const Family* const families[] = {
 #endif
 #ifdef MLXQ_HAS_AMX
     &amx_family,
+#endif
+#ifdef MLXQ_HAS_AMX_INT8
+    &amx_int8_family,
 #endif
 #ifdef MLXQ_HAS_NEON
     &neon_family,
@@ -111,6 +117,16 @@ const Kernel* pick(const Qmm& q) {
   return &scalar_family.kernels[q.x_scales ? 1 : 0];
 }
 
+void codes_of_rows(const void* x, DType x_dtype, int64_t rows, int64_t K, int8_t* codes, float* scales) {
+  int best = level();
+  while (!families[best]->codes_of_row || !families[best]->runs_here()) {
+    --best;
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    families[best]->codes_of_row(x, x_dtype, row * K, K, codes + row * K, scales + row);
+  }
+}
+
 std::vector<std::string> cpu_features() {
   std::vector<std::string> out;
 #if defined(__x86_64__)
@@ -126,7 +142,8 @@ std::vector<std::string> cpu_features() {
 #undef MLXQ_FEATURE
 #endif
   // What no compiler builtin tells, the family that needs it has asked the system for.
-  for (auto [family, feature] : {std::pair{"amx", "amx_bf16"}, {"neon", "asimd"}, {"neon_dotprod", "asimddp"}}) {
+  for (auto [family, feature] : {std::pair{"amx", "amx_bf16"}, {"amx_int8", "amx_int8"}, {"neon", "asimd"},
+                                 {"neon_dotprod", "asimddp"}}) {
     for (int i = 0; i < family_count; ++i) {
       if (std::string(families[i]->name) == family && families[i]->runs_here()) {
         out.push_back(feature);

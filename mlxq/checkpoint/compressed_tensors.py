@@ -28,6 +28,7 @@ from mlxq.checkpoint.tensors import (
     CodesTensor,
     FileTensor,
     FloatCodes,
+    MxCodes,
     Tensor,
     expect,
     unpack_words,
@@ -161,6 +162,8 @@ def _fp4(tensors, base: str, used: set[str]) -> Tensor:
     scale = tensors.get(f"{base}.weight_scale")
     if scale is not None and scale.dtype in ("uint8", "float8_e8m0"):
         scale = expect(tensors, f"{base}.weight_scale", (scale.dtype,), (N, -(-K // 32)))
+        if K % 32 == 0:
+            return MxCodes(words.whole, scale.whole.view(np.uint8))
         return FloatCodes(words.whole, E2M1, E8M0[scale.whole.view(np.uint8)], 1, 32)
     scale = expect(tensors, f"{base}.weight_scale", ("float8_e4m3",), (N, -(-K // 16)))
     whole = tensors.get(f"{base}.weight_global_scale")

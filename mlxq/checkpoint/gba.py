@@ -53,6 +53,8 @@ def _layer(tensors: dict[str, Tensor], path: str) -> QuantizedLayer:
     (K,), N = order.shape, words.shape[1]
     if words.shape[0] == 0 or words.shape[0] * 32 % K:
         raise ValueError(f"{path}.qweight has {words.shape[0]} rows of words for the {K} rows of g_idx")
+    if order.whole.min() < 0 or order.whole.max() >= K:
+        raise ValueError(f"{path}.g_idx names group {order.whole.max()} of at most {K}")
     at = f"{path}."
     shapes = {name.removeprefix(at): t.shape for name, t in tensors.items() if name.startswith(at)}
     mode, D = 0, N

@@ -485,6 +485,11 @@ class GgufCheckpoint:
     def prepare(self, workspace: Path, values: bool = True) -> None:
         """Nothing to prepare: blocks are read from the mapped file."""
 
+    @property
+    def tensor_count(self) -> int:
+        """How many tensors the file holds."""
+        return len(self.file.tensors)
+
     def float_dtype(self) -> str:
         """float16, in which GGUF keeps its scales."""
         return "float16"

@@ -221,6 +221,11 @@ class HuggingFaceCheckpoint:
     def is_quantized(self) -> bool:
         return self.method is not None
 
+    @property
+    def tensor_count(self) -> int:
+        """How many tensors the files hold, known once they are prepared."""
+        return len(self.entries)
+
     def float_dtype(self) -> str:
         """The float dtype that most weights have; config.json decides when MLX computes in none of them."""
         names = {stored: name for name, stored in STORED.items() if name != "uint32"}
@@ -229,6 +234,7 @@ class HuggingFaceCheckpoint:
             if entry.dtype in names:
                 sizes[names[entry.dtype]] += entry.size
         said = self.config.get("dtype", self.config.get("torch_dtype"))
+        said = said if isinstance(said, str) else None
         if self.is_quantized and said in sizes:
             return (
                 said  # a few scales say little; bitsandbytes has float32 ones whatever the model computes in

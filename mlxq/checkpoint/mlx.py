@@ -87,7 +87,7 @@ def join(tensors: dict[str, Tensor], settings: dict) -> dict[str, Tensor]:
         words = tensors.get(f"{base}.weight")
         if words is None or len(words.shape) < 2:
             words = expect(tensors, f"{base}.weight", ("uint32",), (None, None))
-        if mode in _MODES:
+        if isinstance(mode, str) and mode in _MODES:
             joined[f"{base}.weight"] = _small_floats(tensors, base, mode)
         elif mode == "affine":
             leading, scales = words.shape[:-1], tensors[name]

@@ -108,11 +108,16 @@ def _write(planned: Planned, tensor: Tensor, dtype: str, writer: Writer) -> None
 
 def _under_their_first_names(checkpoint, trust_remote_code: bool) -> dict[str, Tensor]:
     """Tensors as transformers names them. Raises ValueError when mlx-lm's names do not lead back to those."""
+    if (getattr(checkpoint, "method", None) or ("",))[0] == "mxfp4":
+        raise ValueError(
+            f"{checkpoint.path}: transformers itself opens mxfp4 as floats: load it there with "
+            "Mxfp4Config(dequantize=True)"
+        )
     from_mlx = isinstance(checkpoint, GgufCheckpoint) or (checkpoint.method or ("",))[0] == "MLX"
     if not from_mlx:
         return checkpoint.tensors()
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    skeleton = Skeleton(checkpoint.config, folder, trust_remote_code)
+    skeleton = Skeleton(checkpoint.config, folder, trust_remote_code, checkpoint.tensor_count)
     tensors = checkpoint.weights(skeleton)
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

@@ -2,8 +2,9 @@
 mlxq reads.
 
     config.json              "activation_quantization": {layer: {"activation": "token" | "tile" | "learned" |
-                             "static", "scale_a": the scale of the last two}}; mlx-lm ignores the key. A tile
-                             is as long as the weight's groups
+                             "static" | "static_tile", "scale_a": the scale of the last three, a list of one
+                             for each tile for the last}}; mlx-lm ignores the key. A tile is as long as the
+                             weight's groups
     activations.safetensors  LAYER.bias_a of the layers that have one; mlx-lm reads model*.safetensors only
 
 mlx-lm multiplies the same weights with x itself: it neither rounds x nor adds bias_a.
@@ -23,7 +24,7 @@ from mlx.utils import tree_unflatten
 from mlxq.checkpoint.partial import partial_folder
 from mlxq.checkpoint.summary import ACTIVATIONS as KEY
 from mlxq.format import KERNEL_BITS, Format, Packed
-from mlxq.nn.q8 import Settings
+from mlxq.nn.q8 import EPS, Settings
 from mlxq.nn.q8 import mlx as q8
 
 SHIFTS = "activations.safetensors"
@@ -68,8 +69,9 @@ def save(
 def _settings(path: str, layer: q8.Q8Linear) -> dict[str, Any]:
     found: dict[str, Any] = {"activation": layer.settings.activation}
     if "scale_a" in layer:
-        found["scale_a"] = layer["scale_a"].item()
-        if not found["scale_a"] > 0:
+        scale = layer["scale_a"]
+        found["scale_a"] = (mx.maximum(scale, EPS) if scale.ndim else scale).tolist()
+        if not (scale.max() > 0).item():
             raise ValueError(
                 f"save: {path} has the activation scale {found['scale_a']}; wanted a positive number, see "
                 "mlxq.nn.q8.mlx.observing"
@@ -109,9 +111,12 @@ def read(config: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
             settings = Settings(activation)
         except ValueError as error:
             raise ValueError(f"load: {KEY} of {folder}: {path}: {error}") from None
-        if (scale is None) != settings.is_dynamic or not isinstance(scale, (float, type(None))):
+        kind = type(None) if settings.is_dynamic else list if activation == "static_tile" else float
+        numbers = scale if kind is list and isinstance(scale, list) else []
+        if not isinstance(scale, kind) or not all(isinstance(one, float) for one in numbers):
             raise ValueError(
-                f"load: {KEY} of {folder}: {path} has {said}; wanted scale_a for learned and static alone"
+                f"load: {KEY} of {folder}: {path} has {said}; wanted scale_a for learned and static alone, a "
+                "list for static_tile"
             )
         shift = shifts.pop(f"{path}.bias_a", None)
         found[path] = {"activation": activation, "scale_a": scale, "bias_a": shift}
@@ -139,6 +144,9 @@ def restore(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
                 f"{', '.join(map(str, KERNEL_BITS))} bits"
             )
         packed = Packed(layer.weight, layer.scales, layer.biases, Format(layer.bits, layer.group_size))
-        replaced.append((path, q8.Q8Linear.from_packed(packed, layer.get("bias"), **settings)))
+        try:
+            replaced.append((path, q8.Q8Linear.from_packed(packed, layer.get("bias"), **settings)))
+        except ValueError as error:
+            raise ValueError(f"load: {KEY} of {folder}: {path}: {error}") from None
     model.update_modules(tree_unflatten(replaced))
     model.train(model.training)

@@ -12,7 +12,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 # What a model's constructor raises when config.json lies: mlx-lm checks little of it, and by assertions.
-CONFIG_LIES = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, AssertionError)
+CONFIG_LIES = (
+    ValueError, TypeError, KeyError, AttributeError, ArithmeticError, AssertionError, MemoryError,
+    RuntimeError,  # MLX's own
+)  # fmt: skip
+_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 
 
 def model_classes(config: dict, folder: Path, trust_remote_code: bool) -> tuple[type, type]:
@@ -46,21 +50,33 @@ def model_classes(config: dict, folder: Path, trust_remote_code: bool) -> tuple[
             f"{folder}: mlx-lm {mlx_lm.__version__} has no model of type {model_type!r} "
             f"({len(known)} files in mlx_lm/models){hint}"
         ) from None
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}: config.json's architectures are no list of names: {error}") from None
 
 
 class Skeleton:
     """A model whose parameters are lazy and never evaluated, so it costs no memory.
 
+    tensors   how many the checkpoint holds: a model has no more blocks, and is not built with more
+
     Raises ValueError when config.json does not make a model.
     """
 
-    def __init__(self, config: dict, folder: Path, trust_remote_code: bool = False):
-        self._arguments = config, folder, trust_remote_code
+    def __init__(self, config: dict, folder: Path, trust_remote_code: bool = False, tensors: int = 1 << 20):
+        self._arguments = config, folder, trust_remote_code, tensors
+        text = config.get("text_config")
+        for said in (config, text if isinstance(text, dict) else {}):
+            for name in _LAYER_COUNTS:
+                if isinstance(said.get(name), int | float) and said[name] > tensors:
+                    raise ValueError(
+                        f"{folder}: config.json says {name}: {said[name]}, but there are {tensors} tensors"
+                    )
         model_class, arguments = model_classes(config, folder, trust_remote_code)
         try:
             self.model: nn.Module = model_class(arguments.from_dict(config))
         except CONFIG_LIES as error:
-            said = f"{type(error).__name__}: {error}".removesuffix(": ")
+            # MLX's own errors list signatures on further lines
+            said = f"{type(error).__name__}: {error}".removesuffix(": ").splitlines()[0]
             raise ValueError(f"{folder}: config.json makes no {config['model_type']}: {said}") from None
 
     def copy(self) -> Skeleton:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from mlxq.checkpoint import awq, bitsandbytes, compressed_tensors, gba, gptq, mlx
+from mlxq.checkpoint import awq, bitsandbytes, compressed_tensors, gba, gptq, mlx, mxfp4
 from mlxq.checkpoint.tensors import Tensor
 
 
@@ -26,6 +26,7 @@ _READERS = {
     "fp8": compressed_tensors.join,
     "gba": gba.join,
     "gptq": gptq.join,
+    "mxfp4": mxfp4.join,
 }
 
 

@@ -225,7 +225,7 @@ def inputs_shown(settings: object) -> str:
     if not isinstance(settings, dict):
         return ""
     kind = settings.get("activation")
-    return " + int8 inputs" if kind == "token" else f" + int8 {kind} inputs"
+    return " + int8 inputs" if kind == "token" else f" + int8 {str(kind).replace('_', ' ')} inputs"
 
 
 _FLOAT_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}

@@ -55,12 +55,14 @@ class Tensor:
     source_bits   bits of a weight where it lies, None for floats
     repacks_to    the format nearest to the source's own that holds its codes exactly, None when there is none
     requantized   why codes cannot be taken over, None for floats and for codes that can
+    mx_mode       MLX's mode that holds the codes as they are, with read_mx to give them; None: none does
     """
 
     source_bits: float | None = None
     repacks_to: Format | None = None
     is_quantized = False
     requantized: str | None = None
+    mx_mode: str | None = None
     shape: tuple[int, ...]
     dtype: str
 
@@ -295,6 +297,8 @@ class StackedTensor(Tensor):
         self.requantized = next((part.requantized for part in self.parts if part.requantized), None)
         formats = {part.repacks_to for part in self.parts}
         self.repacks_to = formats.pop() if len(formats) == 1 else None
+        modes = {part.mx_mode for part in self.parts}
+        self.mx_mode = modes.pop() if len(modes) == 1 else None
 
     def packs_into(self, fmt: Format) -> bool:
         return all(part.packs_into(fmt) for part in self.parts)
@@ -323,6 +327,11 @@ class StackedTensor(Tensor):
             for name in ("words", "scales", "biases")
         )
         return Packed(words, scales, biases, fmt)
+
+    def read_mx(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows as MLX stores them in mx_mode: words and scales."""
+        pieces = [part.read_mx(a, b) for part, a, b in self._pieces(start, stop)]
+        return tuple(np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
 
     def largest_scale(self) -> float:
         """The largest |scale| or |bias| of all parts."""
@@ -360,6 +369,45 @@ class FloatCodes(Tensor):
         rows, columns = np.arange(start, stop) // self.row_block, np.arange(self.K) // self.group
         values *= self.scales[rows][:, columns]
         return values
+
+
+class MxCodes(Tensor):
+    """4-bit floats with an exponent of two for 32 columns, the bytes of MLX's mode mxfp4: (..., N, K).
+
+    codes      uint8  (..., N, K / 2)     e2m1, the lower column in the low nibble
+    exponents  uint8  (..., N, K / 32)    127 more than the power of two; 255 is not a number
+    """
+
+    dtype = "float32"
+    is_quantized = True
+    source_bits = 4
+    mx_mode = "mxfp4"
+    requantized = "its codes are 4-bit floats, and the wanted format has integers"
+
+    def __init__(self, codes: np.ndarray, exponents: np.ndarray):
+        self.data, self.exponents = codes, exponents
+        self.shape = (*codes.shape[:-1], 2 * codes.shape[-1])
+
+    def packs_into(self, fmt) -> bool:
+        return getattr(fmt, "mode", None) == self.mx_mode
+
+    def read_mx(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows as MLX stores them: words uint32 (n, K / 8), exponents uint8 (n, K / 32)."""
+        # rows by number, because half of a tensor's rows are no run of memory to be reshaped
+        at = np.unravel_index(np.arange(start, stop), self.shape[:-1])
+        return np.ascontiguousarray(self.data[at]).view(np.uint32), np.ascontiguousarray(self.exponents[at])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows as float32, (stop - start, K)."""
+        words, exponents = self.read_mx(start, stop)
+        codes = words.view(np.uint8)
+        values = E2M1[np.stack([codes & np.uint8(15), codes >> 4], axis=-1)].reshape(len(codes), -1, 32)
+        values *= E8M0[exponents][..., None]
+        return values.reshape(len(codes), -1)
+
+    def largest_scale(self) -> float:
+        """The largest scale; NaN when the source has such a scale."""
+        return float(E8M0[self.exponents.max(initial=0)])
 
 
 def unpack_words(words: np.ndarray, bits: int, count: int) -> np.ndarray:

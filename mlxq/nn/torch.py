@@ -349,7 +349,10 @@ class QuantizedEmbedding(_PackedLayer):
     """Rows of a packed table: integers (...) -> (..., K) in the scales' dtype, unpacking only those rows.
 
     weight, scales and biases as in QuantizedLinear, N rows of the vocabulary.
+    rows_dtype   a torch.dtype for the rows instead, which casts of the module leave as it is
     """
+
+    rows_dtype = None
 
     def __init__(
         self, num_embeddings, embedding_dim, *, bits=4, group_size=64, device=None, dtype=None
@@ -376,7 +379,8 @@ class QuantizedEmbedding(_PackedLayer):
     def forward(self, ids):
         flat = ids.reshape(-1)
         rows = self.weight[flat], self.scales[flat], self.biases[flat]
-        out = torch.ops.mlxq.dequantize(*rows, self.bits, self.group_size, self.scales.dtype)
+        dtype = self.rows_dtype or self.scales.dtype
+        out = torch.ops.mlxq.dequantize(*rows, self.bits, self.group_size, dtype)
         return out.reshape(*ids.shape, self.embedding_dim)
 
     def as_linear(self, x):

@@ -212,7 +212,7 @@ def untuned():
 
 
 def choice(device: str, op: str, fmt: format.Format, dtype: str, M: int, N: int, K: int) -> str:
-    """"stock" where stock MLX serves a product by the tuning file or without a kernel, else "mlxq".
+    """ "stock" where stock MLX serves a product by the tuning file or without a kernel, else "mlxq".
 
     device is "cpu" or "gpu", op one of tuning.OPS, dtype that of x and of the scales, M as in tuning.Class.
     Without a tuning file it is "mlxq" wherever there is a kernel. That is final on the CPU. On a GPU stream
@@ -334,6 +334,23 @@ def q8mm(x_codes, x_scales, w: format.Packed, per_row: bool, dtype: str) -> mx.a
     return (y * (x_scales[..., None] if x_scales.size != 1 else x_scales.reshape(()))).astype(
         getattr(mx, dtype)
     )
+
+
+def q8_linear(x: mx.array, w: format.Packed, per_row: bool, group_size: int | None, dtype: str):
+    """q8mm of the codes and scales that q8_rows gives x, to the bit; None where one primitive does not serve.
+
+    One does on MLX's CPU with our kernels; its gradient for x is that of the unrounded x. Raises as q8_rows
+    and q8mm.
+    """
+    module = _ext()
+    if (
+        module is None
+        or mx.default_device() != mx.Device(mx.cpu)
+        or group_size not in (None, w.format.group_size)
+    ):
+        return None
+    fmt, tiled = w.format, group_size is not None
+    return module.q8_linear(x, w.words, w.scales, w.biases, fmt.group_size, fmt.bits, per_row, tiled, dtype)
 
 
 def check_rows(x, group_size: int | None = None) -> None:

@@ -46,6 +46,9 @@ class Options:
     rank          of the projected gradient; None: not projected
     projection_every   steps between two choices of the singular vectors
     state_bits    32 or 8
+    in_steps      lr of packed weights counts steps of the code: groups of every scale move alike
+    dithered      residuals begin anywhere within half a step, at random, not at 0: else no code moves before
+                  its weight has come half a step, which a short run at a small lr never does
     """
 
     lr: float
@@ -57,6 +60,8 @@ class Options:
     rank: int | None = None
     projection_every: int = 200
     state_bits: int = 32
+    in_steps: bool = False
+    dithered: bool = False
 
     def __post_init__(self):
         if self.lr < 0:
@@ -74,6 +79,8 @@ class Options:
                 f"zeros_every is {self.zeros_every} and projection_every {self.projection_every}; wanted "
                 "0 or more and 1 or more"
             )
+        if self.dithered and self.rounding != "error feedback":
+            raise ValueError(f"dithered residuals need rounding 'error feedback', not {self.rounding!r}")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank is {self.rank}; wanted 1 or more, or None")
         if self.state_bits not in (8, 32):

@@ -81,7 +81,12 @@ class _MPQOptimizer(Optimizer):
 
         direction = self._move(gradient, state, step, random)
         change = direction.reshape(grouped) * -rate
+        if options.in_steps:
+            change = change * mx.abs(scales)[..., None]
         u = _unpack(packed.words, bits).reshape(grouped).astype(mx.float32)
+        if options.dithered and "residual" not in state:
+            half = RESIDUAL_UNITS // 2
+            state["residual"] = mx.floor(random.uniform(gradient.shape) * (2 * half + 1)) - half
         if "residual" in state:
             u = u + state["residual"].reshape(grouped).astype(mx.float32) / RESIDUAL_UNITS
         if options.zeros_every:

@@ -112,9 +112,12 @@ class _MPQOptimizer(torch.optim.Optimizer):
         state["step"] += 1
         rate = self._rate(group, state["step"])
         random = torch.Generator(gradient.device).manual_seed(seed_of(self.seed, index, state["step"]))
-        first = _first_of(p.owner)
+        first = _first_of(p)
         if group["rounding"] == "error feedback" and "residual" not in state:
             state["residual"] = torch.zeros(N, K, dtype=torch.int8, device=gradient.device)
+            if group["dithered"]:
+                half = RESIDUAL_UNITS // 2
+                state["residual"].random_(-half, half + 1, generator=random)
         if group["zeros_every"] and "biases" not in state:
             state["biases"] = p.biases[:, first].clone()
 
@@ -157,6 +160,8 @@ class _MPQOptimizer(torch.optim.Optimizer):
         if "residual" in state:
             u += state["residual"][rows].view(grouped).float() / RESIDUAL_UNITS
         change = step.reshape(grouped) * -rate
+        if group["in_steps"]:
+            change *= scales.abs()[..., None]
         if group["zeros_every"]:
             biases = self._moved_zeros(group, state, p, rows, change, first)
         decay = group["lr"] * group["weight_decay"]
@@ -225,6 +230,8 @@ class MPQAdamW(_MPQOptimizer):
         rank: int | None = None,
         projection_every: int = 200,
         state_bits: int = 32,
+        in_steps: bool = False,
+        dithered: bool = False,
         seed: int = 0,
     ):
         self.correct_bias = correct_bias
@@ -240,6 +247,8 @@ class MPQAdamW(_MPQOptimizer):
             rank=rank,
             projection_every=projection_every,
             state_bits=state_bits,
+            in_steps=in_steps,
+            dithered=dithered,
         )
 
     def _rate(self, group, step):
@@ -277,6 +286,8 @@ class MPQSign(_MPQOptimizer):
         rank: int | None = None,
         projection_every: int = 200,
         state_bits: int = 32,
+        in_steps: bool = False,
+        dithered: bool = False,
         seed: int = 0,
     ):
         super().__init__(
@@ -291,6 +302,8 @@ class MPQSign(_MPQOptimizer):
             rank=rank,
             projection_every=projection_every,
             state_bits=state_bits,
+            in_steps=in_steps,
+            dithered=dithered,
         )
 
     def _rate(self, group, step):
@@ -371,9 +384,17 @@ class _Moments:
             self.state[name + "_max"][self.rows] = largest
 
 
-def _first_of(owner: torch.Tensor) -> torch.Tensor:
-    """Index of the first of MLX's groups in each of the checkpoint's; owner ascends."""
-    return torch.searchsorted(owner, torch.arange(int(owner[-1]) + 1, device=owner.device))
+def _first_of(p) -> torch.Tensor:
+    """Index of the first of MLX's groups in each of the checkpoint's; owner ascends.
+
+    Found once for each owner: on a GPU the question waits for all that was started before it.
+    """
+    known = getattr(p, "first_of_owner", None)
+    if known is None or known[0] is not p.owner:
+        owner = p.owner
+        known = owner, torch.searchsorted(owner, torch.arange(int(owner[-1]) + 1, device=owner.device))
+        p.first_of_owner = known
+    return known[1]
 
 
 def _unpack(words: torch.Tensor, bits: int) -> torch.Tensor:

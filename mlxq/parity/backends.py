@@ -203,6 +203,12 @@ def shader_backend(model: nn.Module, chosen: dict[str, str]) -> Backend:
     if str(root) not in sys.path:
         sys.path.append(str(root))
     harness = importlib.import_module("tools.msl.harness")
+    if reason := harness.absent():
+        raise Absent(reason)
+    try:
+        harness.compiler()
+    except FileNotFoundError as error:
+        raise Absent(str(error)) from error
     modules = dict(model.named_modules())
     served = [path for path, kind in chosen.items() if _shader_serves(modules[path], kind)]
     if not served:
@@ -275,8 +281,10 @@ def torch_backend(name: str, folder: Path, device: str, dtype: str) -> Backend:
     if device == "cuda":
         if not on_torch.has_cuda():
             raise Absent("torch finds no NVIDIA GPU on this machine")
-        if json.loads((folder / "config.json").read_text(encoding="utf-8")).get(q8_files.KEY):
-            raise Absent("8-bit activations are not served on NVIDIA GPUs yet")
+        said = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(q8_files.KEY) or {}
+        for activation in sorted({layer["activation"] for layer in said.values()}):
+            if refusal := on_torch.q8_refusal(activation):
+                raise Absent(f"activations {activation}: {refusal}")
     try:
         model = on_torch.TorchModel(folder, device, dtype)
     except ValueError as error:  # mlxq.load took the folder: this is about what transformers has

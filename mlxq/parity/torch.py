@@ -7,12 +7,28 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mlxq import ops
+from mlxq.format import GROUP_SIZES, Format, Packed
 from mlxq.torch_model import load_torch
 
 
 def has_cuda() -> bool:
     """Whether torch can use an NVIDIA GPU here."""
     return torch.cuda.is_available()
+
+
+def q8_refusal(activation: str) -> str | None:
+    """What ops says when an NVIDIA GPU does not serve 8-bit activations of this kind; None: it does."""
+    fmt = Format(8, GROUP_SIZES[0])
+    words = torch.zeros(8, fmt.words_per_row(fmt.group_size), dtype=torch.int32, device="cuda")
+    scales = torch.ones(8, 1, device="cuda")
+    weight = Packed(words.view(torch.uint32), scales, -128 * scales, fmt)
+    x = torch.ones(1, fmt.group_size, device="cuda")
+    try:
+        ops.q8mm(*ops.q8_rows(x, fmt.group_size if activation == "tile" else None), weight)
+    except TypeError as error:
+        return str(error)
+    return None
 
 
 class TorchModel:

@@ -180,7 +180,7 @@ def quantized_layer(layer: nn.Module, site: Site, stats: Statistics | None) -> n
     if site.packed is not None:
         packed = Packed(tensors["weight"], tensors["scales"], tensors["biases"], site.packed)
     if site.integer:
-        scale = static["scale_a"].item() if static else None
+        scale = static.get("scale_a")
         return RuleQ8Linear.from_packed(packed, bias, activation=site.activation, scale_a=scale)
     if packed is not None and (site.rule.act_qtype is None or kind == "embedding"):
         return _PACKED[kind].from_packed(packed, *(() if kind == "embedding" else (bias,)))

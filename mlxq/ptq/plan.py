@@ -87,14 +87,14 @@ class Site:
     def activation(self) -> str:
         """Q8Linear's name for the scales of int8 inputs, where `integer`."""
         if self.rule.act_static_scale:
-            return "static"
+            return "static_tile" if self.act_tile else "static"
         return "tile" if self.act_tile else "token"
 
     @property
     def _tiles_are_groups(self) -> bool:
         fmt = packed_format(self.weight, self.shape, KERNEL_BITS)
         tile = self.weight.tiles(self.shape).get(len(self.shape) - 1)
-        return not self.rule.act_static_scale and fmt is not None and fmt.group_size == tile
+        return fmt is not None and fmt.group_size == tile
 
     @property
     def _symmetric(self) -> bool:
@@ -122,7 +122,7 @@ class Site:
         tile = self.weight.tiled_axes.get(len(self.shape) - 1)
         fixed = QTYPES[self.weight.qtype].tile if self.packed is None else None
         weight = self.packed or (self.weight.qtype if fixed else f"{self.weight.qtype}/{tile or 'row'}")
-        kind = " static" if self.rule.act_static_scale else " tile" if self.act_tile else ""
+        kind = (" static" if self.rule.act_static_scale else "") + (" tile" if self.act_tile else "")
         return str(weight) + (f" + {self.rule.act_qtype}{kind} inputs" if self.rule.act_qtype else "")
 
     @property

@@ -119,16 +119,16 @@ class Stream:
         """Drop a block's weights."""
         self._forget(self.names[number])
 
-    def advance(self, number: int, states: list[mx.array]) -> list[mx.array]:
-        """Each window's state after a block that has been entered."""
-        return [self._run(number, window, state) for window, state in enumerate(states)]
+    def advance(self, number: int, states: list[mx.array], first: int = 0) -> list[mx.array]:
+        """Each window's state after a block that has been entered; states are of the windows from `first`."""
+        return [self._run(number, window, state) for window, state in enumerate(states, first)]
 
     def watched(
-        self, number: int, layers: dict[str, nn.Module]
+        self, number: int, layers: dict[str, nn.Module], states: list[mx.array], first: int = 0
     ) -> tuple[dict[str, Statistics], list[mx.array]]:
-        """(statistics by path, states after the block) of self.states in a block that has been entered."""
+        """(statistics by path, states after the block) of states in a block that has been entered."""
         with _watch(layers, keep=True) as seen:
-            states = self.advance(number, self.states)
+            states = self.advance(number, states, first)
         found = {}
         for paths in _same_input(seen):
             sums = _Sums(seen[paths[0]].rows[0].shape[-1], False)

@@ -152,7 +152,7 @@ def input_tensors(site: Site, stats: Statistics | None, like) -> dict[str, Any]:
     averages = {name: bridge.like(value, like) for name, value in stats.average(site.input_name).items()}
     scale, zero = input_range(averages, site)
     if site.integer:
-        return {"scale_a": scale.reshape(())}
+        return {"scale_a": scale.reshape((-1,) if site.act_tile else ())}
     return {"act_scale": scale} | ({} if zero is None else {"act_zero_point": zero})
 
 

@@ -105,7 +105,7 @@ def quantized_layer(layer: nn.Module, site: Site, stats: Statistics | None) -> n
         words = tensors["weight"].view(torch.uint32)
         packed = Packed(words, tensors["scales"], tensors["biases"], site.packed)
     if site.integer:
-        scale = static["scale_a"].item() if static else None
+        scale = static.get("scale_a")
         return Q8Linear.from_packed(packed, layer.bias, activation=site.activation, scale_a=scale)
     if kind == "embedding":
         return RuleEmbedding(site, tensors) if packed is None else QuantizedEmbedding.from_packed(packed)

@@ -32,6 +32,7 @@ class Settings:
     """Everything that decides what a run computes; a run is resumed with the same only.
 
     bits, group_size, embedding_bits, ranges   of a float model (qat); a quantized one has its own
+    start    with qat: a quantized folder of the same model in the same formats, whose codes are begun with
     """
 
     model: str
@@ -41,6 +42,7 @@ class Settings:
     group_size: int = 64
     embedding_bits: int | None = None
     ranges: str = "learned"
+    start: str | None = None
     train: str | None = None
     loss: str = "teacher"
     data: tuple[str, ...] = ()
@@ -77,6 +79,8 @@ class Settings:
             raise ValueError("train: length must be 2 or more, batch and evaluate 1 or more")
         if self.qat and self.train == "scales":
             raise ValueError("train: --qat trains weights; to train scales alone give a quantized MODEL")
+        if self.start is not None and not (self.qat and self.ranges == "learned"):
+            raise ValueError("train: --start is where --qat with learned ranges begins; give both")
         if (self.steps is None) == (self.minutes is None):
             raise ValueError("train: give --steps or --minutes, one of them")
 
@@ -89,7 +93,7 @@ def train(
     overwrite: bool = False,
     progress: bool = True,
     save_every: float = 60.0,
-    fsdp: bool = False,
+    fsdp: bool | None = None,
 ):
     """Train, write the model with the best held-out loss as the new folder dst, and report what was done.
 
@@ -100,7 +104,8 @@ def train(
 
     In several processes (torchrun, mx.distributed) all of them call this and the first one writes. With fsdp
     torch's fully_shard cuts up the models, float32 copies and moments (mlxq.qat.torch.sharding); what is
-    written is whole all the same, and a run that was stopped goes on with or without fsdp.
+    written is whole all the same, and a run that was stopped goes on with or without fsdp. None: where these
+    would fill more than three quarters of a GPU (mlxq.train.torch.bytes_to_train).
 
     Raises FileExistsError, FileNotFoundError, ValueError or ImportError with one sentence.
     """
@@ -118,14 +123,19 @@ def train(
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlxq-train-")))
         backend = importlib.import_module(f"mlxq.train.{settings.backend}")
         session = stack.enter_context(backend.session(settings.device, fsdp))
-        model = session.load(_float_folder(settings.model, scratch / "model"), settings.dtype)
+        source, float_source = _float_folder(settings.model, scratch / "model"), None
+        if settings.loss == "teacher" and settings.teacher:
+            float_source = _float_folder(settings.teacher, scratch / "teacher")
+        elif settings.loss == "teacher":
+            float_source = source
+        session.settle(source, float_source, settings)
+        model = session.load(source, settings.dtype)
         _check_model(settings, model)
         if settings.qat:
             session.prepare(model, settings)
         teacher = None
-        if settings.loss == "teacher":
-            wanted = settings.teacher or settings.model
-            teacher = session.load(_float_folder(wanted, scratch / "teacher"), settings.dtype).module
+        if float_source is not None:
+            teacher = session.load(float_source, settings.dtype).module
         rows, held = data.rows(settings, model.tokenizer)
         trainer = training.trainer_for(
             model.module,
@@ -315,6 +325,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--group-size", type=int, default=64, metavar="G", help="with --qat: weights per scale (default 64)")
     add("--embedding-bits", type=int, metavar="B", help="with --qat: bits of embedding and output head")
     add("--ranges", choices=RANGES, default="learned", help="with --qat: scales learn, or follow the weights")
+    add("--start", metavar="FOLDER", help="with --qat: quantized form of MODEL whose codes are begun with "
+        "(default: MODEL rounded to nearest)")  # fmt: skip
     add(
         "--train",
         choices=("scales", "all"),
@@ -354,8 +366,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--fsdp",
-        action="store_true",
-        help="with torchrun: cut the models up over the processes, for those that one cannot hold",
+        action=argparse.BooleanOptionalAction,
+        help="with torchrun: cut the models up over the processes (default: where one GPU cannot hold them)",
     )
     add("--resume", action="store_true", help="go on with a run to DST that was stopped or killed")
     add("--overwrite", action="store_true", help="replace DST if it is a model folder")

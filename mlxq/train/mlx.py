@@ -18,6 +18,7 @@ from mlxq.nn.mlx import QuantizedEmbedding, QuantizedLinear, QuantizedSwitchLine
 from mlxq.qat import mlx as qm
 from mlxq.train.files import Loaded, weight_config
 
+CELL = 0.45  # of a scale, from a code's value: within its cell after rounding to 16 bits too
 PACKED = (QuantizedLinear, QuantizedEmbedding, QuantizedSwitchLinear)
 
 
@@ -26,7 +27,7 @@ def best_device() -> str:
 
 
 @contextlib.contextmanager
-def session(device: str, sharded: bool = False):
+def session(device: str, sharded: bool | None = None):
     """The Session of this process; MLX's default device is `device` while it lasts."""
     if sharded:
         raise ValueError("train: --fsdp is torch's; leave it out with MLX, or add --backend torch")
@@ -41,6 +42,9 @@ def session(device: str, sharded: bool = False):
 
 
 class Session:
+    def settle(self, model: Path, teacher: Path | None, settings) -> None:
+        """Nothing: MLX's models stay whole in every process."""
+
     def options(self) -> dict:
         return {}
 
@@ -69,7 +73,9 @@ class Session:
                 return vocabulary == of_vocabulary
 
             qm.quantize_(module, qat.QATConfig(weight_config=config), chosen)
-        if settings.ranges == "learned":
+        if settings.start is not None:
+            start_from_folder(module, Path(settings.start).expanduser())
+        elif settings.ranges == "learned":
             start_from_affine(module)
 
     def finished(self, model: Loaded, settings):
@@ -93,11 +99,36 @@ def start_from_affine(module: nn.Module) -> None:
         quantizer = getattr(layer, "weight_fake_quantizer", None)
         if quantizer is None or not quantizer.is_static:
             continue
-        levels = quantizer.config.bounds[1]
-        fmt = Format(levels.bit_length(), quantizer.config.group_size)
+        fmt = Format(quantizer.config.bounds[1].bit_length(), quantizer.config.group_size)
         packed = ops.quantize(layer.weight, fmt, "affine", "float32")
         scale, bias = packed.scales, packed.biases
-        bias = mx.where(scale < 0, bias + levels * scale, bias)  # code u becomes levels - u
-        dtype = quantizer.scale.dtype
-        quantizer.scale = mx.abs(scale).astype(dtype)
-        quantizer.zero_point = (bias + mx.abs(scale) * ((levels + 1) / 2)).astype(dtype)
+        _set_grid(quantizer, scale, bias)
+
+
+def _set_grid(quantizer, scale, bias) -> None:
+    """Learned ranges that are this stored grid; code u becomes levels - u where the scale is negative."""
+    levels, dtype = quantizer.config.bounds[1], quantizer.scale.dtype
+    bias = mx.where(scale < 0, bias + levels * scale, bias)
+    quantizer.scale = mx.abs(scale).astype(dtype)
+    quantizer.zero_point = (bias + mx.abs(scale) * ((levels + 1) / 2)).astype(dtype)
+
+
+def start_from_folder(module: nn.Module, folder: Path) -> None:
+    """As mlxq.train.torch's: codes, scales and biases of a quantized folder, weights within their cells."""
+    source = dict(load(str(folder))[0].named_modules())
+    for path, layer in module.named_modules():
+        quantizer = getattr(layer, "weight_fake_quantizer", None)
+        if quantizer is None:
+            continue
+        wanted = Format(quantizer.config.bounds[1].bit_length(), quantizer.config.group_size)
+        packed = getattr(source.get(path), "packed", None)
+        if packed is None or packed.format != wanted or packed.shape != layer.weight.shape:
+            has = "no packed layer" if packed is None else f"{packed.format}, {packed.shape}"
+            shape = tuple(layer.weight.shape)
+            raise ValueError(f"train: {path} of {folder} is {has}; --start wants {wanted}, {shape}")
+        value = ops.dequantize(packed, "float32")
+        scale, bias = packed.scales.astype(mx.float32), packed.biases.astype(mx.float32)
+        _set_grid(quantizer, scale, bias)
+        reach = CELL * mx.repeat(mx.abs(scale), wanted.group_size, -1)
+        w = mx.clip(layer.weight.astype(mx.float32), value - reach, value + reach)
+        layer.weight = w.astype(layer.weight.dtype)

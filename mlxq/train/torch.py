@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,6 +16,7 @@ from torch import nn
 
 from mlxq import ops, qat
 from mlxq.checkpoint.huggingface import read_config
+from mlxq.checkpoint.safetensors import read_header
 from mlxq.checkpoint.skeleton import Skeleton
 from mlxq.format import Format, Packed
 from mlxq.nn.torch import QuantizedEmbedding, QuantizedLinear
@@ -22,6 +25,8 @@ from mlxq.torch_model import load_torch
 from mlxq.train.files import Loaded, weight_config
 
 FLOAT_HEADS = (nn.Linear, nn.Embedding)
+FILLED = 0.75  # of a GPU, above which models are cut up; the rest is for activations
+CELL = 0.45  # of a scale, from a code's value: within its cell after rounding to 16 bits too
 
 
 def best_device() -> str:
@@ -31,7 +36,7 @@ def best_device() -> str:
 
 
 @contextlib.contextmanager
-def session(device: str, sharded: bool = False):
+def session(device: str, sharded: bool | None = None):
     """The Session of this process, in torchrun's group if it started this one."""
     if sharded and int(os.environ.get("WORLD_SIZE", "1")) < 2:
         raise ValueError("train: --fsdp wants several processes; start them: torchrun ... -m mlxq train")
@@ -48,10 +53,38 @@ def session(device: str, sharded: bool = False):
             dist.destroy_process_group()
 
 
-class Session:
-    """sharded: models are read on the CPU, and the trainer moves this process's part to the device."""
+def gpu_bytes(device: torch.device) -> int | None:
+    """Memory of an NVIDIA GPU; None for other devices, which share the host's."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
-    def __init__(self, device: str, sharded: bool = False):
+
+def bytes_to_train(model: Path, teacher: Path | None, settings) -> int:
+    """What training the model in this folder fills in a process that holds it whole, but for activations.
+
+    As stored: the model, its teacher, gradients and DistributedDataParallel's copy of them, and with qat the
+    fake-quantized weights and their codes. In float32: copies of what trains, their gradients, two moments.
+    """
+    entries = [item for file in model.glob("*.safetensors") for item in read_header(file)[0].items()]
+    everything = settings.qat or settings.train == "all"
+    total = 0
+    for name, entry in entries:
+        total += entry.nbytes
+        learns = everything or name.rpartition(".")[2] in ("scales", "biases")
+        if learns and entry.dtype in ("F16", "BF16", "F32"):
+            total += 2 * entry.nbytes + 16 * math.prod(entry.shape)
+            total += 2 * entry.nbytes if settings.qat else 0
+    if teacher is not None:
+        total += sum(e.nbytes for f in teacher.glob("*.safetensors") for e in read_header(f)[0].values())
+    return total
+
+
+class Session:
+    """sharded: models are read on the CPU, and the trainer moves this process's part to the device.
+
+    None: settle() decides.
+    """
+
+    def __init__(self, device: str, sharded: bool | None = None):
         try:
             self.device = torch.device(device)
             torch.empty(1, device=self.device)
@@ -60,6 +93,24 @@ class Session:
         self.sharded = sharded
         if sharded:
             self.device = torch.device("cpu")
+
+    def settle(self, model: Path, teacher: Path | None, settings) -> None:
+        """Shard where nothing was said, and a GPU of one of the processes is too small for the whole."""
+        if self.sharded is not None:
+            return
+        self.sharded = False
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return
+        memory = gpu_bytes(self.device)
+        if memory is None:
+            return
+        small = bytes_to_train(model, teacher, settings) > FILLED * memory
+        told = torch.tensor(float(small), device=self.device)
+        dist.all_reduce(told, dist.ReduceOp.MAX)
+        if told.item():
+            self.sharded, self.device = True, torch.device("cpu")
+            if dist.get_rank() == 0:
+                print("train: a GPU cannot hold all of it: --fsdp is on", file=sys.stderr, flush=True)
 
     def options(self) -> dict:
         return {"sharded": True} if self.sharded else {}
@@ -94,7 +145,9 @@ class Session:
                 return fits and (id(layer) in vocabulary) == of_vocabulary
 
             qt.quantize_(module, qat.QATConfig(weight_config=config), chosen)
-        if settings.ranges == "learned":
+        if settings.start is not None:
+            start_from_folder(module, Path(settings.start).expanduser())
+        elif settings.ranges == "learned":
             start_from_affine(module)
 
     def finished(self, model: Loaded, settings):
@@ -128,9 +181,44 @@ def start_from_affine(module: nn.Module) -> None:
             fmt = Format(levels.bit_length(), config.group_size)
             packed = ops.quantize(w.detach().float().cpu(), fmt, "affine", "float32")
             scale, bias = packed.scales.to(w.device), packed.biases.to(w.device)
-            bias = torch.where(scale < 0, bias + levels * scale, bias)  # code u becomes levels - u
-            quantizer.scale.copy_(scale.abs())
-            quantizer.zero_point.copy_(bias + scale.abs() * ((levels + 1) / 2))
+            _set_grid(quantizer, scale, bias)
+
+
+def _set_grid(quantizer, scale, bias) -> None:
+    """Learned ranges that are this stored grid; code u becomes levels - u where the scale is negative."""
+    levels = quantizer.config.bounds[1]
+    bias = torch.where(scale < 0, bias + levels * scale, bias)
+    quantizer.scale.copy_(scale.abs())
+    quantizer.zero_point.copy_(bias + scale.abs() * ((levels + 1) / 2))
+
+
+def start_from_folder(module: nn.Module, folder: Path) -> None:
+    """Fake-quantized layers begin with the codes, scales and biases of a quantized folder.
+
+    Each weight stays where it is in its code's cell, and moves to the cell's edge where its code is another
+    than the nearest one, as GPTQ's are. Raises ValueError where a layer is missing or of another format.
+    """
+    source, _ = load_torch(folder)
+    done = set()
+    with torch.no_grad():
+        for path, layer in module.named_modules():
+            quantizer = getattr(layer, "weight_fake_quantizer", None)
+            if quantizer is None or id(layer.weight) in done:
+                continue
+            done.add(id(layer.weight))
+            found = dict(source.named_modules()).get(path)
+            wanted = Format(quantizer.config.bounds[1].bit_length(), quantizer.config.group_size)
+            packed = getattr(found, "packed", None)
+            if packed is None or packed.format != wanted or packed.shape != tuple(layer.weight.shape):
+                has = "no packed layer" if packed is None else f"{packed.format}, {packed.shape}"
+                shape = tuple(layer.weight.shape)
+                raise ValueError(f"train: {path} of {folder} is {has}; --start wants {wanted}, {shape}")
+            parts = [part.detach() for part in (packed.words, packed.scales, packed.biases)]
+            value = ops.dequantize(Packed(*parts, wanted), "float32").to(layer.weight.device)
+            scale, bias = (part.float().to(layer.weight.device) for part in parts[1:])
+            _set_grid(quantizer, scale, bias)
+            reach = CELL * scale.abs().repeat_interleave(wanted.group_size, -1)
+            layer.weight.copy_(layer.weight.float().clamp(value - reach, value + reach))
 
 
 def _check_names(folder: Path, config: dict) -> None:

@@ -36,7 +36,7 @@ class MPQWeight(torch.nn.Parameter):
         weight = torch.Tensor._make_subclass(cls, data, requires_grad)
         weight.words = weight.scales = weight.biases = weight.order = weight.owner = weight.format = None
         weight.zero_dtype, weight.smallest_zero, weight.zeros_moved = None, 0, False
-        weight.on_grad = weight._gradient = None
+        weight.on_grad = weight._gradient = weight._packed = None
         return weight
 
     @property
@@ -52,6 +52,18 @@ class MPQWeight(torch.nn.Parameter):
         if self.order is not None:
             found = torch.empty_like(found).index_copy_(1, self.order, found)
         return found.T
+
+    @property
+    def packed(self) -> Packed:
+        """The layer's triple, one object while its tensors stay: ops keeps on it what it learns."""
+        parts = self.words, self.scales, self.biases
+        known = self._packed
+        if known is None or any(a is not b for a, b in zip(known[0], parts, strict=True)) or (
+            known[1].words.data_ptr() != self.words.data_ptr()  # tensor.data = other keeps the object
+        ):
+            known = parts, Packed(self.words.view(torch.uint32), self.scales, self.biases, self.format)
+            self._packed = known
+        return known[1]
 
     def accumulate(self, gradient: torch.Tensor) -> None:
         """Add float32 (N, K) in canonical order to the privileged gradient; None in .grad begins a new sum.
@@ -93,20 +105,20 @@ class _Product(torch.autograd.Function):
     """x @ W.T on packed words; dx on the same words, and the privileged gradient left on the MPQWeight."""
 
     @staticmethod
-    def forward(ctx, x, weight, words, scales, biases, fmt):
-        ctx.weight, ctx.format = weight, fmt
+    def forward(ctx, x, weight, words, scales, biases, packed):
+        ctx.weight, ctx.packed = weight, packed
         ctx.needs_weight = weight.requires_grad
         # Saving words lets autograd refuse a backward pass after an optimiser changed them in place.
         ctx.save_for_backward(x if ctx.needs_weight else None, words, scales, biases)
-        return ops.qmm(x, Packed(words.view(torch.uint32), scales, biases, fmt))
+        return ops.qmm(x, packed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, words, scales, biases = ctx.saved_tensors
+        x, *_ = ctx.saved_tensors
         grad, dx = grad.contiguous(), None
         if ctx.needs_input_grad[0]:
-            dx = ops.qmm(grad, Packed(words.view(torch.uint32), scales, biases, ctx.format), transpose=False)
+            dx = ops.qmm(grad, ctx.packed, transpose=False)
         if not ctx.needs_weight:
             return dx, None, None, None, None, None
         ctx.weight.accumulate(_sum_of_products(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])))
@@ -280,7 +292,7 @@ class MPQLinear(torch.nn.Module):
         if self.order is not None:
             x = x.index_select(-1, self.order)
         arrays = self.words, self.group_scales, self.group_biases
-        y = _Product.apply(x.contiguous(), self.weight, *arrays, self.weight.format)
+        y = _Product.apply(x.contiguous(), self.weight, *arrays, self.weight.packed)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

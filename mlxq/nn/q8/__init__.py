@@ -21,7 +21,7 @@ LOW, HIGH = -128, 127
 ZERO = 128  # int8 codes are stored as unsigned bytes: code + 128, so that biases = -128 * scales
 EPS = 1e-5  # the least activation scale: a learned one below it acts as this, in every formula
 
-ACTIVATIONS = ("token", "tile", "learned", "static")
+ACTIVATIONS = ("token", "tile", "learned", "static", "static_tile")
 WEIGHT_SCALES = ("row", "tensor", "group", "lsq")
 
 
@@ -31,7 +31,8 @@ class Settings:
 
     activation     "token": max|row| / 127 of every row of x, at each call; "tile": the same of every
                    group_size values of a row; "learned": one number for the layer, a parameter with LSQ's
-                   gradient; "static": one number, set by observing data
+                   gradient; "static": one number, set by observing data; "static_tile": one number for
+                   every group_size inputs, set likewise
     weight_scales  "row": max|row| / 127; "tensor": max|W| / 127; "group": one per group_size weights of a
                    row; "lsq": 2 mean|W| / sqrt(127). Recomputed at each call while the weight is float
     group_size     weights that share a stored scale: "group" chooses a scale for each, the others repeat
@@ -75,7 +76,7 @@ class Settings:
     @property
     def per_row(self) -> bool:
         """Whether rows of weights and of x have one scale each, so that a whole sum is one integer."""
-        return self.weight_scales != "group" and self.activation != "tile"
+        return self.weight_scales != "group" and self.tile is None
 
     @property
     def is_dynamic(self) -> bool:
@@ -85,7 +86,7 @@ class Settings:
     @property
     def tile(self) -> int | None:
         """Neighbours in a row of x that share a scale; None: one scale for the row, or for all."""
-        return self.group_size if self.activation == "tile" else None
+        return self.group_size if self.activation in ("tile", "static_tile") else None
 
     @property
     def clips_weights(self) -> bool:
@@ -119,8 +120,17 @@ def weight_codes(w, scales, settings: Settings, xp):
     return xp.clip(xp.round(w / scales), low, HIGH)
 
 
+def of_values(scale, x, xp):
+    """The scale of each of x's values: the one there is, or (K,) from those of tiles (K / tile,)."""
+    if scale.ndim == 0:
+        return scale
+    tiles, K = scale.shape[0], x.shape[-1]
+    return xp.broadcast_to(scale.reshape(tiles, 1), (tiles, K // tiles)).reshape(K)
+
+
 def activation_codes(x, scale, xp):
-    """Integers as float32, x's shape, by one scale that is EPS or more."""
+    """Integers as float32, x's shape, by one scale or those of tiles, which are EPS or more."""
+    scale = of_values(scale, x, xp)
     return xp.clip(xp.round(x / scale), LOW, HIGH)
 
 
@@ -136,24 +146,51 @@ def activation_gradients(h, x, scale, xp):
     """(dL/dx, dL/dscale) of a product with activation codes by one scale.
 
     h       float   x's shape   dL/dx as if nothing had been rounded: dL/dy @ W
-    scale   float               EPS or more; the gradient passes a clamp to EPS, so a scale can come back
+    scale   float               EPS or more; the gradient passes a clamp to EPS, so a scale can come back.
+                                Of tiles: they never learn, so theirs is 0
 
     Codes that were clipped pass nothing to x, and -128 or 127 to the scale; the others pass h to x and
     round(x / scale) - x / scale to the scale. The scale's sum is divided by sqrt(x.size * 127).
     """
-    v = x / scale
+    v = x / of_values(scale, x, xp)
     inside = (v >= LOW) & (v <= HIGH)
     slope = xp.where(inside, xp.round(v) - v, xp.clip(v, LOW, HIGH))
     size = math.prod(x.shape)
-    dscale = (h * slope).sum() / math.sqrt(size * HIGH) if size else xp.zeros_like(scale)
+    learns = size and scale.ndim == 0
+    dscale = (h * slope).sum() / math.sqrt(size * HIGH) if learns else xp.zeros_like(scale)
     return xp.where(inside, h, xp.zeros_like(h)), dscale
 
 
 def observed_scale(x, settings: Settings, xp):
-    """The scale that a batch suggests: 2 mean|x| / sqrt(127) to learn from, max|x| / 127 for "static"."""
+    """What a batch suggests: 2 mean|x| / sqrt(127) to learn from, max|x| / 127 for static scales.
+
+    float32 (), or (K / tile,) for "static_tile".
+    """
     if settings.activation == "learned":
         return xp.abs(x).mean() * (2 / math.sqrt(HIGH))
+    if settings.tile:
+        tiles = xp.abs(x).reshape(-1, x.shape[-1] // settings.tile, settings.tile)
+        largest = _largest(_largest(tiles, xp).reshape(tiles.shape[:2]).T, xp)
+        return largest.reshape(-1) / HIGH
     return xp.abs(x).max() / HIGH
+
+
+def given_scale(scale, settings: Settings, K: int):
+    """A static or learned scale as a float or a list of one for each tile; None stays.
+
+    Raises ValueError for another number of tiles.
+    """
+    if scale is None:
+        return None
+    scale = scale.tolist() if hasattr(scale, "tolist") else scale
+    wanted = K // settings.tile if settings.activation == "static_tile" else None
+    came = len(scale) if isinstance(scale, list) else None
+    if came != wanted:
+        said = [f"{n} numbers" if n else "one number" for n in (came, wanted)]
+        raise ValueError(
+            f"Q8Linear: the {settings.activation} scale of {K} inputs has {said[0]}; wanted {said[1]}"
+        )
+    return scale
 
 
 def _largest(x, xp):

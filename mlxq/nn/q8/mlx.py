@@ -13,6 +13,7 @@ from mlxq import ops
 from mlxq.format import Format, Packed, dtype_name
 from mlxq.nn import q8
 from mlxq.nn.q8 import Settings
+from mlxq.ops import native
 
 
 class Q8Linear(nn.Module):
@@ -21,7 +22,8 @@ class Q8Linear(nn.Module):
     The weight is float, (N, K), and trains; after pack() it is the triple of mlxq.format and mlx-lm: weight
     (words), scales, biases, all frozen. Both give the same bits, in training and in evaluation.
 
-    scale_a   float32 ()      activations "learned" (trains) and "static" (frozen); NaN until it is observed
+    scale_a   float32 ()      activations "learned" (trains) and "static" (frozen); NaN until it is observed;
+                              "static_tile": (K / group_size,)
     bias_a    (K,)            what is added to x first; absent unless asked for
     bias      (N,)            absent with bias=False
 
@@ -43,7 +45,7 @@ class Q8Linear(nn.Module):
         bias_a: bool = False,
     ):
         super().__init__()
-        self._set(Settings.fitting(input_dims, activation, weight_scales, group_size))
+        self._set(Settings.fitting(input_dims, activation, weight_scales, group_size), input_dims)
         bound = input_dims**-0.5
         self.weight = mx.random.uniform(-bound, bound, (output_dims, input_dims))
         if bias:
@@ -51,17 +53,19 @@ class Q8Linear(nn.Module):
         if bias_a:
             self.bias_a = mx.zeros((input_dims,))
 
-    def _set(self, settings: Settings, scale_a: float | None = None) -> None:
+    def _set(self, settings: Settings, K: int, scale_a: float | list[float] | None = None) -> None:
         self.settings, self.per_row = settings, settings.per_row
         self._observing = False
         # A layer without a scale gives NaN where nobody looks, and raises where one call may look.
         self._has_scale = scale_a is not None or settings.is_dynamic
         if not settings.is_dynamic:
-            self.scale_a = mx.array(float("nan") if scale_a is None else scale_a, mx.float32)
+            scale = q8.given_scale(scale_a, settings, K)
+            shape = () if settings.tile is None else (K // settings.tile,)
+            self.scale_a = mx.full(shape, float("nan")) if scale is None else mx.array(scale, mx.float32)
             self._freeze_own()
 
     def _freeze_own(self) -> None:
-        keys = ["scale_a"] if self.settings.activation == "static" else []
+        keys = ["scale_a"] if self.settings.activation in ("static", "static_tile") else []
         keys += ["weight", "scales", "biases"] if self.is_packed else []
         if keys:
             self.freeze(recurse=False, keys=keys)
@@ -105,11 +109,11 @@ class Q8Linear(nn.Module):
         weight_scales: str = "row",
         group_size: int | None = None,
         bias_a: bool = False,
-        scale_a: float | None = None,
+        scale_a: float | mx.array | list[float] | None = None,
     ) -> Q8Linear:
         """The layer with the float weight and the bias of an nn.Linear, shared; pack() it to deploy it."""
         N, K = linear.weight.shape
-        layer = cls._blank(Settings.fitting(K, activation, weight_scales, group_size), scale_a)
+        layer = cls._blank(Settings.fitting(K, activation, weight_scales, group_size), K, scale_a)
         layer.weight = linear.weight
         if "bias" in linear:
             layer.bias = linear.bias
@@ -125,7 +129,7 @@ class Q8Linear(nn.Module):
         *,
         activation: str = "token",
         bias_a: mx.array | None = None,
-        scale_a: float | None = None,
+        scale_a: float | mx.array | list[float] | None = None,
     ) -> Q8Linear:
         """The layer over packed mx.arrays (N, K), of 8, 4 or 2 bits, symmetric or not.
 
@@ -134,9 +138,10 @@ class Q8Linear(nn.Module):
         """
         packed.validate()
         fmt = packed.format
-        layer = cls._blank(Settings(activation, "group", fmt.group_size, fmt.bits), scale_a)
+        settings = Settings(activation, "group", fmt.group_size, fmt.bits)
+        layer = cls._blank(settings, packed.K, scale_a)
         layer.weight, layer.scales, layer.biases = packed.words, packed.scales, packed.biases
-        layer.per_row = activation != "tile" and q8.is_per_row(fmt.bits, packed.scales, packed.biases)
+        layer.per_row = settings.tile is None and q8.is_per_row(fmt.bits, packed.scales, packed.biases)
         if bias is not None:
             layer.bias = bias
         if bias_a is not None:
@@ -145,25 +150,34 @@ class Q8Linear(nn.Module):
         return layer
 
     @classmethod
-    def _blank(cls, settings: Settings, scale_a: float | None) -> Q8Linear:
+    def _blank(cls, settings: Settings, K: int, scale_a) -> Q8Linear:
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._set(settings, scale_a)
+        layer._set(settings, K, scale_a)
         return layer
 
     def __call__(self, x: mx.array) -> mx.array:
-        wide = x.astype(mx.float32)
+        wide = x
         if "bias_a" in self:
-            wide = wide + self["bias_a"].astype(mx.float32)
-        if self._observing:
-            self._observe(wide)
-        weight = (self["weight"],)
-        if self.is_packed:
-            weight += (self["scales"], self["biases"])
-        y = _product(self.settings, self.per_row)(wide, self._scale(), *weight)
+            wide = x.astype(mx.float32) + self["bias_a"].astype(mx.float32)
+        y = None
+        if self.is_packed and self.settings.is_dynamic:
+            dtype = "float32" if "bias" in self else dtype_name(x)
+            y = native.q8_linear(wide, self.packed, self.per_row, self.settings.tile, dtype)
+        if y is None:
+            y = self._any_product(wide.astype(mx.float32))
         if "bias" in self:
             y = y + self["bias"].astype(mx.float32)
         return y.astype(x.dtype)
+
+    def _any_product(self, x: mx.array) -> mx.array:
+        """float32 x times the weight, with every setting and gradient."""
+        if self._observing:
+            self._observe(x)
+        weight = (self["weight"],)
+        if self.is_packed:
+            weight += (self["scales"], self["biases"])
+        return _product(self.settings, self.per_row)(x, self._scale(), *weight)
 
     def _scale(self) -> mx.array:
         """The activation scale; a placeholder that nobody reads for "token" and "tile"."""
@@ -174,7 +188,7 @@ class Q8Linear(nn.Module):
             if self._observing:
                 return mx.array(q8.EPS)  # only zeros so far, which are codes of 0 by any scale
             try:
-                missing = bool(mx.isnan(scale).item())
+                missing = bool(mx.isnan(scale).any().item())
             except ValueError:  # inside mx.compile no value can be read; NaN will show in y
                 missing = False
             else:
@@ -193,7 +207,7 @@ class Q8Linear(nn.Module):
         scale = q8.observed_scale(x, self.settings, mx)
         if self._has_scale:
             scale = mx.maximum(scale, self["scale_a"])
-        if scale.item() > 0:  # a batch of zeros says nothing
+        if scale.max().item() > 0:  # a batch of zeros says nothing
             self.scale_a, self._has_scale = scale, True
             self._freeze_own()
 
@@ -230,7 +244,8 @@ def _product(settings: Settings, per_row: bool):
         if settings.is_dynamic:
             return ops.q8_rows(x, settings.tile)
         scale = mx.maximum(scale, q8.EPS)
-        return q8.activation_codes(x, scale, mx).astype(mx.int8), scale
+        codes = q8.activation_codes(x, scale, mx).astype(mx.int8)
+        return codes, mx.broadcast_to(scale, (*x.shape[:-1], *scale.shape)) if scale.ndim else scale
 
     @mx.custom_function
     def product(x, scale, *weight):

@@ -19,7 +19,8 @@ class Q8Linear(nn.Module):
     The weight is float, (N, K), and trains; after pack() it is the triple of mlxq.format and mlx-lm, three
     buffers: weight (words, as int32), scales, biases. Both give the same bits, in training and in evaluation.
 
-    scale_a   float32 ()      activations "learned" (a parameter) and "static" (a buffer); NaN until observed
+    scale_a   float32 ()      activations "learned" (a parameter) and "static" (a buffer); NaN until observed;
+                              "static_tile": (K / group_size,), a buffer
     bias_a    (K,)            what is added to x first; absent unless asked for
     bias      (N,)            absent with bias=False
 
@@ -49,17 +50,20 @@ class Q8Linear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
         self._set_bias_a(torch.zeros_like(linear.weight[0]) if bias_a else None)
 
-    def _set(self, settings: Settings, in_features, out_features, device, scale_a: float | None = None):
+    def _set(self, settings: Settings, in_features, out_features, device, scale_a=None):
         super().__init__()
         self.settings, self.per_row = settings, settings.per_row
         self.in_features, self.out_features = in_features, out_features
         self._observing = False
         self._has_scale = scale_a is not None or settings.is_dynamic
-        scale = torch.tensor(float("nan") if scale_a is None else scale_a, dtype=torch.float32, device=device)
+        scale_a = q8.given_scale(scale_a, settings, in_features)
+        shape = () if settings.tile is None else (in_features // settings.tile,)
+        scale = torch.full(shape, float("nan")) if scale_a is None else torch.tensor(scale_a)
+        scale = scale.to(device, torch.float32)
         if settings.activation == "learned":
             self.scale_a = nn.Parameter(scale)
         else:
-            self.register_buffer("scale_a", scale if settings.activation == "static" else None)
+            self.register_buffer("scale_a", None if settings.is_dynamic else scale)
         self.register_buffer("scales", None)
         self.register_buffer("biases", None)
 
@@ -104,7 +108,7 @@ class Q8Linear(nn.Module):
         weight_scales: str = "row",
         group_size: int | None = None,
         bias_a: bool = False,
-        scale_a: float | None = None,
+        scale_a: float | torch.Tensor | list[float] | None = None,
     ) -> Q8Linear:
         """The layer with the float weight and the bias of an nn.Linear, shared; pack() it to deploy it."""
         N, K = linear.weight.shape
@@ -122,7 +126,7 @@ class Q8Linear(nn.Module):
         *,
         activation: str = "token",
         bias_a: torch.Tensor | None = None,
-        scale_a: float | None = None,
+        scale_a: float | torch.Tensor | list[float] | None = None,
     ) -> Q8Linear:
         """The layer over packed tensors (N, K), of 8, 4 or 2 bits, symmetric or not.
 
@@ -134,7 +138,7 @@ class Q8Linear(nn.Module):
         settings = Settings(activation, "group", fmt.group_size, fmt.bits)
         layer = cls._blank(settings, packed.K, packed.N, packed.words.device, scale_a)
         layer._hold(packed)
-        layer.per_row = activation != "tile" and q8.is_per_row(fmt.bits, packed.scales, packed.biases)
+        layer.per_row = settings.tile is None and q8.is_per_row(fmt.bits, packed.scales, packed.biases)
         layer.bias = None if bias is None else nn.Parameter(bias.detach())
         layer._set_bias_a(bias_a)
         return layer
@@ -169,7 +173,7 @@ class Q8Linear(nn.Module):
         if self.scale_a is None:
             return None
         if not self._has_scale:
-            if self.scale_a.isnan():
+            if self.scale_a.isnan().any():
                 if self._observing or (self.training and self.settings.activation == "learned"):
                     # Only zeros so far, which are codes of 0 by any scale.
                     return torch.full_like(self.scale_a, q8.EPS, requires_grad=False)
@@ -186,14 +190,14 @@ class Q8Linear(nn.Module):
         """Take the scale from a batch: the first one for "learned", the largest of all for "static"."""
         if self.scale_a is None or not x.numel():
             return
-        known = not self.scale_a.isnan()
+        known = not self.scale_a.isnan().any()
         if known and self.settings.activation == "learned":
             self._has_scale = True
             return
         scale = q8.observed_scale(x, self.settings, torch)
         if known:
             scale = torch.maximum(scale, self.scale_a)
-        if scale > 0:  # a batch of zeros says nothing
+        if scale.max() > 0:  # a batch of zeros says nothing
             self.scale_a.copy_(scale)
             self._has_scale = True
 
@@ -210,7 +214,7 @@ class Q8Linear(nn.Module):
         self._has_scale = self.scale_a is None
         if self.is_packed and not self.weight.is_meta:
             rows = q8.is_per_row(self.settings.bits, self.scales, self.biases)
-            self.per_row = rows and self.settings.activation != "tile"
+            self.per_row = rows and self.settings.tile is None
 
     def extra_repr(self) -> str:
         s = self.settings
@@ -239,7 +243,8 @@ class _Product(torch.autograd.Function):
         if settings.is_dynamic:
             return ops.q8_rows(x, settings.tile)
         scale = scale.clamp(min=q8.EPS)
-        return q8.activation_codes(x, scale, torch).to(torch.int8), scale
+        codes = q8.activation_codes(x, scale, torch).to(torch.int8)
+        return codes, scale.expand(*x.shape[:-1], -1).contiguous() if scale.ndim else scale
 
     @staticmethod
     def forward(ctx, x, scale, weight, packed, settings, per_row):

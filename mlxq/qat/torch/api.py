@@ -70,7 +70,10 @@ class _Torch(steps.Framework):
         if isinstance(layer, FakeQuantizedEmbedding):
             if layer.max_norm is not None:
                 raise ValueError("max_norm rewrites rows, and packed rows cannot be rewritten")
-            return QuantizedEmbedding.from_packed(packed)
+            table = QuantizedEmbedding.from_packed(packed)
+            if layer.weight.dtype != table.scales.dtype:  # what follows computes in the weight's
+                table.rows_dtype = layer.weight.dtype
+            return table
         config = _Torch.activation_config(layer)
         if config is None:
             return QuantizedLinear.from_packed(packed, layer.bias)

@@ -60,8 +60,7 @@ class TorchTrainer:
         self.masters = [p.detach().float().clone() for _, p in self.names]
         groups: dict[float, list] = {}
         for (name, _), master in zip(self.names, self.masters, strict=True):
-            times = times_of(name, student.get_submodule(name.rpartition(".")[0]), trainable)
-            groups.setdefault(times, []).append(master)
+            groups.setdefault(self._times(name, trainable), []).append(master)
         self.optimizer = torch.optim.Adam(
             [{"params": params, "times": times} for times, params in groups.items()], 1.0, BETAS, EPS
         )
@@ -71,6 +70,10 @@ class TorchTrainer:
             if not sharded:
                 self.model = nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
             self._publish()
+
+    def _times(self, name: str, trainable: str) -> float:
+        """What the learning rate is multiplied by for one of the student's parameters."""
+        return times_of(name, self.student.get_submodule(name.rpartition(".")[0]), trainable)
 
     def agree(self, *values: float) -> list[float]:
         """The first process's numbers, in every process."""
@@ -94,20 +97,7 @@ class TorchTrainer:
 
     def _loss(self, model, batch: Batch) -> torch.Tensor:
         """Sum of the loss over the scored tokens of a batch."""
-        tokens = torch.as_tensor(np.asarray(batch.tokens, np.int64), device=self.device)
-        weights = torch.as_tensor(batch.targets, device=self.device)
-        wanted = None
-        if self.teacher is not None:
-            with torch.no_grad(), self._cast():
-                wanted = F.log_softmax(_logits(self.teacher(tokens))[:, :-1].float(), -1)
-        with self._cast():
-            logits = _logits(model(tokens))
-        given = F.log_softmax(logits[:, :-1].float(), -1)
-        if wanted is None:
-            loss = -given.gather(-1, tokens[:, 1:, None])[..., 0]
-        else:
-            loss = (wanted.exp() * (wanted - given)).sum(-1)
-        return (loss * weights).sum()
+        return divergence(model, self.teacher, batch, self.device, self._cast)
 
     def step(self, batch: Batch, rate: float) -> float:
         self.model.train()
@@ -195,6 +185,27 @@ class TorchTrainer:
                     mine = sharding.part_of(state[f"{what}/{name}"], master)
                     sharding.local(moment).copy_(torch.as_tensor(mine))
                 self.optimizer.state[master] = {"step": torch.tensor(state[f"step/{name}"]), **moments}
+
+
+def divergence(model, teacher, batch: Batch, device, cast=contextlib.nullcontext) -> torch.Tensor:
+    """Sum over the scored tokens of a batch of KL(teacher || model), or of cross-entropy without a teacher.
+
+    cast   gives the context of the models' calls
+    """
+    tokens = torch.as_tensor(np.asarray(batch.tokens, np.int64), device=device)
+    weights = torch.as_tensor(batch.targets, device=device)
+    wanted = None
+    if teacher is not None:
+        with torch.no_grad(), cast():
+            wanted = F.log_softmax(_logits(teacher(tokens))[:, :-1].float(), -1)
+    with cast():
+        logits = _logits(model(tokens))
+    given = F.log_softmax(logits[:, :-1].float(), -1)
+    if wanted is None:
+        loss = -given.gather(-1, tokens[:, 1:, None])[..., 0]
+    else:
+        loss = (wanted.exp() * (wanted - given)).sum(-1)
+    return (loss * weights).sum()
 
 
 def _logits(output) -> torch.Tensor:
