@@ -59,7 +59,9 @@ def exact(w):
     """The weights (N, K) in float64, by torch on the GPU."""
     torch, fmt = torch_gpu(), w.format
     shifts = torch.arange(0, 32, fmt.bits, device="cuda", dtype=torch.int32)
-    codes = ((w.words.view(torch.int32)[..., None] >> shifts) & fmt.levels).reshape(*w.scales.shape, fmt.group_size)
+    codes = ((w.words.view(torch.int32)[..., None] >> shifts) & fmt.levels).reshape(
+        *w.scales.shape, fmt.group_size
+    )
     return (codes * w.scales.double()[..., None] + w.biases.double()[..., None]).reshape(w.N, w.K)
 
 
@@ -86,11 +88,20 @@ def test_products_equal_float64_for_every_format_and_type(fmt, x_type, s_type):
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_few_rows_equal_float64_however_long_and_large(fmt, x_type):
     gpu = cuda._device(torch_gpu().cuda.current_device())
-    shapes = [(1, 4096, 4096), (2, 2100, 8192), (3, 18, 1024), (4, 2125, 3072), (7, 30, 5120), (8, 14336, 4096)]
+    shapes = [
+        (1, 4096, 4096),
+        (2, 2100, 8192),
+        (3, 18, 1024),
+        (4, 2125, 3072),
+        (7, 30, 5120),
+        (8, 14336, 4096),
+    ]
     for M, N, K in shapes:
         x, w = problem(fmt, M, N, K, x_type, "bfloat16")
         streamed = fmt != Format(2, 32)
-        assert (cuda.stream_shape(M, N, K, fmt, x_type, "bfloat16", gpu) is not None) == (gpu["early"] and streamed)
+        assert (cuda.stream_shape(M, N, K, fmt, x_type, "bfloat16", gpu) is not None) == (
+            gpu["early"] and streamed
+        )
         expected = x.double() @ exact(w).T
         factors = (1, 2.0**-3) if x_type == "float16" else (1, 2.0**-75, 2.0**33, 2.0**38, 2.0**100)
         for factor in factors:  # beyond 2^36 bfloat16 x takes another way
@@ -129,7 +140,14 @@ def test_gathered_products_equal_float64(fmt, transpose):
 def test_many_rows_equal_float64(fmt, transpose, x_type, s_type):
     torch = torch_gpu()
     g = fmt.group_size
-    shapes = [(9, 200, 9 * g), (17, 129, 5 * g), (33, 1000, 128), (64, 2048, 16 * g), (100, 256, 2048), (300, 333, 640)]
+    shapes = [
+        (9, 200, 9 * g),
+        (17, 129, 5 * g),
+        (33, 1000, 128),
+        (64, 2048, 16 * g),
+        (100, 256, 2048),
+        (300, 333, 640),
+    ]
     shapes += [(12, 1000, 4096), (130, 264, 3072), (513, 1032, 1024)]
     for M, N, K in shapes:
         _, w = problem(fmt, M, N, K, x_type, s_type)
@@ -162,7 +180,9 @@ def test_experts_with_many_rows_equal_float64(fmt, transpose):
 def test_products_of_int8_have_exact_sums(fmt, per_row):
     torch = torch_gpu()
     for (M, N, K), (s_type, dtype) in zip(
-        [(1, 130, 384), (9, 200, 640), (64, 1000, 1152), (200, 129, 2048)], itertools.product(STORAGE, STORAGE), strict=False
+        [(1, 130, 384), (9, 200, 640), (64, 1000, 1152), (200, 129, 2048)],
+        itertools.product(STORAGE, STORAGE),
+        strict=False,
     ):
         x, w = problem(fmt, M, N, K, "float32", s_type)
         if per_row:
@@ -170,7 +190,9 @@ def test_products_of_int8_have_exact_sums(fmt, per_row):
             w = format.Packed(w.words, scales, -(2 ** (fmt.bits - 1)) * scales, fmt)
         codes, factors = ops.q8_rows(x)
         host_codes, host_factors = ops.q8_rows(bridge.to_numpy(x))
-        assert np.array_equal(bridge.to_numpy(codes), host_codes) and np.array_equal(bridge.to_numpy(factors), host_factors)
+        assert np.array_equal(bridge.to_numpy(codes), host_codes) and np.array_equal(
+            bridge.to_numpy(factors), host_factors
+        )
         for scale in (factors, factors[:1].reshape(())):
             y = ops.q8mm(codes, scale, w, per_row=per_row, dtype=dtype)
             host = format.Packed(*(bridge.to_numpy(a) for a in (w.words, w.scales, w.biases)), fmt)

@@ -1,7 +1,7 @@
-"""The own text of qmm.cu and q8mm.cu on a CPU: right answers for every way that it can be compiled and started, and no race.
+"""The own text of qmm.cu and q8mm.cu on a CPU: right answers however it is compiled and started, and no race.
 
-The instructions of Hopper (hopper.cuh) are replaced by tests/cuda/emulated.h; the grid, the shared memory and the
-macros are those that cuda.qmm_shape gives on an H100.
+The instructions of Hopper (hopper.cuh) are replaced by tests/cuda/emulated.h; the grid, the shared memory and
+the macros are those that cuda.qmm_shape gives on an H100.
 """
 
 import ctypes
@@ -248,5 +248,5 @@ def run_q8(build, bits, group_size, s_type, y_type, M, N, K, per_row, kind, late
 def test_products_of_int8_are_exact(build, case, late):
     *about, ranks = case
     values, want = run_q8(build, *about, late, ranks)
-    # Sums of integers are exact: what is left are the float32 sums over groups, the scales' product and y's rounding.
+    # Sums of integers are exact; left are the float32 sums over groups, the scales' product and y's rounding.
     assert error(values, want) < {"float32": 1e-6, "float16": 2.0**-11, "bfloat16": 2.0**-8}[about[3]]

@@ -5,10 +5,12 @@ the caller's own allocator. Nothing synchronizes except quantize, which has to k
 finite. What a call needs (the compiled kernel, the grid, the packed arguments) is worked out once for each
 weight and shape and remembered, so that a call costs a lookup, an allocation and a launch.
 
-Few rows go to qmv.cu. On Hopper, more rows of 16-bit x, transpose=False and experts with many rows go to qmm.cu,
-which rounds each weight to x's type, as a dequantized copy would be; qmv.cu never does. What neither serves goes
-through such a copy and the framework's own product (cuBLAS). cupy brings NVRTC, the compiler, and the code is cached on disk; kernels are started
-through the driver. Times, floors and what was tried: docs/kernels-cuda.md.
+Few rows go to qmv.cu, which never rounds a weight, or on Hopper to qmv_stream.cu, which does not either. On
+Hopper more rows of 16-bit x and transpose=False go to qmm_stream.cu, and where rows do not begin at 16
+bytes, or rows choose experts, to qmm.cu; both round each weight to x's type, as a dequantized copy would
+be. What none serves goes through such a copy and the framework's own product (cuBLAS). cupy brings NVRTC,
+the compiler, and the code is cached on disk; kernels are started through the driver. Times, floors and what
+was tried: docs/kernels-cuda.md.
 """
 
 from __future__ import annotations
@@ -93,7 +95,7 @@ def _device(index: int) -> dict[str, int]:
 
 @functools.cache
 def _source(name: str) -> str:
-    """A kernel file as text, with the constants of format.h before it and our headers where it includes them."""
+    """A kernel file as text, the constants of format.h before it and our headers where it includes them."""
     text = (HERE / name).read_text(encoding="utf-8")
     constants = (HERE.parent / "format.h").read_text(encoding="utf-8").replace("#pragma once", "")
     for header in ("hopper.cuh", "copies.cuh"):
@@ -196,7 +198,9 @@ class _Launch:
         """
         self.slots = [arguments[i] for i in changing]
         self.keep = arguments
-        self.pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(getattr(a, "buffer", a)) for a in arguments))
+        self.pointers = (ctypes.c_void_p * len(arguments))(
+            *(ctypes.addressof(getattr(a, "buffer", a)) for a in arguments)
+        )
         self.always = int(cluster > 1)  # attributes of every start
         attributes = (_Attribute * 2)()
         attributes[0].id, attributes[0].value[:3] = _CLUSTER, (cluster, 1, 1)
@@ -297,7 +301,7 @@ class _Torch:
 
     @staticmethod
     def by_expert(rhs, experts: int):
-        """(positions in rhs in the order of their experts, where each expert begins and the last one ends)."""
+        """(positions in rhs in the order of their experts, where each expert begins and the last ends)."""
         torch = sys.modules["torch"]
         values, order = rhs.reshape(-1).sort(stable=True)
         starts = torch.arange(experts + 1, dtype=torch.int32, device=rhs.device)
@@ -528,7 +532,7 @@ STREAM_REGISTERS = 64  # that a thread may fill with x
 
 def stream_tuning(bits: int, row_bytes: int) -> tuple[int, int, int]:
     """(warps, bytes of a row in a warp's part of a stage, stages at most) that were best on an H100."""
-    return (8 if row_bytes <= 1024 else 16), 128, 9
+    return (16, 64, 12) if row_bytes <= 1024 else (16, 128, 4)
 
 
 def stream_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict) -> dict | None:
@@ -587,7 +591,7 @@ def stream_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict) -> dict | No
 
 
 def _tensor_map(pointer: int, sizes, strides, box, swizzle: int):
-    """What the copy engine has to know of a tensor: sizes innermost first, strides in bytes of all but the innermost.
+    """What the copy engine has to know of a tensor: sizes, innermost first, and strides in bytes of the rest.
 
     box: elements of a copy; swizzle: 0, 32, 64 or 128, the bytes within which 16-byte pieces change places.
     """
@@ -597,7 +601,7 @@ def _tensor_map(pointer: int, sizes, strides, box, swizzle: int):
 
 
 class _TensorMap:
-    """_tensor_map of a tensor whose place changes: an argument of a kernel (buffer) that takes the pointer as value."""
+    """_tensor_map for a tensor that moves: a kernel's argument (buffer) that takes the pointer as value."""
 
     def __init__(self, sizes, strides, box, swizzle: int, kind: str):
         rank, memory = len(sizes), (ctypes.c_char * 192)()
@@ -623,7 +627,10 @@ class _TensorMap:
     @value.setter
     def value(self, pointer: int) -> None:
         if pointer != self.pointer:
-            _check(self.encode(*self.before, ctypes.c_void_p(pointer), *self.after), "describing a tensor to the copy engine")
+            _check(
+                self.encode(*self.before, ctypes.c_void_p(pointer), *self.after),
+                "describing a tensor to the copy engine",
+            )
             self.pointer = pointer
 
 
@@ -660,7 +667,14 @@ def _qmv(device: int, pointers, batches: int, M: int, N: int, K: int, fmt, x_typ
 
 
 MAX_EXPERTS = 1024  # of qmm.cu's tile search
-QMM_TILES = {8: (2, 2), 16: (2, 2), 32: (2, 2), 64: (2, 2), 128: (1, 1), 256: (1, 1)}  # rows: (panels, blocks)
+QMM_TILES = {
+    8: (2, 2),
+    16: (2, 2),
+    32: (2, 2),
+    64: (2, 2),
+    128: (1, 1),
+    256: (1, 1),
+}  # rows: (panels, blocks)
 
 
 def qmm_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict, transpose=True, experts=0) -> dict | None:
@@ -750,7 +764,9 @@ def qmm_stream_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict, transpos
     return {"defines": defines, "out_tiles": out_tiles, "rows": rows, "ranks": ranks, "shared": shared}
 
 
-def q8mm_shape(M, N, K, fmt, s_type: str, y_type: str, x_scales: int, per_row: bool, gpu: dict) -> dict | None:
+def q8mm_shape(
+    M, N, K, fmt, s_type: str, y_type: str, x_scales: int, per_row: bool, gpu: dict
+) -> dict | None:
     """How q8mm.cu is compiled and started; None where it does not serve. As qmm_shape.
 
     x_scales: 0 one for all, 1 one a row, 2 one for as many columns as a group has.
@@ -800,7 +816,9 @@ def _many_streamed(device: int, pointers, M: int, N: int, K: int, fmt, x_type, s
     shape = qmm_stream_shape(M, N, K, fmt, x_type, s_type, gpu, transpose)
     if shape is None:
         return None
-    kernel = _kernel(device, "qmm_stream.cu", "qmm_stream", options(gpu["arch"], shape["defines"]), shape["shared"])
+    kernel = _kernel(
+        device, "qmm_stream.cu", "qmm_stream", options(gpu["arch"], shape["defines"]), shape["shared"]
+    )
     row, scales = K * fmt.bits // 8, K // fmt.group_size * SIZES[s_type]
     box = 128 if transpose else 16 * fmt.bits
     reduced = K if transpose else N
@@ -812,7 +830,9 @@ def _many_streamed(device: int, pointers, M: int, N: int, K: int, fmt, x_type, s
     return _Launch(kernel, grid, 384, arguments, (0, 4), shape["ranks"])
 
 
-def _many(device: int, pointers, M: int, N: int, K: int, fmt, x_type, s_type, transpose, experts=0, batches=1):
+def _many(
+    device: int, pointers, M: int, N: int, K: int, fmt, x_type, s_type, transpose, experts=0, batches=1
+):
     """A launch of qmm.cu that takes (x, y[, order, lhs, offsets]) or None where it does not serve."""
     gpu = _device(device)
     each = -(-M * batches // experts) if experts else M
@@ -873,7 +893,7 @@ class _Product:
         if not self.empty:
             about = N, K, w.format, self.x_type, format.dtype_name(w.scales)
             with side.on(device):
-                if transpose and M <= ROWS_BEST_IN_QMV:
+                if transpose and ROWS_BEST_ALONE < M <= ROWS_BEST_IN_QMV:
                     self.launch = _stream(device, self.pointers, M, *about)
                 if not transpose or M > ROWS_BEST_IN_QMV:
                     many = device, self.pointers, M, *about, transpose
@@ -997,6 +1017,7 @@ def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpos
     return y
 
 
+ROWS_BEST_ALONE = 2  # so few rows qmv.cu takes faster than qmv_stream.cu
 ROWS_BEST_IN_QMV = 8
 ROWS_BEST_IN_QMV_OF_EXPERTS = 32
 # Where qmm.cu does not serve: qmv reads the weights once for every eight rows; beyond, a copy is faster.
@@ -1055,7 +1076,9 @@ def q8_rows(x, group_size: int | None = None):
             kernel = _kernel(device, "q8_rows.cu", "q8_rows", flags, 0)
             arrays = [ctypes.c_void_p(side.pointer(a)) for a in (x, codes, scales)]
             grid = (-(-rows * warps // 8), 1, 1)
-            _Launch(kernel, grid, 256, [*arrays, ctypes.c_longlong(rows), ctypes.c_int(K)], ())(side.stream(device))
+            _Launch(kernel, grid, 256, [*arrays, ctypes.c_longlong(rows), ctypes.c_int(K)], ())(
+                side.stream(device)
+            )
     return codes, scales
 
 
@@ -1083,7 +1106,9 @@ def q8mm(x_codes, x_scales, w: format.Packed, per_row: bool, dtype: str):
             if shape is None:
                 y[...] = _q8mm_in_float64(side, x_codes, x_scales, w, per_row, tiled).reshape(y.shape)
                 return y
-            kernel = _kernel(device, "q8mm.cu", "q8mm", options(gpu["arch"], shape["defines"]), shape["shared"])
+            kernel = _kernel(
+                device, "q8mm.cu", "q8mm", options(gpu["arch"], shape["defines"]), shape["shared"]
+            )
             arrays = [ctypes.c_void_p(named[name][0]) for name in named] + [ctypes.c_void_p()]
             grid = shape["ranks"], shape["out_tiles"], -(-M // shape["rows"])
             sizes = [ctypes.c_int(v) for v in (M, N, K)]
