@@ -13,10 +13,11 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlxq import ops
 from mlxq.format import KERNEL_BITS
 from mlxq.nn.mlx import QuantizedEmbedding, QuantizedLinear, QuantizedSwitchLinear
+from mlxq.nn.q8.mlx import Q8Linear
 from mlxq.ptq import functional as F
 from mlxq.ptq import pack
 from mlxq.ptq.calibrate import quantize_model
-from mlxq.ptq.mlx import RuleConv, RuleEmbedding, RuleLinear, RuleQ8Linear
+from mlxq.ptq.mlx import RuleConv, RuleEmbedding, RuleLinear
 from mlxq.ptq.plan import operation, plan
 from mlxq.ptq.qarray import HowToQuantize, dequantize, quantize
 from mlxq.ptq.tensors import quantize_params
@@ -111,7 +112,7 @@ def test_norms_and_what_no_rule_matches_stay_as_they_are():
     after = params(model)
     for name in ("norm.weight", "embed.weight", "conv.weight", "experts.weight"):
         assert after[name] is before[name] or mx.array_equal(after[name], before[name])
-    assert operation(model.norm) is None and type(model.layers[0].up) is RuleQ8Linear
+    assert operation(model.norm) is None and type(model.layers[0].up) is Q8Linear
 
 
 def test_rules_that_match_nothing_are_refused_unless_allowed():
@@ -138,9 +139,9 @@ def test_a_rule_that_cannot_be_followed_names_the_path_and_the_way_out(rule, sai
         ("layers/.*=bits:4", QuantizedLinear),
         ("layers/.*=weight_qtype:int3,tile_size:32", QuantizedLinear),
         ("layers/.*=weight_qtype:int4,tile_size:64,weight_calibration_method:minmax", QuantizedLinear),
-        (W8A8, RuleQ8Linear),
-        ("layers/.*=bits:4,group_size:64,act_qtype:int8", RuleQ8Linear),
-        ("layers/.*=weight_qtype:int8,act_qtype:int8,tile_size:32", RuleQ8Linear),
+        (W8A8, Q8Linear),
+        ("layers/.*=bits:4,group_size:64,act_qtype:int8", Q8Linear),
+        ("layers/.*=weight_qtype:int8,act_qtype:int8,tile_size:32", Q8Linear),
         ("layers/.*=weight_qtype:int8,act_qtype:int8,tile_size:16", RuleLinear),
         ("layers/.*=weight_qtype:int8,act_qtype:int8,act_calibration_method:minmax", RuleLinear),
         ("layers/.*=weight_qtype:nf4,tile_size:16", RuleLinear),

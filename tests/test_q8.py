@@ -9,9 +9,12 @@ from types import SimpleNamespace
 import mlx.core as mx
 import mlx.nn as mlx_nn
 import mlx.optimizers
+import mlx.utils
 import mlx_lm
 import numpy as np
 import pytest
+from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.tuner.utils import linear_to_lora_layers
 from tiny_models import make_hf_model
 
 import mlxq.convert
@@ -653,6 +656,34 @@ def test_a_quantized_model_takes_8_bit_activations_as_it_is(tiny, tmp_path):
     assert np.array_equal(again(TOKENS), want)
     stock, _ = mlx_lm.load(str(tmp_path / "w4a8"))
     assert np.linalg.norm(np.array(stock(TOKENS)) - exact) < 1e-4 * np.linalg.norm(exact)
+
+
+def test_a_loaded_model_takes_adapters_of_mlx_lm_and_trains_them(tiny, tmp_path):
+    model, config = w8a8_model(tiny, activation="token")
+    save(model, mlx_lm.utils.load_tokenizer(tiny), config, tmp_path / "m")
+    model, _ = mlxq.load(tmp_path / "m")
+    want = model(TOKENS)
+    model.freeze()
+    linear_to_lora_layers(model, 2, {"rank": 4, "scale": 8.0, "dropout": 0.0})
+    adapter = model.model.layers[1].mlp.down_proj
+    assert isinstance(adapter, LoRALinear) and type(adapter.linear) is q8_mlx.Q8Linear
+    assert mx.array_equal(model(TOKENS), want)  # an adapter begins with zeros
+    trained = dict(mlx.utils.tree_flatten(model.trainable_parameters()))
+    assert len(trained) == 28 and all("lora" in name for name in trained)
+
+    def loss(model):
+        return mlx_nn.losses.cross_entropy(model(TOKENS[:, :-1]), TOKENS[:, 1:]).mean()
+
+    optimizer, losses = mlx.optimizers.Adam(1e-2), []
+    for _ in range(8):
+        value, gradients = mlx_nn.value_and_grad(model, loss)(model)
+        optimizer.update(model, gradients)
+        losses.append(value.item())
+    assert losses[-1] < 0.8 * losses[0]
+    fused = adapter.fuse(dequantize=True)
+    x = mx.array(normal(3, fused.weight.shape[1], seed=91))
+    error = mx.linalg.norm(fused(x) - adapter(x)) / mx.linalg.norm(adapter(x))
+    assert error < 0.02  # 8-bit inputs
 
 
 @pytest.mark.parametrize("static", [False, True])

@@ -92,11 +92,45 @@ def quality(result: dict) -> str:
     return f"{about}\n\n{table(head, rows)}"
 
 
-DETAILS = {"bench_qmm": qmm_times, "bench_decode": decode_rates, "eval_quality": quality}
+def mixed(result: dict) -> str:
+    """Each mixed model after the uniform one of its size."""
+    head = ["contender", "MB", "bits/weight", "KL", "/ uniform", "perplexity", "top-1", "formats by weights"]
+    rows = {r["name"]: r for r in result["rows"]}
+    ordered = [row for r in rows.values() if r["like"] for row in (rows[r["like"]], r)]
+    body = []
+    for r in ordered:
+        numbers = [r["bytes"] / 1e6, r["bits_per_weight"], r["kl"], r["ratio"], r["perplexity"]]
+        formats = [(n, f) for n, f in r["formats"].items() if f >= 0.005]
+        shown = ", ".join(f"{n} {f:.0%}" for n, f in sorted(formats, key=lambda pair: -pair[1]))
+        body.append([r["name"], *(number(value) for value in numbers), f"{r['top1']:.1%}", shown])
+    about = (
+        f"KL in nats per token over {ordered[0]['tokens']} tokens; text: {', '.join(result['text'])}; every "
+        f"contender by {result['method']}; calibration: {result['calibration']}."
+    )
+    return f"{about}\n\n{table(head, body)}"
+
+
+def chat(result: dict) -> str:
+    """What was asked how often, and how far answers are those of the float model."""
+    answers, names = result["answers"], [v["name"] for v in result["variants"]]
+    rows = []
+    for name in ["float", *names]:
+        same = [a["same_tokens"][name] for a in answers] if name != "float" else []
+        cells = [sum(name in a["repeats"] for a in answers), sum(same) / len(same) if same else None]
+        rows.append([name, *(number(c) for c in cells)])
+    most = result["settings"]["tokens"]
+    head = [f"{len(answers)} answers of at most {most} tokens", "run in circles", "tokens as in float, mean"]
+    return table(head, rows)
+
+
+DETAILS = {
+    "bench_qmm": qmm_times, "bench_decode": decode_rates, "eval_quality": quality, "eval_mixed": mixed,
+    "eval_chat": chat,
+}  # fmt: skip
 
 
 # Tools whose tables stand on a busy machine too, without times.
-COUNTS = ("eval_quality", "eval_w8a8", "train_mpq")
+COUNTS = ("eval_quality", "eval_mixed", "eval_chat", "eval_w8a8", "train_mpq")
 
 
 def newest(tool: str) -> list[dict]:
@@ -199,7 +233,8 @@ def section(tool: str) -> str:
         return WHOLE[tool]()
     results = newest(tool)
     if not results:
-        return f"No run of `tools/{tool}.py` on a quiet machine is on file."
+        quiet = "" if tool in COUNTS else " on a quiet machine"
+        return f"No run of `tools/{tool}.py`{quiet} is on file."
     parts = []
     for result in results:
         word = "Missing" if tool in COUNTS else "Not timed"

@@ -14,12 +14,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.models import switch_layers
-from mlx_lm.tuner.lora import LoRALinear
 
 from mlxq import ops
 from mlxq.format import Packed
 from mlxq.nn.mlx import QuantizedEmbedding, QuantizedLinear, QuantizedMultiLinear, QuantizedSwitchLinear
-from mlxq.nn.q8.mlx import Q8Linear
+from mlxq.nn.q8.mlx import Q8Linear, wrap_in_lora
 from mlxq.ptq.functional import conv_with, linear_with, quantize_input, rows_of
 from mlxq.ptq.plan import Plan, Site
 from mlxq.ptq.qarray import dequantize, quantize
@@ -72,44 +71,11 @@ class RuleLinear(_RuleLayer):
         """This layer inside of an adapter of mlx-lm's."""
         return wrap_in_lora(self, self.site.shape, r, dropout, scale)
 
-
-class RuleQ8Linear(Q8Linear):
-    """Q8Linear that mlx-lm's linear_to_lora_layers accepts."""
-
-    def to_lora(self, r: int = 8, dropout: float = 0.0, scale: float = 20.0) -> nn.Module:
-        """This layer inside of an adapter of mlx-lm's."""
-        return wrap_in_lora(self, self.packed.shape, r, dropout, scale)
-
-
-class RuleLoRALinear(LoRALinear):
-    """mlx-lm's adapter around a layer that mlx-lm does not know."""
-
-    def fuse(self, dequantize: bool = False) -> nn.Module:
-        """A float layer with the adapter in it. Raises ValueError unless dequantize is asked for."""
-        if not dequantize:
-            raise ValueError(
-                f"fuse: {type(self.linear).__name__} cannot take an adapter into its codes; "
-                "fuse(dequantize=True) and quantize_model again"
-            )
-        weight = weight_of(self.linear)
-        fused = nn.Linear(*reversed(weight.shape), bias="bias" in self.linear)
-        fused.weight = weight + ((self.scale * self.lora_b.T) @ self.lora_a.T).astype(weight.dtype)
-        if "bias" in self.linear:
-            fused.bias = self.linear.bias
-        return fused
-
-
-def wrap_in_lora(layer: nn.Module, shape, r: int, dropout: float, scale: float) -> RuleLoRALinear:
-    N, K = shape
-    wrapped = RuleLoRALinear(K, N, r=r, dropout=dropout, scale=scale)
-    wrapped.linear = layer
-    return wrapped
-
-
-def weight_of(layer: nn.Module) -> mx.array:
-    """The dequantized weight of a layer of ours, (N, K)."""
-    stored = layer.packed if isinstance(layer, Q8Linear) else layer.stored
-    return ops.dequantize(stored) if isinstance(stored, Packed) else dequantize(stored)
+    @property
+    def float_weight(self) -> mx.array:
+        """The dequantized weight, (N, K)."""
+        stored = self.stored
+        return ops.dequantize(stored) if isinstance(stored, Packed) else dequantize(stored)
 
 
 class RuleEmbedding(_RuleLayer):
@@ -181,7 +147,7 @@ def quantized_layer(layer: nn.Module, site: Site, stats: Statistics | None) -> n
         packed = Packed(tensors["weight"], tensors["scales"], tensors["biases"], site.packed)
     if site.integer:
         scale = static.get("scale_a")
-        return RuleQ8Linear.from_packed(packed, bias, activation=site.activation, scale_a=scale)
+        return Q8Linear.from_packed(packed, bias, activation=site.activation, scale_a=scale)
     if packed is not None and (site.rule.act_qtype is None or kind == "embedding"):
         return _PACKED[kind].from_packed(packed, *(() if kind == "embedding" else (bias,)))
     if kind == "switch_linear" and packed is not None:

@@ -8,6 +8,7 @@ import functools
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
+from mlx_lm.tuner.lora import LoRALinear
 
 from mlxq import ops
 from mlxq.format import Format, Packed, dtype_name
@@ -156,6 +157,15 @@ class Q8Linear(nn.Module):
         layer._set(settings, K, scale_a)
         return layer
 
+    @property
+    def float_weight(self) -> mx.array:
+        """The dequantized weight, (N, K)."""
+        return ops.dequantize(self.packed)
+
+    def to_lora(self, r: int = 8, dropout: float = 0.0, scale: float = 20.0) -> nn.Module:
+        """This layer inside of an adapter of mlx-lm's; linear_to_lora_layers calls it."""
+        return wrap_in_lora(self, self.packed.shape, r, dropout, scale)
+
     def __call__(self, x: mx.array) -> mx.array:
         wide = x
         if "bias_a" in self:
@@ -219,6 +229,32 @@ class Q8Linear(nn.Module):
             f"input_dims={K}, output_dims={self['weight'].shape[0]}, bias={'bias' in self}, "
             f"activation={s.activation}, weight={weight}"
         )
+
+
+class QuantizedLoRALinear(LoRALinear):
+    """mlx-lm's adapter around a layer of ours, which mlx-lm does not know; the layer has a float_weight."""
+
+    def fuse(self, dequantize: bool = False) -> nn.Module:
+        """A float layer with the adapter in it. Raises ValueError unless dequantize is asked for."""
+        if not dequantize:
+            raise ValueError(
+                f"fuse: {type(self.linear).__name__} cannot take an adapter into its codes; "
+                "fuse(dequantize=True) and quantize_model again"
+            )
+        weight = self.linear.float_weight
+        fused = nn.Linear(*reversed(weight.shape), bias="bias" in self.linear)
+        fused.weight = weight + ((self.scale * self.lora_b.T) @ self.lora_a.T).astype(weight.dtype)
+        if "bias" in self.linear:
+            fused.bias = self.linear.bias
+        return fused
+
+
+def wrap_in_lora(layer: nn.Module, shape, r: int, dropout: float, scale: float) -> QuantizedLoRALinear:
+    """An adapter of rank r around a layer with a weight of shape (N, K)."""
+    N, K = shape
+    wrapped = QuantizedLoRALinear(K, N, r=r, dropout=dropout, scale=scale)
+    wrapped.linear = layer
+    return wrapped
 
 
 def quantize_weight(weight: mx.array, settings: Settings) -> Packed:
