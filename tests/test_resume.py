@@ -115,9 +115,7 @@ def test_other_arguments_or_another_source_start_anew(change, again, monkeypatch
         seen.append(step.name)
         return write(step, *rest)
 
-    monkeypatch.setattr(
-        mlxq.convert, "_write", lambda step, *rest: (seen.append(step.name), write(step, *rest))[1]
-    )
+    monkeypatch.setattr(mlxq.convert, "_write", noted)
     options = {"bits": {"bits": 3}, "source": {}, "no_resume": {"resume": False}}[change]
     if change == "source":
         file = llama / "model.safetensors"

@@ -12,7 +12,7 @@ JSON, besides bench_common's:
     measuring   seconds of the command that measured the costs
     rows     [{name, like, bytes, bits_per_weight, kl, kl_error, perplexity, top1, domains, seconds, formats,
              ratio}]    like: the uniform twin; ratio: kl over the twin's, null unless the sizes agree within
-             1 %; formats: {"bits/group": share of the weights}
+             1 %; formats: {"bits/group": share of the weights}; seconds: null with --keep
     replay   whether the replayed plan gave identical files, null when it was not tried
 """
 
@@ -81,6 +81,7 @@ def main() -> int:
     parser.add_argument("--method", default="gptq", help="of every contender")
     parser.add_argument("--jobs", type=int, default=max(1, cores() // 2), help="commands side by side")
     parser.add_argument("--costs", type=Path, metavar="FILE", help="measured earlier, with the same text")
+    parser.add_argument("--keep", action="store_true", help="do not make again what lies in --work")
     parser.add_argument("--no-replay", action="store_true", help="do not follow a plan once more")
     parser.add_argument("--seed", type=int, default=SEED, help="of the permutation")
     parser.add_argument("--work", type=Path, help="folder that keeps the teacher and the models")
@@ -126,17 +127,22 @@ def measured(args, texts: dict[str, list[str]], work: Path) -> dict:
         commands[twin] = work / twin, [*start, str(work / twin), "--overwrite", *plan, *common]
         like[twin] = name
     missing: list[str] = []
+    failed: set[str] = set()
     costs = args.costs or work / "costs.json"
     if args.costs is None:
         costs.unlink(missing_ok=True)
 
     def run(name: str) -> float | None:
+        if args.keep and (commands[name][0] / "config.json").exists():
+            print(f"{name:34} lies in {args.work}", flush=True)
+            return None
         begin = time.monotonic()
         threads = cores() // (2 if name == "measuring" else args.jobs)  # all wait for the measuring
         environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MLXQ_THREADS"), str(max(1, threads)))
         done = subprocess.run(commands[name][1], capture_output=True, text=True, env=environment)
         seconds = time.monotonic() - begin
         if done.returncode:
+            failed.add(name)
             missing.append(f"{name}: {' '.join(done.stderr.strip().splitlines()[-1:])}")
             print(missing[-1], flush=True)
             return None
@@ -150,22 +156,23 @@ def measured(args, texts: dict[str, list[str]], work: Path) -> dict:
     with ThreadPoolExecutor(args.jobs) as pool:
         waiting = {name: pool.submit(run, name) for name in ("measuring", *like.values())}
         measuring = waiting.pop("measuring").result()
-        if measuring is not None:
+        if "measuring" not in failed:
             waiting |= {name: pool.submit(run, name) for name in like}
         seconds = {name: future.result() for name, future in waiting.items()}
-        if not args.no_replay and seconds.get(twin) is not None:
+        if not args.no_replay and twin in seconds and twin not in failed:
             commands["replayed"] = work / "replayed", [
                 *start, str(work / "replayed"), "--overwrite", "--rules", str(work / f"{twin}.json"), *common
             ]  # fmt: skip
             again = pool.submit(run, "replayed")
-        names = [name for name in commands if seconds.get(name) is not None]
+        names = [name for name in commands if name in seconds and name not in failed]
         folders = [commands[name][0] for name in names]
         found = evaluate(
             folders, teacher, texts or None, windows=args.windows, length=args.length, decode=False,
             progress=lambda line: print(f"measuring {line}", flush=True),
         )  # fmt: skip
         if "replayed" in commands:
-            replay = again.result() is not None and same_files(commands[twin][0], commands["replayed"][0])
+            again.result()
+            replay = same_files(commands[twin][0], commands["replayed"][0])
             print(f"{twin}, replayed: {'identical files' if replay else 'OTHER FILES'}")
     print(f"teacher: perplexity {found[0].total['perplexity']:.3f}, {found[0].total['tokens']} tokens")
     rows: dict[str, dict] = {}
