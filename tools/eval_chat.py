@@ -1,6 +1,6 @@
 """Twenty prompts answered greedily by SmolLM2-135M in float and quantized: does an answer run in circles?
 
-    python tools/eval_chat.py [--tokens 96] [--prompts 20] [--variants rtn-4 gptq-4]
+    python tools/eval_chat.py [--tokens 96] [--prompts 20] [--variants rtn-4 gptq-4-embedding-8]
 
 Each variant is one `mlxq convert` command. Its folder is loaded by stock mlx-lm and by mlxq; one prompt's
 logits must agree, both in float32. The answers come from mlxq's layers, and the float model's from numpy's
@@ -49,6 +49,8 @@ PROMPTS = (
 VARIANTS = {
     "rtn-4": ["--bits", "4", "--group-size", "64"],
     "gptq-4": ["--bits", "4", "--group-size", "64", "--method", "gptq"],
+    "gptq-4-embedding-8": ["--bits", "4", "--group-size", "64", "--embedding-bits", "8", "--method", "gptq"],
+    "mixed-4.5": ["--target-bpw", "4.5", "--method", "gptq"],
     "rtn-8": ["--bits", "8", "--group-size", "64"],
 }
 PERIODS, LEAST = 32, 12
@@ -125,7 +127,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--tokens", type=int, default=96, help="of an answer, at most")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="how many of the prompts")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["rtn-4", "gptq-4"])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["rtn-4", "gptq-4-embedding-8"])
     parser.add_argument("--work", type=Path, help="folder that keeps the models")
     parser.add_argument("--out", type=Path, help="the result file (default: in tools/results)")
     args = parser.parse_args()

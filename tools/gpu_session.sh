@@ -108,7 +108,7 @@ w8a8() {
 }
 
 # seconds that a stage may take; a call of the device machine ends after 600
-declare -A LIMIT=([setup]=90 [tests]=150 [bench]=120 [small]=480 [model]=90 [mpq]=330 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [parity]=150 [mixed]=540 [chat]=300 [amx]=240 [w8a8]=200 [quality]=560)
+declare -A LIMIT=([setup]=90 [tests]=150 [bench]=120 [small]=480 [model]=90 [mpq]=330 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [parity]=150 [mixed]=540 [chat]=480 [amx]=240 [w8a8]=200 [quality]=560)
 if [ "${1:-}" = --stage ]; then
     "$2"
     exit
