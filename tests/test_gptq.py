@@ -76,6 +76,14 @@ def test_codes_on_a_fixed_grid_are_those_of_the_textbook(bits):
     assert np.mean(codes != want) < (0.002 if bits < 8 else 0.02)
 
 
+def test_the_damped_matrix_is_the_formula_in_float64():
+    _, h, _ = problem()
+    d = np.diag(h).astype(np.float64)
+    want = h.astype(np.float64) + np.diag(0.5 * d + 0.01 * d.mean())
+    np.testing.assert_allclose(damped(h, 0.01, 0.5), want, rtol=1e-6)
+    assert np.array_equal(damped(np.zeros_like(h), 0.01, 0.5), np.eye(len(h)))
+
+
 def test_the_factor_is_unit_upper_triangular_and_gives_the_matrix_back():
     _, h, _ = problem()
     h = damped(h, 0.01)
@@ -91,7 +99,7 @@ def test_the_error_of_the_outputs_is_a_fraction_of_rounding(bits, share, group_s
     w, h, x = problem()
     fmt = Format(bits, group_size)
     rounded = format.quantize(w, fmt, scale_dtype="bfloat16")
-    packed = gptq(w, Statistics(h), fmt, scale_dtype="bfloat16")
+    packed = gptq(w, Statistics(h), fmt, scale_dtype="bfloat16", shrinkage=0)
     packed.validate()
     assert np.array_equal(format.store(packed.scales, "bfloat16"), packed.scales)
     assert np.array_equal(format.store(packed.biases, "bfloat16"), packed.biases)
@@ -103,7 +111,8 @@ def test_every_step_lowers_the_error_of_every_row_or_is_not_kept():
     w, h, _ = problem()
     h = damped(h, 0.01)
     losses = [
-        loss(w, gptq(w, Statistics(h), Format(2, 64), damping=0, rounds=rounds), h) for rounds in range(4)
+        loss(w, gptq(w, Statistics(h), Format(2, 64), damping=0, shrinkage=0, rounds=rounds), h)
+        for rounds in range(4)
     ]
     for before, after in zip(losses, losses[1:], strict=False):
         assert np.all(after <= before * (1 + 1e-4))
