@@ -89,6 +89,8 @@ def quality(result: dict) -> str:
         seconds = None if result["machine"]["noisy"] else r["seconds"]
         rows.append([r["name"], *shown, f"{r['top1']:.1%}", number(seconds), number(r["peak_mb"])])
     about = f"KL in nats per token; text: {', '.join(result['text'])}; calibration: {result['calibration']}."
+    if teacher := result.get("teacher"):
+        about += f" The float model: perplexity {teacher['perplexity']:.2f}, {teacher['tokens']} tokens."
     return f"{about}\n\n{table(head, rows)}"
 
 

@@ -1,0 +1,86 @@
+"""tools/eval_quality.py: commands that exist, bars that compare like with like, cores that come back."""
+
+import argparse
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from mlxq import cli
+
+TOOLS = Path(__file__).resolve().parent.parent / "tools"
+sys.path.insert(0, str(TOOLS))
+
+import eval_quality  # noqa: E402
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run whose teacher is a name."""
+    monkeypatch.setattr(eval_quality, "permuted_teacher", lambda folder, seed: folder)
+    text = tmp_path / "text.txt"
+    text.write_text("text")
+    settings = argparse.Namespace(calibration=[text], seed=1, text=[], cores=2, limit=None, blas=None)
+    return eval_quality.Run(tmp_path, settings)
+
+
+def contenders(run):
+    return eval_quality.contenders(run.calibration, peers=True, minutes=2.0, gpu=True)
+
+
+def test_every_command_is_one_that_there_is(run, monkeypatch):
+    found = contenders(run)
+    monkeypatch.setattr(
+        "mlxq.checkpoint.summary.inspect", lambda folder: argparse.Namespace(bits_per_weight=5.3)
+    )
+    for name, one in found.items():
+        words = run.command(name, one)
+        assert words[0] == sys.executable
+        if words[1] == "-m":
+            assert words[2] == "mlxq"
+            assert cli._parser().parse_args(words[3:]).dst == str(run.folder(name))
+        else:
+            assert Path(words[1]).is_file() and words[4] == str(run.folder(name))
+        after = one.get("after")
+        assert after is None or list(found).index(after) < list(found).index(name)
+
+
+def test_a_ratio_is_void_where_sizes_differ():
+    rows = {
+        "mlxq 4": {"kl": 0.1, "bytes": 1000, "perplexity": 21.0},
+        "rtn 4": {"kl": 0.5, "bytes": 1009},
+        "mlx_lm.gptq 4": {"kl": 0.4, "bytes": 1011},
+        "teacher": {"perplexity": 20.0},
+    }
+    bars = {bar["what"]: bar["measured"] for bar in eval_quality.bars_of(rows, 10.0)}
+    assert bars["4 bits, KL / rounding"] == pytest.approx(0.2)
+    assert bars["4 bits, KL / mlx_lm.gptq"] is None
+    assert bars["4 bits, perplexity / teacher's"] == pytest.approx(1.05)
+
+
+def test_cores_belong_to_one_contender_at_a_time(run):
+    assert run.cores <= 2
+    taken = run.take(8)  # more than there are: all of them
+    assert len(taken) == run.cores and not run.free
+    waiting = threading.Thread(target=lambda: run.give_back(run.take(1)))
+    waiting.start()
+    waiting.join(0.05)
+    assert waiting.is_alive()
+    run.give_back(taken)
+    waiting.join(5)
+    assert not waiting.is_alive() and sorted(run.free) == sorted(taken)
+
+
+def test_what_fails_or_takes_too_long_is_missing_with_its_last_line(run, monkeypatch):
+    commands = {
+        "fails": [sys.executable, "-c", "print('first'); raise SystemExit('the reason')"],
+        "slow": [sys.executable, "-c", "import time; time.sleep(60)"],
+    }
+    monkeypatch.setattr(run, "command", lambda name, one: commands[name])
+    monkeypatch.setattr(run, "score", lambda folder, cores, free=True: run.give_back(cores) or {})
+    run.args.limit = eval_quality.SCORING + 1.5
+    run.all({name: {"method": "rtn", "cores": 1} for name in commands})
+    assert "fails: the reason" in run.missing
+    assert any(line.startswith("slow: not ready after") for line in run.missing)
+    assert sorted(run.rows) == ["teacher"] and len(run.free) == run.cores
