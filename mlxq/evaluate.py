@@ -21,7 +21,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlxq.checkpoint.huggingface import read_json, resolve
+from mlxq.checkpoint.huggingface import HuggingFaceCheckpoint, read_json, resolve
 from mlxq.checkpoint.plain import dequantize
 from mlxq.checkpoint.sources import method_of
 from mlxq.checkpoint.summary import human_bytes, inspect
@@ -146,7 +146,9 @@ def _opened(path: str | Path, work: Path, progress: Callable[[str], None]) -> Pa
         if not (src / "config.json").exists():
             raise FileNotFoundError(f"eval: {src} is not a model folder: it has no config.json")
         method = method_of(read_json(src / "config.json"))
-        if (method is None and any(src.glob("model*.safetensors"))) or method and method.name == "MLX":
+        if method is None and any(src.glob("model*.safetensors")):
+            return src
+        if method is not None and method.name in ("MLX", "mxfp4"):  # mlx-lm's own
             return src
     progress(f"{path}: its weights are written as floats to a temporary folder")
     dequantize(src, work, dtype="float32")  # which they compute in: 16 bits would round some types
@@ -217,12 +219,17 @@ def log_probabilities(model, window: np.ndarray) -> np.ndarray:
 
 def _size(src: Path, place: Path) -> tuple[int, float]:
     """(bytes, bits per weight) of a model that was loaded from `place`."""
-    if place == src or src.is_file():
+    method = None if src.is_file() else method_of(read_json(src / "config.json"))
+    if src.is_file() or (place == src and (method is None or method.name == "MLX")):
         summary = inspect(src)
         return summary.total_bytes, summary.bits_per_weight
     files = list(src.glob("*.safetensors")) or list(src.glob("*.bin"))
     count = sum(file.stat().st_size for file in files)
-    return count, 8 * count / sum(layer.weights for layer in inspect(place).layers)
+    if place == src:
+        weights = sum(math.prod(tensor.shape) for tensor in HuggingFaceCheckpoint(src).tensors().values())
+    else:
+        weights = sum(layer.weights for layer in inspect(place).layers)
+    return count, 8 * count / weights
 
 
 def _measure(size: tuple[int, float], name: str, model, cut, score, compared: bool, tokenizer) -> Measured:

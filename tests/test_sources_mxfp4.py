@@ -13,9 +13,10 @@ from mlx.utils import tree_flatten
 from mlxq.checkpoint.huggingface import HuggingFaceCheckpoint
 from mlxq.checkpoint.plain import dequantize
 from mlxq.convert import convert
+from mlxq.evaluate import evaluate
 from mlxq.load import load
 
-HIDDEN, INNER, EXPERTS, LAYERS, VOCABULARY = 64, 96, 3, 2, 256
+HIDDEN, INNER, EXPERTS, LAYERS, VOCABULARY = 64, 96, 3, 2, tiny_models.VOCAB
 BASE = "model.layers.0.mlp.experts"
 CONFIG = {
     "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "num_hidden_layers": LAYERS,
@@ -123,6 +124,15 @@ def test_other_bits_quantize_the_experts_again_and_say_so(source, tmp_path):
         # half a step of 255, and scale and bias rounded to bfloat16: 2^-9 of at most the whole range each
         error = np.abs(found[name].reshape(wanted.shape) - wanted)
         assert (error <= reach * (0.5 / 255 + 2 * 2.0**-9)).all()
+
+
+def test_eval_measures_the_source_as_mlx_lm_runs_it(source, tmp_path):
+    convert(source, tmp_path / "q", progress=False)
+    texts = {"text": ["the ant in the inn, then " * 20]}
+    rows = evaluate([tmp_path / "q"], source, texts, windows=1, length=24, decode=False)
+    # float16 log-probabilities of the float model: 2^-11 of |log p| <= 20
+    assert abs(rows[1].total["kl"]) < 1e-3 and rows[1].total["top1"] > 0.9
+    assert abs(rows[0].bits_per_weight - rows[1].bits_per_weight) < 0.4  # headers of small files
 
 
 def change(name, value):
