@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+READ_AT_RUN_TIME = (".py", ".h", ".cu", ".cuh", ".txt")  # suffixes of the package's files
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("scikit_build_core") is None,
@@ -71,7 +72,7 @@ def test_the_wheel_holds_the_package_and_one_extension_for_this_python(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     extension = f"mlxq/_ext{sysconfig.get_config_var('EXT_SUFFIX')}"
     package = {name for name in names if name.startswith("mlxq/")}
-    assert package == sources("mlxq", ".py", ".h", ".cu", ".txt") | {extension}
+    assert package == sources("mlxq", *READ_AT_RUN_TIME) | {extension}
     outside = {name.split("/")[0] for name in names - package}
     assert outside == {"mlxq-0.1.0.dist-info"}
     assert f"-cp{sys.version_info[0]}{sys.version_info[1]}-" in wheel.name
@@ -81,7 +82,7 @@ def test_the_wheel_holds_the_package_and_one_extension_for_this_python(wheel):
 def test_the_sdist_holds_all_that_the_wheel_is_built_from(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames()}
-    wanted = sources("metal", ".cpp", ".h", ".txt", ".metal") | sources("mlxq", ".py", ".h", ".cu", ".txt")
+    wanted = sources("metal", ".cpp", ".h", ".txt", ".metal") | sources("mlxq", *READ_AT_RUN_TIME)
     assert wanted | {"pyproject.toml", "README.md", "LICENSE"} <= names
     assert not {name for name in names if name.endswith((".so", ".o", ".pyc")) or name[0] == "."}
     folders = {name.split("/")[0] for name in names if "/" in name}
