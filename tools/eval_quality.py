@@ -12,8 +12,8 @@ rounding to nearest (the codes of mx.quantize, which mlx_lm.convert writes) of t
 run, and void unless the sizes agree within 1 %.
 
 With --peers also mlx-lm's own GPTQ and DWQ on the same calibration text (tools/peers.py says how), DWQ from
-rounding, for as many minutes as our tune has, at its default learning rate and at a hundred times that. Stock
-MLX multiplies 30 times as fast with OpenBLAS: --blas LIBRARY is preloaded for them.
+rounding, for as many minutes of as many cores as our tune has, at its default learning rate and at a hundred
+times that. Stock MLX multiplies 30 times as fast with OpenBLAS: --blas LIBRARY is preloaded for them.
 
 JSON, besides bench_common's:
     rows   [{name, bits, method, cores, bytes, bits_per_weight, kl, kl_error, perplexity, top1, domains,
@@ -125,7 +125,7 @@ def gptq(bits: int, text: list[str]) -> dict:
 
 
 def dwq(bits: int, flags: list[str]) -> dict:
-    return {"bits": bits, "method": "mlx_lm.dwq", "cores": 2, "flags": flags, "after": f"rtn {bits}"}
+    return {"bits": bits, "method": "mlx_lm.dwq", "cores": 1, "flags": flags, "after": f"rtn {bits}"}
 
 
 class Run:
