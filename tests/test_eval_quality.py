@@ -1,13 +1,17 @@
 """tools/eval_quality.py: commands that exist, bars that compare like with like, cores that come back."""
 
 import argparse
+import json
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+from tiny_models import make_hf_model
 
 from mlxq import cli
+from mlxq.convert import convert
+from mlxq.evaluate import evaluate
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
@@ -84,3 +88,19 @@ def test_what_fails_or_takes_too_long_is_missing_with_its_last_line(run, monkeyp
     assert "fails: the reason" in run.missing
     assert any(line.startswith("slow: not ready after") for line in run.missing)
     assert sorted(run.rows) == ["teacher"] and len(run.free) == run.cores
+
+
+def test_scores_are_those_of_mlxq_eval(tmp_path):
+    text = tmp_path / "squares.txt"
+    text.write_text(" ".join(str(n * n) for n in range(3000)))
+    texts = tmp_path / "texts.json"
+    texts.write_text(json.dumps([f"squares={text}"]))
+    teacher = str(make_hf_model("llama", tmp_path / "float", "float32", seed=4))
+    convert(teacher, tmp_path / "q3", bits=3, group_size=32, progress=False)
+    wanted = evaluate([tmp_path / "q3"], teacher, {"squares": [text.read_text()]}, windows=2, decode=False)
+    for model, row in zip((teacher, str(tmp_path / "q3")), wanted, strict=True):
+        eval_quality.score(model, teacher, str(tmp_path), str(texts), "2", str(tmp_path / "out"))
+        got = json.loads((tmp_path / "out").read_text())
+        assert got["bytes"] == row.bytes
+        for name in ("perplexity", "tokens", *(["kl", "top1"] if model != teacher else [])):
+            assert got[name] == pytest.approx(row.total[name], rel=1e-6)

@@ -307,19 +307,20 @@ def score(model: str, teacher: str, work: str, texts: str, windows: str, out: st
         domain, _, file = text.partition("=")
         documents.setdefault(domain, []).append(Path(file).read_text(encoding="utf-8"))
     documents = documents or measure.evaluation_texts()
-    module, tokenizer = measure._load(model)
+    module, tokenizer = measure._load(Path(model))
     each = max(1, int(windows) // len(documents))
     cut = {
         domain: measure.token_windows(some, lambda text: tokenizer.encode(text, verbose=False), each)
         for domain, some in documents.items()
     }
     truth = measure._Truth(Path(work), cut)
+    size = measure._size(Path(model), Path(model))
     if model == teacher:
-        row = measure._measure(model, module, cut, truth.record, False, None)
+        row = measure._measure(size, model, module, cut, truth.record, False, None)
         truth.array.flush()
     else:
         truth.array = np.memmap(truth.path, np.float16, "r").reshape(truth.positions, -1)
-        row = measure._measure(model, module, cut, truth.compare, True, None)
+        row = measure._measure(size, model, module, cut, truth.compare, True, None)
     about = {"bytes": row.bytes, "bits_per_weight": row.bits_per_weight, "domains": row.domains}
     Path(out).write_text(json.dumps(row.total | about))
 
