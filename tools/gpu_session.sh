@@ -15,7 +15,11 @@
 #   nccl     tools/train_nccl.py: mlxq train in two processes, whole and with --fsdp, beside one
 #
 # `setup model together small smollm2 tests,bench` runs two stages, then three lanes at the same time.
-# With two GPUs each stage has one of them (ON, below); nccl has both.
+# `setup begin bench,small tests` leaves its lanes running when the call returns; what they write goes to $WORK/out,
+# and a later call's last stage, `collect=SECONDS`, waits for all lanes begun so far, keeping $OUT/results.tar.gz
+# up to date until then. With two GPUs each stage has one of them (ON, below); nccl has both. With 32 cores the
+# stages that compute on the CPU have cores of their own (CORES, below).
+#   sanitize  compute-sanitizer's memcheck and racecheck over some of tests/test_cuda.py
 #   amx      tests/test_q8mm.py and tools/amx_device_check.sh: the AMX families beside AVX-512; needs g++
 #   w8a8     tools/eval_w8a8.py, on the CPU: KL and tokens a second beside W8A16; after model
 #
@@ -37,12 +41,23 @@ setup() {
     for part in "$CARRY"/model-*; do
         [ -e "$part" ] && cp "$part" "$WORK/"
     done
-    [ -d "$CARRY/data" ] && cp -r "$CARRY/data" "$WORK/"
+    [ -e "$CARRY/data.tar.xz" ] && tar -xJf "$CARRY/data.tar.xz" -C "$WORK"
+    [ -e "$CARRY/caches.tar.xz" ] && tar -xJf "$CARRY/caches.tar.xz" -C "$WORK"
     [ -e "$WORK/packages/mlxq" ] && return 0
     "$PYTHON" -m pip install -q --no-index --no-deps --target "$WORK/packages" "$CARRY"/wheels/*.whl || return 1
     "$PYTHON" -c 'from mlxq import ops; assert ops.native_available(), ops.native_error(); print(ops.isa_levels())'
 }
-tests() { (cd "$WORK" && "$PYTHON" -m pytest -q -p no:cacheprovider "$REPO/tests/test_cuda.py" "$REPO/tests/test_torch_cuda.py"); }
+tests() { (cd "$WORK" && "$PYTHON" -m pytest -q -p no:cacheprovider "$REPO/tests/test_cuda.py" "$REPO/tests/test_torch_cuda.py" ${TESTS:--n 8}); }
+sanitize() { # racecheck knows barriers and cp.async, not every pattern of mbarrier and copy engine: read what it says
+    local tool code=0
+    for tool in memcheck racecheck; do
+        (cd "$WORK" && timeout 75 compute-sanitizer --tool "$tool" --error-exitcode 9 --launch-timeout 0 "$PYTHON" -m pytest -q -x \
+            -p no:cacheprovider -p no:xdist "$REPO/tests/test_cuda.py" -k "${SANITIZE:-(4-bit/64 or 2-bit/128 or 8-bit/32) and (gathered or experts or transposed or (int8 and True) or (every_format and bfloat16-bfloat16)) or captured}") \
+            2>&1 | tail -n 30 | sed "s/^/$tool: /"
+        [ "${PIPESTATUS[0]}" = 0 ] || code=1
+    done
+    return $code
+}
 bench() { "$PYTHON" "$REPO/tools/bench_cuda.py" --out "$OUT/cuda.json" && "$PYTHON" "$REPO/tools/bench_cuda.py" --plot "$OUT/cuda.json"; }
 small() { "$PYTHON" "$REPO/tools/train_small.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot ${SMALL:---minutes 6}; }
 model() {
@@ -57,7 +72,7 @@ model() {
 }
 mpq() { "$PYTHON" "$REPO/tools/train_mpq.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot --teacher "$WORK/mpq-teacher" ${MPQ:---bits 2 2 4 --lr 1e-2 3e-3 5e-3 --minutes 1.2 1.2 0.8}; }
 mpqcpu() { # the short run on the CPU, on eight cores
-    OMP_NUM_THREADS=${CORES:-8} MLXQ_THREADS=${CORES:-8} "$PYTHON" "$REPO/tools/train_mpq.py" --device cpu --data "$DATA" \
+    OMP_NUM_THREADS=${MPQCORES:-8} MLXQ_THREADS=${MPQCORES:-8} "$PYTHON" "$REPO/tools/train_mpq.py" --device cpu --data "$DATA" \
         --out "$OUT" --plot --no-memory --teacher "$WORK/mpqcpu-teacher" \
         ${MPQCPU:---bits 2 4 --lr 1e-2 5e-3 --minutes 2.5 1.5 --eval-windows 6 --curve-every 1000}
 }
@@ -70,7 +85,7 @@ smollm2cpu() { # scales and biases of the start that the stage smollm2 makes, on
         [ -e "$WORK/start-2/config.json" ] && break
         sleep 1
     done
-    taskset -c "$(($(nproc) - 4))-$(($(nproc) - 1))" "$PYTHON" "$REPO/tools/train_smollm2.py" --device cpu \
+    OMP_NUM_THREADS=4 MLXQ_THREADS=4 "$PYTHON" "$REPO/tools/train_smollm2.py" --device cpu \
         --start "$WORK/start-2" --data "$DATA" --out "$OUT" --plot ${SMOLLM2CPU:---minutes 4 --windows 10}
 }
 nccl() { "$PYTHON" "$REPO/tools/train_nccl.py" --device "$DEVICE" --out "$OUT/nccl.json"; }
@@ -107,43 +122,72 @@ w8a8() {
             "W8A8 static, down_proj per token"}
 }
 
-# seconds that a stage may take; a call of the device machine ends after 600
-declare -A LIMIT=([setup]=90 [tests]=150 [bench]=120 [small]=480 [model]=90 [mpq]=330 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [parity]=150 [mixed]=540 [chat]=480 [amx]=240 [w8a8]=200 [quality]=560)
+# seconds that a stage may take (in all the calls of a machine together it is less: LIMIT_stage=...); a call of the device machine ends after 600
+declare -A LIMIT=([setup]=90 [tests]=150 [bench]=120 [small]=480 [model]=90 [mpq]=330 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [sanitize]=160 [parity]=150 [mixed]=540 [chat]=480 [amx]=240 [w8a8]=200 [quality]=560)
 if [ "${1:-}" = --stage ]; then
     "$2"
     exit
 fi
 gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c ^GPU)
-declare -A ON=([small]=1 [tests]=1 [bench]=1) # which of two GPUs; the others, and all where there is one: 0
+declare -A ON=([small]=1 [bench]=1) # which of two GPUs; the others, and all where there is one: 0
+declare -A CORES=() # where there are many; stages without have those from 18 on
+[ "$(nproc)" -ge 32 ] && CORES=([mixed]=0-9 [mpqcpu]=10-13 [smollm2cpu]=14-17 [quality]=0-27)
 one_after_the_other() {
-    local stage begun code
+    local stage begun code limit cores
     set -o pipefail
     for stage in "$@"; do
         begun=$SECONDS
+        limit=LIMIT_$stage
+        cores=${CORES[$stage]:-0-$(($(nproc) - 1))}
+        [ ${#CORES[@]} -gt 0 ] && cores=${CORES[$stage]:-18-$(($(nproc) - 1))}
         if [ "$gpus" -gt 1 ] && [ "$stage" != nccl ]; then
             export CUDA_VISIBLE_DEVICES=${ON[$stage]:-0}
         else
             unset CUDA_VISIBLE_DEVICES
         fi
-        timeout --kill-after 5 "${LIMIT[$stage]}" bash "$0" --stage "$stage" 2>&1 | tee "$WORK/$stage.log" | tail -n 25
+        taskset -c "$cores" timeout --kill-after 5 "${!limit:-${LIMIT[$stage]}}" bash "$0" --stage "$stage" 2>&1 | tee "$WORK/$stage.log" | tail -n 25
         code=$?
         echo "$stage: exit $code after $((SECONDS - begun)) s" >>"$WORK/said"
     done
 }
 for stage in ${*//,/ }; do
-    [ "$stage" = together ] || [ -n "${LIMIT[$stage]:-}" ] ||
-        { echo "gpu_session: no stage $stage; wanted together ${!LIMIT[*]}" >&2; exit 2; }
+    [[ "$stage" =~ ^(together|begin|collect=[0-9]+)$ ]] || [ -n "${LIMIT[$stage]:-}" ] ||
+        { echo "gpu_session: no stage $stage; wanted together, begin, collect=SECONDS or ${!LIMIT[*]}" >&2; exit 2; }
 done
-: >"$WORK/said"
-while [ $# -gt 0 ] && [ "$1" != together ]; do
+results() { # all that the lanes have written so far, in one file
+    (cd "$WORK" && tar -czf "$OUT/.new" ./*.log ./said $([ -d out ] && echo out) && mv "$OUT/.new" "$OUT/results.tar.gz")
+}
+collect() { # SECONDS: wait for the lanes that were begun, at most so long
+    local ends=$((SECONDS + $1))
+    while [ $SECONDS -lt $ends ] && [ -n "$(find "$WORK/lanes" -type f 2>/dev/null)" ]; do
+        sleep 5
+        [ $((SECONDS % 20)) -lt 5 ] && results
+    done
+    results
+}
+[ -n "${LANE:-}" ] || [[ "$*" == *collect=* ]] || : >"$WORK/said"
+while [ $# -gt 0 ] && [[ ! "$1" =~ ^(together|begin|collect=.*)$ ]]; do
     one_after_the_other "$1"
     shift
 done
-for lane in "${@:2}"; do # all at the same time, each a list of stages with commas
-    # shellcheck disable=SC2086
-    one_after_the_other ${lane//,/ } &
-done
-wait
-(cd "$WORK" && tar -czf "$OUT/logs.tar.gz" ./*.log)
+if [ "${1:-}" = together ]; then
+    for lane in "${@:2}"; do # all at the same time, each a list of stages with commas
+        # shellcheck disable=SC2086
+        one_after_the_other ${lane//,/ } &
+    done
+    wait
+elif [ "${1:-}" = begin ]; then
+    mkdir -p "$WORK/lanes" "$WORK/out"
+    shift
+    while [ $# -gt 0 ] && [[ ! "$1" =~ ^collect= ]]; do
+        mark=$(mktemp "$WORK/lanes/XXXXXX")
+        # shellcheck disable=SC2086
+        LANE=1 OUT=$WORK/out setsid nohup bash -c 'trap "rm -f $0" EXIT; "${@}"' "$mark" bash "$0" ${1//,/ } >/dev/null 2>&1 </dev/null &
+        shift
+    done
+fi
+[[ "${1:-}" =~ ^collect= ]] && collect "${1#collect=}"
+[ -n "${LANE:-}" ] && exit
+results
 cat "$WORK/said"
 ! grep -q "exit [1-9]" "$WORK/said"
