@@ -51,8 +51,8 @@ tests() { (cd "$WORK" && "$PYTHON" -m pytest -q -p no:cacheprovider "$REPO/tests
 sanitize() { # racecheck knows barriers and cp.async, not every pattern of mbarrier and copy engine: read what it says
     local tool code=0
     for tool in memcheck racecheck; do
-        (cd "$WORK" && timeout 75 compute-sanitizer --tool "$tool" --error-exitcode 9 --launch-timeout 0 "$PYTHON" -m pytest -q -x \
-            -p no:cacheprovider -p no:xdist "$REPO/tests/test_cuda.py" -k "${SANITIZE:-(4-bit/64 or 2-bit/128 or 8-bit/32) and (gathered or experts or transposed or (int8 and True) or (every_format and bfloat16-bfloat16)) or captured}") \
+        (cd "$WORK" && timeout 100 compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m pytest -v -x \
+            -p no:cacheprovider -p no:xdist "$REPO/tests/test_cuda.py" -k "${SANITIZE:-(4-bit/64 or 2-bit/128 or 8-bit/32) and (gathered or experts or transposed or (int8 and True) or (every_format and bfloat16-bfloat16)) or (many_rows and 4-bit/64 and bfloat16-bfloat16) or captured}") \
             2>&1 | tail -n 30 | sed "s/^/$tool: /"
         [ "${PIPESTATUS[0]}" = 0 ] || code=1
     done
@@ -123,7 +123,7 @@ w8a8() {
 }
 
 # seconds that a stage may take (in all the calls of a machine together it is less: LIMIT_stage=...); a call of the device machine ends after 600
-declare -A LIMIT=([setup]=90 [tests]=150 [bench]=120 [small]=480 [model]=90 [mpq]=330 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [sanitize]=160 [parity]=150 [mixed]=540 [chat]=480 [amx]=240 [w8a8]=200 [quality]=560)
+declare -A LIMIT=([setup]=90 [tests]=150 [bench]=120 [small]=480 [model]=90 [mpq]=330 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [sanitize]=210 [parity]=150 [mixed]=540 [chat]=480 [amx]=240 [w8a8]=200 [quality]=560)
 if [ "${1:-}" = --stage ]; then
     "$2"
     exit
