@@ -185,17 +185,28 @@ PROXIES = (
 )
 
 
+def measure(found: dict, key: str) -> str:
+    """A number with its standard error, where a result has one."""
+    error = found.get(f"{key}_standard_error")
+    return number(found[key]) + (f" +- {number(error)}" if error is not None else "")
+
+
 def training() -> str:
     """Held-out quality before and after packed training: of each machine the newest run, busy or quiet."""
     parts = []
     for result in newest("train_mpq"):
         rows = []
         for run in result["runs"]:
-            pairs = [(run["before"][key], run["after"][key]) for key in ("kl", "perplexity", "agreement")]
             counts = [str(run["bits"]), f"{run['lr']:g}", str(run["steps"]), str(run["tokens"])]
             moved = f"{100 * run['codes_changed']:.1f} %"
-            rows.append([*counts, moved, *(f"{number(a)} -> {number(b)}" for a, b in pairs)])
+            measured = [
+                " -> ".join(measure(run[when], key) for when in ("before", "after"))
+                for key in ("kl", "perplexity", "agreement")
+            ]
+            peak = [number(run["peak_bytes"] / 2**20)] if "peak_bytes" in run else []
+            rows.append([*counts, moved, *measured, *peak])
         head = ["bits", "lr", "steps", "tokens", "codes that moved", "held-out KL", "perplexity", "agreement"]
+        head += ["peak MiB, teacher included"] * any("peak_bytes" in run for run in result["runs"])
         parts += [f"**train_mpq**: {where(result)}", table(head, rows)]
         if result["memory"]:
             full = next(row for row in result["memory"] if row["what"] == "float32 AdamW")["peak_bytes"]

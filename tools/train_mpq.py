@@ -8,14 +8,20 @@ mlxq.load_torch reads. Every linear layer then becomes an MPQLinear. MPQAdamW tr
 ../shared/data/calib.* against the teacher's distributions (or the next token); nothing else is trained.
 heldout_dev.* is only measured. The learning rate rises over a tenth of the run and falls to zero.
 
-Memory is measured in processes of their own, by steps on the next token without a teacher: packed with a
-gradient of the whole model, packed with one layer's gradient at a time, and torch.optim.AdamW on the float32
-model. On the CPU it is the growth of the resident set since the imports, on a GPU torch's own count. On a CPU
-that others use, set OMP_NUM_THREADS=1 and MLXQ_THREADS=1: threads that wait for a core burn the others.
+The trained model has no float copy of its weights. The float teacher, a judge that is not trained, is another
+model: it stays in memory, in bfloat16, while the student trains. With --loss kl each step asks it for the
+distributions of its batch; with either loss it measures the held-out KL. `peak_bytes` of a run counts it.
+
+`memory` is measured without it, in processes of their own, by steps on the next token: packed with a gradient
+of the whole model, packed with one layer's gradient at a time, and torch.optim.AdamW on the float32 model. On
+the CPU memory is the growth of the resident set since the imports, on a GPU torch's own count. On a CPU that
+others use, set OMP_NUM_THREADS=1 and MLXQ_THREADS=1: threads that wait for a core burn the others.
 
 The result file has, besides the keys of bench_common:
-    runs     [{bits, lr, steps, seconds, tokens, before, after: {kl, perplexity, agreement, tokens},
-               codes_changed (share), weights (trained)}]
+    runs     [{bits, lr, steps, seconds, tokens, codes_changed (share), weights (trained),
+               before, after: {kl, kl_standard_error (positions taken as independent), perplexity,
+               agreement, tokens}, peak_bytes (of the training process, teacher and the evaluations that the
+               curve shows included)}]
     curve    [{run (its number), bits, step, seconds, loss, lr, kl (of the held-out part that the curve
                follows, or null)}]
     memory   [{what, peak_bytes, weight_bytes}]
@@ -24,6 +30,7 @@ The result file has, besides the keys of bench_common:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import re
@@ -102,6 +109,7 @@ def evaluate(student, teacher, held_out: torch.Tensor) -> dict:
     kl, loss, alike = (torch.cat(parts) for parts in (kl, loss, alike))
     return {
         "kl": kl.mean().item(),
+        "kl_standard_error": (kl.std() / len(kl) ** 0.5).item(),
         "perplexity": loss.mean().exp().item(),
         "agreement": alike.mean().item(),
         "tokens": len(kl),
@@ -161,8 +169,17 @@ def resident_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def train(args, number: int, teacher_folder: Path, teacher) -> tuple[dict, list[dict]]:
-    """The run for one of --bits: (the run, its curve)."""
+def forget_peak(device: str) -> None:
+    """Let peak_of begin anew. Where a system keeps the resident set's peak, earlier runs stay in it."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError):  # not Linux, or a container that forbids it
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def train(args, number: int, teacher_folder: Path, teacher, loaded: int) -> tuple[dict, list[dict]]:
+    """The run for one of --bits: (the run, its curve). loaded: the resident set after the imports, bytes."""
     bits = args.bits[number]
     student, tokenizer = packed_student(bits, teacher_folder, args.device, args.dtype)
     layers = collect_layers(student)
@@ -177,8 +194,7 @@ def train(args, number: int, teacher_folder: Path, teacher) -> tuple[dict, list[
     before = evaluate(student, teacher, held_out)
     print(f"{bits} bits before: {before}", flush=True)
     curve: list[dict] = []
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    forget_peak(args.device)
 
     source = batches(train_texts, args.batch, args.length, args.seed)
     begun, step, seconds = time.time(), 0, 0.0
@@ -218,6 +234,7 @@ def train(args, number: int, teacher_folder: Path, teacher) -> tuple[dict, list[
         curve.append(row)
         print(json.dumps(row), flush=True)
     optimizer.zero_grad()
+    peak_bytes = peak_of(args.device, loaded)
     after = evaluate(student, teacher, held_out)
     print(f"{bits} bits after: {after}", flush=True)
     changed = total = 0
@@ -233,6 +250,7 @@ def train(args, number: int, teacher_folder: Path, teacher) -> tuple[dict, list[
         "tokens": step * args.batch * args.length,
     }
     run |= {"before": before, "after": after, "codes_changed": changed / total, "weights": total}
+    run["peak_bytes"] = peak_bytes
     return run, curve
 
 
@@ -289,11 +307,15 @@ def bars_of(runs: list[dict], memory: list[dict]) -> list[dict]:
     for run in runs:
         for name, what in (("kl", "held-out KL"), ("perplexity", "held-out perplexity")):
             ratio = run["after"][name] / run["before"][name]
-            note = f"{run['before'][name]:.4g} -> {run['after'][name]:.4g}, lr {run['lr']:g}, "
+            ends, error = (run["before"], run["after"]), f"{name}_standard_error"
+            shown = [f"{at[name]:.4g}" + (f" +- {at[error]:.2g}" if error in at else "") for at in ends]
+            note = f"{' -> '.join(shown)}, lr {run['lr']:g}, "
             note += f"{100 * run['codes_changed']:.2g} % of the codes moved"
             bars.append(
                 bench_common.bar(f"{what}, {run['bits']} bits, after / before", ratio, 1.0, "<=", note)
             )
+        moved = round(run["codes_changed"] * run["weights"])
+        bars.append(bench_common.bar(f"codes that moved, {run['bits']} bits", moved, 1))
     full = [row["peak_bytes"] for row in memory if row["what"] == "float32 AdamW"]
     for row in memory:
         if full and row["what"] != "float32 AdamW":
@@ -360,6 +382,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=bench_common.RESULTS)
     parser.add_argument("--measure", choices=MEASURED, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    loaded = resident_peak()
     on_gpu = args.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
         raise SystemExit("train_mpq: torch finds no NVIDIA GPU; use --device cpu")
@@ -399,7 +422,7 @@ def main() -> None:
         bench_common.write(path, result | {"runs": runs, "curve": curve, "memory": memory})
 
     for number in range(len(args.bits)):
-        run, rows = train(args, number, args.teacher, teacher)
+        run, rows = train(args, number, args.teacher, teacher, loaded)
         runs.append(run)
         curve += rows
         write()
