@@ -185,6 +185,16 @@ def test_mx_types_go_into_mlx_lms_own_layers_with_our_codes(qtype, group, bits):
     assert mx.abs(got - want).max().item() <= 2**-8 * mx.abs(want).max().item()
 
 
+@pytest.mark.parametrize("qtype", ["mxfp4", "mxfp8", "nvfp4"])
+def test_experts_of_mx_types_compute_in_mlx_lms_own_layer(qtype):
+    model, x = nn.Module(), mx.random.normal((5, 1, 1, 64))
+    model.experts = SwitchLinear(64, 32, 3, bias=False)
+    weight, chosen = model.experts.weight, mx.array([[0], [2], [1], [2], [0]])
+    want = (x @ weight[chosen].swapaxes(-1, -2)).squeeze()
+    got = quantize_model(model, [f"experts=weight_qtype:{qtype}"]).experts(x, chosen).squeeze()
+    assert 0 < mx.linalg.norm(got - want).item() / mx.linalg.norm(want).item() < 0.15
+
+
 @pytest.mark.parametrize("act", ["", ",act_qtype:int8", ",act_qtype:int8,act_calibration_method:absmax"])
 @pytest.mark.parametrize(
     "weight",
@@ -311,7 +321,18 @@ def test_attention_of_torch_that_reads_a_weight_itself_is_left_alone():
     assert operation(model.out_proj) is None
 
 
-@pytest.mark.parametrize("rule", [W8A8, "layers/.*=weight_qtype:nf4,tile_size:16", "layers/.*=bits:4"])
+# Layers of every kind, and every way in which the codes of inputs meet those of weights.
+ADAPTED = [
+    W8A8, "layers/.*=weight_qtype:nf4,tile_size:16", "layers/.*=bits:4",
+    "layers/.*=weight_qtype:float8_e4m3fn,act_qtype:float8_e4m3fn",
+    "layers/.*=weight_qtype:mxfp4,act_qtype:mxfp8",
+    "layers/.*=weight_qtype:int4,act_qtype:float8_e4m3fn",
+    "layers/.*=weight_qtype:int8,act_qtype:int8,tile_size:16",
+    "layers/.*=weight_qtype:int8,act_qtype:int8,act_calibration_method:minmax",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", ADAPTED)
 def test_mlx_lms_adapters_wrap_and_train_every_kind_of_layer(rule):
     model = quantize_model(Model(), [rule])
     model.freeze()
@@ -324,7 +345,8 @@ def test_mlx_lms_adapters_wrap_and_train_every_kind_of_layer(rule):
     _, gradients = nn.value_and_grad(model, loss)(model)
     names = [name for name, _ in tree_flatten(gradients)]
     assert len(names) == 8 and all(name.endswith(("lora_a", "lora_b")) for name in names)
-    assert max(mx.abs(g).max().item() for name, g in tree_flatten(gradients) if name.endswith("lora_b")) > 0
+    for name, g in tree_flatten(gradients):  # of the first block too: all that a gradient passes, it passes
+        assert name.endswith("lora_a") or np.count_nonzero(np.array(g)) > 0.99 * g.size
     up = model.layers[1].up
     up.lora_b = mx.ones_like(up.lora_b) / 8
     after, x = model(mx.array(IDS)), mx.random.normal((3, 64))
@@ -332,13 +354,13 @@ def test_mlx_lms_adapters_wrap_and_train_every_kind_of_layer(rule):
     fused = up.fuse(dequantize=True)
     assert type(fused) is nn.Linear
     rough = (mx.linalg.norm(fused(x) - up(x)) / mx.linalg.norm(up(x))).item()
-    assert rough < (0.02 if "act_qtype" in rule else 1e-5)
+    assert rough < (1e-5 if "act_qtype" not in rule else 0.02 if "act_qtype:int8" in rule else 0.05)
     if "bits" not in rule:
         with pytest.raises(ValueError, match="dequantize=True"):
             up.fuse()
 
 
-@pytest.mark.parametrize("rule", [W8A8, "layers/.*=weight_qtype:nf4,tile_size:16", "layers/.*=bits:4"])
+@pytest.mark.parametrize("rule", ADAPTED)
 def test_adapters_of_peft_wrap_and_train_every_kind_of_layer(rule):
     peft = pytest.importorskip("peft", reason="needs the package peft")
     from mlxq.ptq.torch import lora_config
@@ -352,7 +374,8 @@ def test_adapters_of_peft_wrap_and_train_every_kind_of_layer(rule):
     model(ids).square().mean().backward()
     trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert len(trained) == 4 and all("lora_" in name and grad is not None for name, grad in trained.items())
-    assert max(grad.abs().max() for name, grad in trained.items() if "lora_B" in name) > 0
+    for name, grad in trained.items():
+        assert "lora_A" in name or grad.count_nonzero() > 0.99 * grad.numel()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_B" in name:

@@ -29,6 +29,7 @@ from mlxq.ptq.qarray import (
     quantize_with,
     scale_and_zero_point,
 )
+from mlxq.ptq.straight import Rounding, may_clip, rounded_product, straight_through
 from mlxq.rules import QTYPES, QuantizationRule
 
 SHORTEST_TILE = 128  # of a summed axis whose codes are multiplied; shorter ones are dequantized first
@@ -200,33 +201,59 @@ class Subscripts:
         )
 
 
-def einsum(subscripts: str, lhs, rhs, rule: QuantizationRule | None = None, *, rhs_is_weight: bool = True):
+def einsum(
+    subscripts: str,
+    lhs,
+    rhs,
+    rule: QuantizationRule | None = None,
+    *,
+    rhs_is_weight: bool = True,
+    static=(None, None),
+):
     """The einsum of two operands, quantized by the rule; QArrays among them are taken as they are.
 
+    static   (scale, zero point or None) of each input; None: its own range
+
     The left operand becomes act_qtype; the right one weight_qtype, or act_qtype if rhs_is_weight is False.
-    A rule without weight_qtype quantizes nothing. Raises ValueError for other forms of einsum.
+    A rule without weight_qtype quantizes nothing. Gradients pass straight through the rounding of both, as in
+    mlxq.ptq.straight. Raises ValueError for other forms of einsum.
     """
     parts = Subscripts(subscripts, lhs.ndim, rhs.ndim)
+    roundings: list[Rounding | None] = [None, None]
     if rule is not None and rule.weight_qtype is not None:
         act = (rule.act_qtype, rule.act_calibration_method or "absmax")
         weight = (rule.weight_qtype, rule.weight_calibration_method) if rhs_is_weight else act
         if rule.grid:
             raise ValueError(f"einsum: {rule.grid} chooses packed weights of layers; use absmax")
-        lhs = _quantized(lhs, parts, True, rule, *act)
-        rhs = _quantized(rhs, parts, False, rule, *weight)
-    y = dot_general(rhs, lhs, parts.dimension_numbers)  # opt_einsum's order, so qwix's: rhs is scaled first
-    return namespace(y).permute(y, parts.order)
+        roundings = [
+            None if qtype is None else rounding(parts.how(left, qtype, rule.tile_size, method), given)
+            for left, (qtype, method), given in zip((True, False), (act, weight), static, strict=True)
+        ]
+
+    def product(lhs, rhs):
+        # opt_einsum's order, so qwix's: rhs is scaled first.
+        y = dot_general(rhs, lhs, parts.dimension_numbers)
+        return namespace(y).permute(y, parts.order)
+
+    return rounded_product(product, (lhs, rhs), roundings)
 
 
-def _quantized(operand, parts: Subscripts, left: bool, rule, qtype: str | None, method: str):
-    if isinstance(operand, QArray) or qtype is None:
-        return operand
-    return quantize(operand, parts.how(left, qtype, rule.tile_size, method))
+def rounding(how: HowToQuantize, static=None) -> Rounding:
+    """By an array's own range, or by a static (scale, zero point or None)."""
+    clips = may_clip(how.calibration_method, static is not None)
+    if static is None:
+        return Rounding(lambda array: quantize(array, how), clips)
+    return Rounding(
+        lambda array: quantize_with(
+            array, how.qtype, namespace(array).cast(static[0], dtype_name(array)), static[1]
+        ),
+        clips,
+    )
 
 
-def matmul(lhs, rhs, rule: QuantizationRule | None = None, *, rhs_is_weight: bool = True):
-    """lhs (..., M, K) @ rhs (K, N) or (..., K, N), quantized by the rule as einsum says."""
-    return einsum(matmul_subscripts(lhs, rhs), lhs, rhs, rule, rhs_is_weight=rhs_is_weight)
+def matmul(lhs, rhs, rule: QuantizationRule | None = None, **options):
+    """lhs (..., M, K) @ rhs (K, N) or (..., K, N), quantized by the rule and the options as einsum says."""
+    return einsum(matmul_subscripts(lhs, rhs), lhs, rhs, rule, **options)
 
 
 def matmul_subscripts(lhs, rhs) -> str:
@@ -273,39 +300,79 @@ def linear_with(x, weight: Packed | QArray, site: Site, bias=None, static=None):
     static   (scale, zero point) of the input, as input_range gives it; None: its own range at each call
 
     What the layers of quantize_model compute, and what training with fake quantization computes forward.
+    Gradients reach x straight through its rounding: dx = dy @ W, dequantized; where a static, fixed or rms
+    range clips x, 0. The weight's codes and scales pass none.
     """
+    if site.rule.act_qtype is None:
+        y = _linear(x, weight, site, static)
+    else:
+        y = straight_through(
+            lambda x: _linear(x, weight, site, static),
+            lambda arrays, dy: [_to_input(arrays[0], dy, weight, site, static)],
+            x,
+        )
+    return y if bias is None else y + namespace(x).cast(bias, dtype_name(x))
+
+
+def _linear(x, weight: Packed | QArray, site: Site, static):
     dtype = dtype_name(x)
     if site.rule.act_qtype is None:
-        y = ops.qmm(x, weight) if isinstance(weight, Packed) else x @ dequantize(weight.astype(dtype)).T
+        return ops.qmm(x, weight) if isinstance(weight, Packed) else x @ dequantize(weight.astype(dtype)).T
+    inputs = quantize_input(namespace(x).cast(x, "float32"), site, static)
+    if site.integer:
+        scales = inputs.scale
+        if site.act_tile is None:
+            scales = scales.reshape(scales.shape[:-1] if static is None else ())
+        by_rows = site.act_tile is None and is_per_row(weight.format.bits, weight.scales, weight.biases)
+        y = ops.q8mm(inputs.qvalue, scales, weight, per_row=by_rows)
+    elif isinstance(weight, Packed):
+        y = ops.qmm(dequantize(inputs), weight)
     else:
-        wide = namespace(x).cast(x, "float32")
-        inputs = quantize_input(wide, site, static)
-        if site.integer:
-            scales = inputs.scale
-            if site.act_tile is None:
-                scales = scales.reshape(scales.shape[:-1] if static is None else ())
-            by_rows = site.act_tile is None and is_per_row(weight.format.bits, weight.scales, weight.biases)
-            y = ops.q8mm(inputs.qvalue, scales, weight, per_row=by_rows)
-        elif isinstance(weight, Packed):
-            y = ops.qmm(dequantize(inputs), weight)
-        else:
-            rows = inputs.reshape(-1, x.shape[-1]) if inputs.ndim != 2 else inputs
-            y = dot_general(rows, weight.astype("float32"), (((1,), (1,)), ((), ())))
-            y = y.reshape(*x.shape[:-1], weight.shape[0])
-        y = namespace(x).cast(y, dtype)
-    return y if bias is None else y + namespace(x).cast(bias, dtype)
+        rows = inputs.reshape(-1, x.shape[-1]) if inputs.ndim != 2 else inputs
+        y = dot_general(rows, weight.astype("float32"), (((1,), (1,)), ((), ())))
+        y = y.reshape(*x.shape[:-1], weight.shape[0])
+    return namespace(x).cast(y, dtype)
+
+
+def input_rounding(site: Site, static=None) -> Rounding:
+    """How inputs of a site are rounded, in float32."""
+    clips = may_clip(site.rule.act_calibration_method or "absmax", static is not None)
+    return Rounding(lambda x: quantize_input(namespace(x).cast(x, "float32"), site, static), clips)
+
+
+def _to_input(x, dy, weight: Packed | QArray, site: Site, static):
+    """float32 dy @ W, 0 where x was clipped."""
+    dy = namespace(x).cast(dy, "float32")
+    if isinstance(weight, Packed):
+        dx = ops.qmm(dy, weight, transpose=False)
+    else:
+        dx = dy @ dequantize(weight.astype("float32"))
+    return dx if site.rule.act_qtype is None else input_rounding(site, static).gradient(x, dx)
 
 
 def linear(x, weight, bias=None, rule: QuantizationRule | None = None, static=None):
     """x @ weight.T + bias quantized by the rule: what a layer that the rule matches computes, to the bit.
 
     weight   float (N, K)
+
+    Gradients as of linear_with, and for the weight dy.T @ (x as it was rounded).
     """
     if rule is None or rule.weight_qtype is None:
         y = x @ weight.T
         return y if bias is None else y + bias
     site = site_of("linear", "linear", tuple(weight.shape), dtype_name(weight), rule)
-    return linear_with(x, store_weight(weight, site), site, bias, static)
+
+    def gradients(arrays, dy):
+        x, weight = arrays
+        xp, rounds = namespace(x), input_rounding(site, static)
+        used = dequantize(rounds.quantize(x)) if rule.act_qtype is not None else xp.cast(x, "float32")
+        dweight = xp.cast(dy, "float32").reshape(-1, dy.shape[-1]).T @ used.reshape(-1, x.shape[-1])
+        return [_to_input(x, dy, store_weight(weight, site), site, static), dweight]
+
+    y = straight_through(
+        lambda x, weight: _linear(x, store_weight(weight, site), site, static), gradients, x, weight
+    )
+    return y if bias is None else y + namespace(x).cast(bias, dtype_name(x))
 
 
 def embedding(ids, table, rule: QuantizationRule | None = None):
@@ -329,23 +396,51 @@ def rows_of(table: Packed | QArray, ids):
 
 
 def conv_general(
-    x, weight, rule: QuantizationRule | None = None, *, stride=1, padding=0, dilation=1, groups: int = 1
+    x,
+    weight,
+    rule: QuantizationRule | None = None,
+    *,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups: int = 1,
+    static=None,
 ):
     """A convolution of any rank, quantized by the rule, in the framework's own layout.
 
     MLX     x (B, ..., C)   weight (O, ..., C / groups)
     torch   x (B, C, ...)   weight (O, C / groups, ...)
 
+    static   (scale, zero point or None) of the input; None: the range of each image
+
     A scale for each image and for each output; QArrays are taken as they are. Weights alone may be quantized,
     which qwix refuses. Raises ValueError for tiles and for asymmetric weights, TypeError for numpy.
+    Gradients pass straight through the rounding of both, as in mlxq.ptq.straight.
     """
+    roundings: list[Rounding | None] = [None, None]
     if rule is not None and rule.weight_qtype is not None:
         site = site_of("conv_general", "conv_general", tuple(weight.shape), "float32", rule)
-        if not isinstance(weight, QArray):
-            weight = quantize(weight, site.weight)
-        if rule.act_qtype is not None and not isinstance(x, QArray):
-            x = quantize(x, site.act(x.ndim))
-    return conv_with(x, weight, stride, padding, dilation, groups)
+        act = site.act(x.ndim)
+        roundings = [None if act is None else rounding(act, static), rounding(site.weight)]
+    return conv_rounded(x, weight, roundings, stride, padding, dilation, groups)
+
+
+def conv_rounded(x, weight, roundings, stride=1, padding=0, dilation=1, groups: int = 1):
+    """conv_with of an input and a weight that are rounded first, where these say how."""
+    return rounded_product(
+        lambda x, weight: conv_with(x, weight, stride, padding, dilation, groups), (x, weight), roundings
+    )
+
+
+def image_rounding(site: Site, ndim: int, static=None) -> Rounding:
+    """How the input of a convolution is rounded: by each image's range, or by a static one for all."""
+    if static is None:
+        return rounding(site.act(ndim))
+
+    def codes(x):
+        return quantize_input(x.reshape(x.shape[0], -1), site, static).reshape(*x.shape)
+
+    return Rounding(codes, True)
 
 
 def conv_with(x, weight, stride=1, padding=0, dilation=1, groups: int = 1):

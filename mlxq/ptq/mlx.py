@@ -19,10 +19,11 @@ from mlxq import ops
 from mlxq.format import Packed
 from mlxq.nn.mlx import QuantizedEmbedding, QuantizedLinear, QuantizedMultiLinear, QuantizedSwitchLinear
 from mlxq.nn.q8.mlx import Q8Linear, wrap_in_lora
-from mlxq.ptq.functional import conv_with, linear_with, quantize_input, rows_of
+from mlxq.ptq.functional import conv_rounded, image_rounding, input_rounding, linear_with, rows_of
 from mlxq.ptq.plan import Plan, Site
-from mlxq.ptq.qarray import dequantize, quantize
+from mlxq.ptq.qarray import dequantize
 from mlxq.ptq.statistics import Statistics
+from mlxq.ptq.straight import rounded_values
 from mlxq.ptq.tensors import MxFormat, codes_of, input_tensors, is_stock_mx, weight_tensors
 
 
@@ -61,7 +62,8 @@ class _RuleLayer(nn.Module):
 class RuleLinear(_RuleLayer):
     """x @ W.T + bias as functional.linear_with computes it: x (..., K) -> (..., N) in x's dtype.
 
-    Gradients reach x through the dequantized weight where inputs stay in float; rounded inputs pass none.
+    Gradients reach x through the dequantized weight, straight through the rounding of x: dx = dy @ W. So does
+    the straight-through estimator of qwix's QtProvider, with the float weight, which this layer has not.
     """
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -90,7 +92,10 @@ class RuleEmbedding(_RuleLayer):
 
 
 class RuleConv(_RuleLayer):
-    """A convolution of any rank, channels last: x (B, ..., C) -> (B, ..., O) in x's dtype."""
+    """A convolution of any rank, channels last: x (B, ..., C) -> (B, ..., O) in x's dtype.
+
+    Gradients as RuleLinear's.
+    """
 
     def __init__(self, site: Site, tensors, layer: nn.Module):
         super().__init__(site, tensors, layer.get("bias"))
@@ -98,25 +103,21 @@ class RuleConv(_RuleLayer):
         self.dilation, self.groups = getattr(layer, "dilation", 1), getattr(layer, "groups", 1)
 
     def __call__(self, x: mx.array) -> mx.array:
-        dtype = x.dtype
+        wide, roundings = x, [None, None]
         if self.site.rule.act_qtype is not None:
-            wide, how = x.astype(mx.float32), self.site.act(x.ndim)
-            x = quantize(wide, how) if self.static is None else _static(wide, self.site, self.static)
-        y = conv_with(x, self.stored, self.stride, self.padding, self.dilation, self.groups)
+            wide, roundings[0] = x.astype(mx.float32), image_rounding(self.site, x.ndim, self.static)
+        how = self.stride, self.padding, self.dilation, self.groups
+        y = conv_rounded(wide, self.stored, roundings, *how)
         y = y + self["bias"] if "bias" in self else y
-        return y.astype(dtype)
-
-
-def _static(x, site: Site, static):
-    """The codes of images by one scale for all."""
-    return quantize_input(x.reshape(x.shape[0], -1), site, static).reshape(*x.shape)
+        return y.astype(x.dtype)
 
 
 class RuleSwitchLinear(QuantizedSwitchLinear):
-    """Packed experts whose inputs are rounded to the site's type first."""
+    """Packed experts whose inputs are rounded to the site's type first; gradients as RuleLinear's."""
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        rounded = dequantize(quantize_input(x.astype(mx.float32), self.site, self.static))
+        rounding = input_rounding(self.site, self.static)
+        rounded = rounded_values(x.astype(mx.float32), rounding)
         return super().__call__(rounded, indices, sorted_indices).astype(x.dtype)
 
 
@@ -171,6 +172,7 @@ def _stock_mx(site: Site, tensors, bias) -> nn.Module:
     fmt = MxFormat(site.weight.qtype)
     layer.mode, layer.bits, layer.group_size = fmt.mode, fmt.bits, fmt.group_size
     layer.weight, layer.scales, layer.biases = tensors["weight"], tensors["scales"], None
+    layer.global_scale = None  # mlx-lm's experts ask for it from 0.32 on
     if site.operation == "embedding":
         layer.num_embeddings, layer.dims = site.shape
     layer.freeze()

@@ -21,7 +21,7 @@ from mlxq.ptq.arrays import namespace
 from mlxq.ptq.calibrate import observe
 from mlxq.ptq.functional import input_range
 from mlxq.ptq.plan import ranged, site_of
-from mlxq.ptq.qarray import HowToQuantize, QArray, calibrate, quantize_with, scale_and_zero_point
+from mlxq.ptq.qarray import HowToQuantize, QArray, calibrate, scale_and_zero_point
 from mlxq.ptq.statistics import Statistics
 from mlxq.rules import QuantizationRule, RuleSet
 
@@ -103,37 +103,41 @@ class Module:
         """functional.einsum."""
         name, rule, static = self._enter("einsum")
         parts = functional.Subscripts(subscripts, lhs.ndim, rhs.ndim)
-        lhs, rhs, rule = self._operands(name, rule, static, parts, lhs, rhs, rhs_is_weight)
-        return functional.einsum(subscripts, lhs, rhs, rule, rhs_is_weight=rhs_is_weight)
+        ranges = self._ranges(name, rule, parts, lhs, rhs, rhs_is_weight) if static else (None, None)
+        rule = None if self.operations.is_calibrating else rule
+        return functional.einsum(subscripts, lhs, rhs, rule, rhs_is_weight=rhs_is_weight, static=ranges)
 
     def matmul(self, lhs, rhs, *, rhs_is_weight: bool = True):
         """functional.matmul."""
         name, rule, static = self._enter("matmul")
         parts = functional.Subscripts(functional.matmul_subscripts(lhs, rhs), lhs.ndim, rhs.ndim)
-        lhs, rhs, rule = self._operands(name, rule, static, parts, lhs, rhs, rhs_is_weight)
-        return functional.matmul(lhs, rhs, rule, rhs_is_weight=rhs_is_weight)
+        ranges = self._ranges(name, rule, parts, lhs, rhs, rhs_is_weight) if static else (None, None)
+        rule = None if self.operations.is_calibrating else rule
+        return functional.matmul(lhs, rhs, rule, rhs_is_weight=rhs_is_weight, static=ranges)
 
     def conv_general(self, x, weight, **options):
         """functional.conv_general."""
         name, rule, static = self._enter("conv_general")
+        found = None
         if static:
             how = site_of(name, "conv_general", tuple(weight.shape), "float32", rule).act(x.ndim)
-            x = self._input(f"{name}_lhs", x, how, rule)
-        return functional.conv_general(x, weight, None if self.operations.is_calibrating else rule, **options)
+            found = self._range(f"{name}_lhs", x, how, rule)
+        rule = None if self.operations.is_calibrating else rule
+        return functional.conv_general(x, weight, rule, static=found, **options)
 
-    def _operands(self, name, rule, static, parts, lhs, rhs, rhs_is_weight: bool):
-        if static:
-            method = rule.act_calibration_method or "absmax"
-            hows = [parts.how(left, rule.act_qtype, rule.tile_size, method) for left in (True, False)]
-            lhs = self._input(f"{name}_lhs", lhs, hows[0], rule)
-            if not rhs_is_weight:
-                rhs = self._input(f"{name}_rhs", rhs, hows[1], rule)
-        return lhs, rhs, None if self.operations.is_calibrating else rule
+    def _ranges(self, name, rule, parts, lhs, rhs, rhs_is_weight: bool):
+        """The static ranges of both operands."""
+        method = rule.act_calibration_method or "absmax"
+        hows = [parts.how(left, rule.act_qtype, rule.tile_size, method) for left in (True, False)]
+        return (
+            self._range(f"{name}_lhs", lhs, hows[0], rule),
+            None if rhs_is_weight else self._range(f"{name}_rhs", rhs, hows[1], rule),
+        )
 
-    def _input(self, name: str, x, how: HowToQuantize, rule: QuantizationRule):
-        """An input with a static scale: noted and as it is while calibrating, else its codes."""
+    def _range(self, name: str, x, how: HowToQuantize, rule: QuantizationRule):
+        """(scale, zero point or None) of an input; None, and its range is noted, while calibrating."""
         if isinstance(x, QArray):
-            return x
+            return None
         xp, stats = namespace(x), self.operations.stats
         if self.operations.is_calibrating:
             how = ranged(how, rule.act_batch_axes, x.ndim, name)
@@ -141,7 +145,6 @@ class Module:
             axes = how.channelwise_axes
             means = {key: bridge.to_numpy(xp.reduce("mean", r, axes)) for key, r in ranges.items()}
             stats.update(name, means)
-            return x
+            return None
         averages = {key: bridge.like(value, x) for key, value in stats.average(name).items()}
-        scale, zero = scale_and_zero_point(averages, how.qtype)
-        return quantize_with(x, how.qtype, xp.cast(scale, dtype_name(x)), zero)
+        return scale_and_zero_point(averages, how.qtype)

@@ -17,9 +17,8 @@ from torch import nn
 from mlxq.format import Packed
 from mlxq.nn.q8.torch import Q8Linear
 from mlxq.nn.torch import QuantizedEmbedding, QuantizedLinear
-from mlxq.ptq.functional import conv_with, linear_with, quantize_input, rows_of
+from mlxq.ptq.functional import conv_rounded, image_rounding, linear_with, rows_of
 from mlxq.ptq.plan import Plan, Site
-from mlxq.ptq.qarray import quantize
 from mlxq.ptq.statistics import Statistics
 from mlxq.ptq.tensors import codes_of, input_tensors, weight_tensors
 
@@ -50,7 +49,11 @@ class _RuleLayer(nn.Module):
 
 
 class RuleLinear(_RuleLayer):
-    """x @ W.T + bias as functional.linear_with computes it: x (..., K) -> (..., N) in x's dtype."""
+    """x @ W.T + bias as functional.linear_with computes it: x (..., K) -> (..., N) in x's dtype.
+
+    Gradients reach x through the dequantized weight, straight through the rounding of x: dx = dy @ W. So does
+    the straight-through estimator of qwix's QtProvider, with the float weight, which this layer has not.
+    """
 
     def __init__(self, site: Site, tensors, bias=None):
         super().__init__(site, tensors, bias)
@@ -68,7 +71,7 @@ class RuleEmbedding(_RuleLayer):
 
 
 class RuleConv(_RuleLayer):
-    """A convolution of any rank: x (B, C, ...) -> (B, O, ...) in x's dtype."""
+    """A convolution of any rank: x (B, C, ...) -> (B, O, ...) in x's dtype; gradients as RuleLinear's."""
 
     def __init__(self, site: Site, tensors, layer: nn.Module):
         if layer.padding_mode != "zeros":
@@ -80,14 +83,10 @@ class RuleConv(_RuleLayer):
         self.how = layer.stride, layer.padding, layer.dilation, layer.groups
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        codes = x
+        wide, roundings = x, [None, None]
         if self.site.rule.act_qtype is not None:
-            wide = x.float()
-            if self.static is None:
-                codes = quantize(wide, self.site.act(x.ndim))
-            else:
-                codes = quantize_input(wide.flatten(1), self.site, self.static).reshape(*x.shape)
-        y = conv_with(codes, self.stored, *self.how)
+            wide, roundings[0] = x.float(), image_rounding(self.site, x.ndim, self.static)
+        y = conv_rounded(wide, self.stored, roundings, *self.how)
         if self.bias is not None:
             y = y + self.bias.reshape(-1, *[1] * (y.ndim - 2))
         return y.to(x.dtype)
