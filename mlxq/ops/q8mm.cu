@@ -31,13 +31,12 @@ constexpr int S_BYTES = S_TYPE == 0 ? 4 : 2;
 constexpr int PANEL_WORDS = 128 * 16 * BITS;  // bytes of words in a panel
 constexpr int GROUPS = BK > GROUP ? BK / GROUP : 1;
 constexpr int S_WORDS = S_BYTES == 4 ? GROUPS : S_ALIGNED ? GROUPS / 2 : GROUPS / 2 + 1;  // of a row in a stage
-constexpr int X_STAGE = PANELS * BN * 128, W_STAGE = PANELS * PANEL_WORDS;
-[[maybe_unused]] constexpr int S_STAGE = 128 * 2 * S_WORDS * 4;
+constexpr int X_STAGE = PANELS * BN * 128, W_STAGE = PANELS * PANEL_WORDS, S_STAGE = 128 * 2 * S_WORDS * 4;
 constexpr int TILES = 4 * 8192;
 constexpr int COLUMN = 132;
 constexpr int SPAN = PER_ROW ? 128 : GROUP;   // columns whose products one int32 sum takes at a time
-[[maybe_unused]] constexpr int SPANS = 128 / SPAN;             // of a panel
-[[maybe_unused]] constexpr float ZERO = 1 << (BITS - 1);
+constexpr int SPANS = 128 / SPAN;             // of a panel
+constexpr float ZERO = 1 << (BITS - 1);
 constexpr int START = 0x4b400000;             // the bits of 12582912 = 1.5 * 2^23
 
 // The codes of a word, less z, as int8.
