@@ -42,8 +42,8 @@ _CLUSTER, _PROGRAMMATIC_SERIALIZATION = 4, 6  # CUlaunchAttributeID
 class Kernel:
     """A compiled function, ready to be started on one device."""
 
-    def __init__(self, driver, function, shared_bytes):
-        self.driver, self.function, self.shared_bytes = driver, function, shared_bytes
+    def __init__(self, driver, function, shared_bytes, name: str = ""):
+        self.driver, self.function, self.shared_bytes, self.name = driver, function, shared_bytes, name
 
 
 @functools.cache
@@ -163,7 +163,7 @@ def _kernel(device: int, file: str, function: str, flags: tuple[str, ...], share
     _check(driver.cuModuleGetFunction(ctypes.byref(found), module, function.encode()), f"{file}: {function}")
     if shared_bytes > 48 << 10:
         _check(driver.cuFuncSetAttribute(found, _FUNCTION_SHARED, shared_bytes), f"{file}: shared memory")
-    return Kernel(driver, found, shared_bytes)
+    return Kernel(driver, found, shared_bytes, function)
 
 
 class _Attribute(ctypes.Structure):
@@ -209,7 +209,7 @@ class _Launch:
         first = ctypes.cast(attributes, ctypes.POINTER(_Attribute))
         self.attributes = attributes
         self.config = _Config(*grid, threads, 1, 1, kernel.shared_bytes, None, first, self.always)
-        self.function = kernel.function
+        self.function, self.name = kernel.function, kernel.name
         self.config_at = ctypes.byref(self.config)
         self.start = kernel.driver.cuLaunchKernelEx
         self.lock = threading.Lock()
