@@ -5,6 +5,7 @@ import itertools
 import json
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ TOOLS = Path(__file__).resolve().parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
 
 import bench_common as common  # noqa: E402
+import bench_cuda  # noqa: E402
 import bench_decode  # noqa: E402
 import bench_qmm  # noqa: E402
+import readme_tables  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not ops.native_available(), reason=f"needs the extension: {ops.native_error()}"
@@ -246,3 +249,190 @@ def test_results_are_json_with_a_row_a_line(tmp_path):
     common.write(path, result)
     assert json.loads(path.read_text()) == result
     assert '\n  {"a": 2}\n' in path.read_text()
+
+
+H200 = {
+    "arch": "sm_90a",
+    "multiprocessors": 132,
+    "shared": 232448,
+    "early": True,
+}  # what ops.cuda asks of one
+
+
+def test_the_kernels_of_a_cuda_run_are_known_before_it():
+    torch = pytest.importorskip("torch", reason="needs torch")
+
+    def files(op, rows, bits=4, N=14336, K=4096):
+        cell = bench_cuda.Cell(op, bits, N, K, rows, ())
+        return [file for file, _ in bench_cuda.instances(torch, [cell], bench_cuda.H200)]
+
+    assert files("qmm", (1,)) == ["qmv.cu"] and files("qmm", (8,)) == ["qmv_stream.cu"]
+    assert files("qmm", (64,)) == ["qmm_stream.cu"] == files("qmm", (2048,))
+    assert len(files("qmm", (1, 2, 4, 8))) == 4
+    assert set(files("qmm_n", (128,))) == {"qmm_stream.cu"}
+    assert set(files("q8mm", (128,))) == {"q8mm.cu"}
+    assert set(files("gather_qmm", (8, 512), N=4096)) == {"qmv.cu", "qmm.cu"}
+    everything = bench_cuda.cells([2, 4, 8], True)
+    assert len(set(bench_cuda.instances(torch, everything, bench_cuda.H200))) > 40
+    first = [(c.op, c.rows) for c in everything[:9]]
+    assert first == [("qmm", (1, 2, 4, 8))] * 9, "what closes the issue comes first"
+    assert all(c.rows == (8192,) for c in everything[-9:])
+    assert {c.op for c in everything} == {"qmm", "qmm_n", "q8mm", "gather_qmm", "host"}
+
+
+@pytest.fixture
+def cuda_run(monkeypatch, tmp_path):
+    """bench_cuda.Run on the CPU: our operations in float64 (qmm wrong for four rows), constant times."""
+    torch = pytest.importorskip("torch", reason="needs torch")
+    from mlxq.ops import cuda
+
+    def launch(name):
+        return types.SimpleNamespace(name=name)
+
+    def qmm(x, w, transpose=True):
+        plans = w.__dict__.setdefault("_cuda_plans", {})
+        plans[x.shape, x.dtype, transpose] = types.SimpleNamespace(launch=launch("qmv"))
+        weights = bench_cuda.float64_weight(torch, w)
+        y = x.double() @ (weights.T if transpose else weights)
+        return (y * (1.01 if len(x) == 4 else 1)).bfloat16()
+
+    def gather_qmm(x, w, lhs, rhs):
+        cuda._plans["gather", len(lhs)] = launch("qmm"), True
+        weights = bench_cuda.float64_weight(torch, w)[rhs.long()]
+        return (x[lhs.long()].double() @ weights.transpose(1, 2)).bfloat16()
+
+    def q8mm(x, scales, w, per_row, dtype):
+        weights = bench_cuda.float64_weight(torch, w)
+        return (x.double() @ weights.T * scales.double()[:, None]).to(getattr(torch, dtype))
+
+    def ceilings(run):
+        run.rates = {"bfloat16": 1e6}
+        run.result["machine"] = {"gpu": "none", "date": "2026-11-29", "bf16_tflops": 1.0, "command": "-"}
+
+    for name, stand_in in (("qmm", qmm), ("gather_qmm", gather_qmm), ("q8mm", q8mm)):
+        monkeypatch.setattr(cuda, name, stand_in)
+    monkeypatch.setattr(ops, "qmm", qmm)
+    monkeypatch.setattr(bench_cuda, "DEVICE", "cpu")
+    monkeypatch.setattr(bench_cuda, "microseconds", lambda torch, calls: (calls[0](), 2.0)[1])
+    monkeypatch.setattr(bench_cuda, "host_microseconds", lambda torch, call: (call(), 3.0)[1])
+    monkeypatch.setattr(bench_cuda, "read_us", lambda *a: 1.0)
+    monkeypatch.setattr(bench_cuda.Run, "ceilings", ceilings)
+    monkeypatch.setattr(bench_cuda.Run, "alive", lambda run, what: None)
+
+    def make(limit=100.0):
+        args = types.SimpleNamespace(out=tmp_path / "cuda-x.json", limit=limit)
+        run = bench_cuda.Run(torch, args, bench_cuda.H200, 0)
+        run.rotated = 0
+        return run
+
+    return make
+
+
+CUDA_CELLS = [
+    bench_cuda.Cell("qmm", 4, 64, 128, (1, 4, 8), ("humming",)),
+    bench_cuda.Cell("qmm_n", 2, 64, 128, (8,), ()),
+    bench_cuda.Cell("q8mm", 8, 64, 128, (32,), ()),
+    bench_cuda.Cell("gather_qmm", 4, 64, 128, (8,), ()),
+    bench_cuda.Cell("host", 4, 64, 128, (1,), ()),
+]
+
+
+def test_a_wrong_answer_or_a_failing_peer_of_a_cuda_run_costs_only_itself(cuda_run):
+    run = cuda_run()
+    assert run.all(CUDA_CELLS) == 1
+    result = json.loads(run.args.out.read_text())
+    rows = {bench_cuda.row_key(row): row for row in result["rows"]}
+    assert len(rows) == len(result["rows"]) == 3 + 1 + 1 + 2 + 1
+    wrong = rows["qmm", "", 4, 4, 64, 128]
+    assert wrong["us"] is None and "error 1.0" in wrong["failed"] and wrong["peers"]["cublas_fp16"] == 2
+    assert [row for row in rows.values() if row["failed"]] == [wrong]
+    right = rows["qmm", "", 4, 1, 64, 128]
+    assert (right["us"], right["us_alone"], right["kernel"], right["limit_us"]) == (2.0, 2.0, "qmv", 1.0)
+    assert set(right["missing"]) == {"humming", "tinygemm"} and len(result["failures"]) >= 3
+    assert rows["qmm_n", "", 2, 8, 64, 128]["peers"]["forward"] == 2.0
+    assert rows["gather_qmm", "decode, sorted", 4, 8, 64, 128]["kernel"] == "qmm"
+    assert {b["what"]: b["measured"] for b in result["bars"]}["rows with a wrong answer"] == 1
+
+
+def test_a_cuda_run_ends_at_its_limit_and_goes_on_where_it_was(cuda_run):
+    late = cuda_run(limit=-1)
+    assert late.all(CUDA_CELLS) == 0
+    assert (
+        len(late.result["skipped"]) == len(CUDA_CELLS) and json.loads(late.args.out.read_text())["rows"] == []
+    )
+    run = cuda_run()
+    run.all(CUDA_CELLS[:1])
+    torch, args = run.torch, run.args
+    again = bench_cuda.Run(torch, args, bench_cuda.H200, 0, json.loads(args.out.read_text()))
+    again.rotated = 0
+    again.all(CUDA_CELLS[:2])
+    assert [row["M"] for row in again.result["rows"]] == [1, 4, 8, 8]
+
+
+def test_what_breaks_the_gpu_is_named_in_its_row_and_the_run_starts_anew(cuda_run, monkeypatch):
+    started = []
+    monkeypatch.setattr(bench_cuda.os, "execv", lambda program, arguments: started.append(arguments))
+    run = cuda_run()
+    for name in ("humming", "ours"):
+        run.pending = run.row(CUDA_CELLS[0], 8)
+        run.restart(f"{name} {bench_cuda.label(run.pending)}", "hung")
+    rows = json.loads(run.args.out.read_text())["rows"]
+    assert [(row["missing"], row["failed"]) for row in rows] == [({"humming": "hung"}, None), ({}, "hung")]
+    assert all("--resume" in arguments for arguments in started) and len(started) == 2
+
+
+def cuda_rows():
+    """Times of a made-up GPU: ours 10 us, humming 18, tinygemm 12, cuBLAS 9."""
+    shapes = [(s, M) for s in bench_cuda.MAIN_SHAPES for M in (1, 2, 4, 8, 16, 128, 512, 2048)]
+    for bits, ((N, K), M) in itertools.product((2, 4, 8), shapes):
+        peers = {"humming": 18.0, "cublas_fp16": 9.0} | ({"tinygemm": 12.0} if bits == 4 and M <= 16 else {})
+        yield {"op": "qmm", "what": "", "bits": bits, "M": M, "N": N, "K": K, "us": 10.0, "us_alone": 11.0,
+               "limit_us": 8.0, "peers": peers, "failed": None, "kernel": "qmv"}  # fmt: skip
+    for op, us, peers in (("qmm_n", 13.0, {"forward": 10.0}), ("host", 11.0, {"torch_mm": 9.0})):
+        yield {"op": op, "what": "", "bits": 4, "M": 128, "N": 64, "K": 64, "us": us, "limit_us": 5.0,
+               "peers": peers, "failed": None}  # fmt: skip
+
+
+def test_cuda_bars_are_ratios_to_the_best_peer_of_the_same_information():
+    rows = list(cuda_rows())
+    bars = {b["what"]: b for b in bench_cuda.judge(rows, {"gpu": "NVIDIA H200"})}
+    decode = bars["2-bit 14336x4096 M=1..8, humming / ours"]
+    assert (decode["measured"], decode["bar"], decode["met"]) == (pytest.approx(1.8), 1.7, True)
+    both = bars["4-bit 4096x4096 M=1..2, humming and tinygemm / ours"]
+    assert both["measured"] == pytest.approx(1.2) and both["note"].startswith(bench_cuda.CLOSES)
+    assert bars["8-bit M=16..128, ours / humming"]["measured"] == pytest.approx(10 / 18)
+    assert bars["8-bit M>=512, ours / cuBLAS fp16"]["met"] is True
+    assert bars["4-bit M=2048, cuBLAS fp16 and humming / ours"]["met"] is False
+    assert bars["4-bit transpose=False / forward"]["met"] is False
+    assert bars["host us of a call of ops.qmm"]["met"] is True
+    assert not [what for what in bars if what.endswith(", us")], "microseconds count on an H100 only"
+    on_h100 = {b["what"]: b for b in bench_cuda.judge(rows, {"gpu": "NVIDIA H100 80GB HBM3"})}
+    assert on_h100["4-bit 14336x4096 M=1..8, us"]["met"] is True
+    closing = [b for b in bars.values() if b["note"].startswith(bench_cuda.CLOSES)]
+    assert len(closing) == 9 + 3 + 3
+    for row in rows:
+        row["peers"].pop("humming", None)
+    without = {b["what"]: b for b in bench_cuda.judge(rows, {"gpu": "NVIDIA H200"})}
+    assert without["2-bit 14336x4096 M=1..8, humming / ours"]["met"] is None
+    assert all(b["met"] is None for b in bench_cuda.judge([], {}))
+
+
+def test_the_readme_shows_cuda_times_with_their_share_and_ratio(monkeypatch, tmp_path):
+    monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
+    assert readme_tables.section("bench_cuda") == "No run of `tools/bench_cuda.py` is on file."
+    machine = {"gpu": "NVIDIA H200", "date": "2026-11-29T10:00:00", "bf16_tflops": 790.0, "read_tb_s": 4.4}
+    machine |= {
+        "command": "python tools/bench_cuda.py",
+        "commit": "0123456789ab",
+        "versions": {"torch": "2.11"},
+    }
+    rows = list(cuda_rows())
+    bars = bench_cuda.judge(rows, machine)
+    result = {"machine": machine, "bars": bars, "rows": rows, "missing": ["a peer: why"]}
+    (tmp_path / "cuda-2026-11-29.json").write_text(json.dumps(result))
+    said = readme_tables.section("bench_cuda")
+    assert "NVIDIA H200, reads 4.40 TB/s" in said and "commit 012345678;" in said
+    assert "| 14336x4096, 4-bit | 10, 80%, 1.2t |" in said and "1.8h" in said
+    assert "| qmm_n, 4-bit 64x64, M=128 | 13 | 38% | forward 0.769 |" in said
+    assert "| 2-bit 14336x4096 M=1..8, humming / ours | 1.8 | >= 1.7 | yes |" in said
+    assert "Not timed: a peer: why" in said

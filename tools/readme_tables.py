@@ -3,7 +3,8 @@
     python tools/readme_tables.py            rewrite what stands between <!-- table: TOOL --> and <!-- end -->
     python tools/readme_tables.py --check    exit code 1 if that would change the README
 
-The keys of the result files are described at the heads of bench_common.py, bench_qmm.py and bench_decode.py.
+The keys of the result files are described at the heads of bench_common.py, bench_qmm.py, bench_decode.py and
+bench_cuda.py.
 """
 
 from __future__ import annotations
@@ -240,6 +241,82 @@ def w8a8() -> str:
     return "\n\n".join(parts) or "No run of `tools/eval_w8a8.py` is on file."
 
 
+def cuda_times() -> str:
+    """Of each GPU the newest run of bench_cuda: the bars, and times beside limit and peers."""
+    newest_of = {}
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("cuda-*.json")]
+    for result in sorted(files, key=lambda result: result["machine"]["date"]):
+        newest_of[result["machine"]["gpu"]] = result
+    parts = []
+    for gpu, result in sorted(newest_of.items()):
+        about = result["machine"]
+        versions = {"torch": about.get("torch")} | about.get("versions", {})
+        said = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+        read = f", reads {about['read_tb_s']:.2f} TB/s" if "read_tb_s" in about else ""
+        parts.append(
+            f"**bench_cuda**: {gpu}{read}, bfloat16 8192^3 at {about['bf16_tflops']:.0f} TFLOP/s, "
+            f"{about['date'][:10]}, commit {about.get('commit', '-')[:9]}; {said}. `{about['command']}`"
+        )
+        if result.get("bars"):
+            parts.append(bars({"bars": [b for b in result["bars"] if b["note"].startswith("closes")]}))
+            parts.append("The further bars of the issue, and host time:")
+            parts.append(bars({"bars": [b for b in result["bars"] if not b["note"].startswith("closes")]}))
+        parts += [cuda_products(result["rows"]), cuda_others(result["rows"])]
+        parts += [f"Not timed: {sentence}" for sentence in result.get("missing", ())]
+    return "\n\n".join(part for part in parts if part) or "No run of `tools/bench_cuda.py` is on file."
+
+
+def cuda_cell(row: dict) -> str:
+    """Time, share of the limit, and the fastest peer of the same information, else of all, over ours."""
+    if not row["us"]:
+        return "**wrong**" if row.get("failed") else "-"
+    same = {name: row["peers"][name] for name in ("humming", "tinygemm") if name in row["peers"]}
+    name, peer = min((same or row["peers"] or {"": 0.0}).items(), key=lambda pair: pair[1])
+    mark = {"humming": "h", "tinygemm": "t", "cublas_fp16": "c"}.get(name, name)
+    ratio = f", {number(peer / row['us'])}{mark}" if peer else ""
+    return f"{number(row['us'])}, {row['limit_us'] / row['us']:.0%}{ratio}"
+
+
+def cuda_products(rows: list[dict]) -> str:
+    """One row a shape and format, one column for each number of rows of x."""
+    rows = [row for row in rows if row.get("op", "qmm") == "qmm"]
+    if not rows:
+        return ""
+    Ms = sorted({row["M"] for row in rows})
+    found = {}
+    for row in rows:
+        found.setdefault((row["N"], row["K"], row["bits"]), {})[row["M"]] = cuda_cell(row)
+    body = [
+        [f"{N}x{K}, {bits}-bit", *(found[N, K, bits].get(M, "-") for M in Ms)] for N, K, bits in sorted(found)
+    ]
+    about = (
+        "Microseconds, share of the limit (reading the same bytes, or the operations at the rate of a\n"
+        "large bfloat16 product), and the fastest peer over ours: h humming, t tinygemm, c cuBLAS in\n"
+        "float16 where neither was timed."
+    )
+    return about + "\n\n" + table(["groups of 64", *(f"M={M}" for M in Ms)], body)
+
+
+def cuda_others(rows: list[dict]) -> str:
+    """The other operations: each with its peers' times over ours."""
+    body = []
+    for row in (row for row in rows if row.get("op", "qmm") not in ("qmm", "host")):
+        share = f"{row['limit_us'] / row['us']:.0%}" if row["us"] and row["limit_us"] else "-"
+        peers = ", ".join(
+            f"{name} {number(us / row['us'])}" for name, us in row["peers"].items() if row["us"]
+        )
+        name = f"{row['op']} {row['what']}".strip()
+        body.append(
+            [
+                f"{name}, {row['bits']}-bit {row['N']}x{row['K']}, M={row['M']}",
+                number(row["us"]),
+                share,
+                peers or "-",
+            ]
+        )
+    return table(["product", "us", "of the limit", "peer / ours"], body) if body else ""
+
+
 def section(tool: str) -> str:
     """All that stands between a tool's markers."""
     if tool in WHOLE:
@@ -256,7 +333,8 @@ def section(tool: str) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-WHOLE = {"metal_proxies": metal_proxies, "train_mpq": training, "w8a8": w8a8}  # each writes its section
+# each writes its section
+WHOLE = {"metal_proxies": metal_proxies, "train_mpq": training, "w8a8": w8a8, "bench_cuda": cuda_times}
 
 
 def rewritten(text: str) -> str:
