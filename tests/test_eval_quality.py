@@ -63,6 +63,18 @@ def test_a_ratio_is_void_where_sizes_differ():
     assert bars["4 bits, perplexity / teacher's"] == pytest.approx(1.05)
 
 
+def test_the_peer_is_the_best_of_its_learning_rates_and_all_must_be_there():
+    rows = {"mlxq tune 2": {"kl": 0.5, "bytes": 1000}, "mlx_lm.dwq 2": {"kl": 7.0, "bytes": 1000}}
+
+    def measured():
+        bars = {bar["what"]: bar["measured"] for bar in eval_quality.bars_of(rows, 10.0)}
+        return bars["2 bits, KL / mlx_lm.dwq"]
+
+    assert measured() is None
+    rows[f"mlx_lm.dwq {eval_quality.FASTER} 2"] = {"kl": 2.0, "bytes": 1000}
+    assert measured() == pytest.approx(0.25)
+
+
 def test_cores_belong_to_one_contender_at_a_time(run):
     assert run.cores <= 2
     taken = run.take(8)  # more than there are: all of them

@@ -40,7 +40,7 @@ from bench_common import bar, machine, print_bars, print_machine, result_path, w
 
 SEED = 1
 TUNE_MINUTES = 10.0
-SCORING = 75.0  # seconds of a run with --limit that are kept for scoring the last contender
+SCORING = 200.0  # seconds of a run with --limit that are kept for scoring the last contender
 FASTER = "1e-4"  # learning rate of mlx_lm.dwq, whose default is 1e-6
 
 
@@ -111,12 +111,11 @@ def contenders(calibration: Path, peers: bool, minutes: float, gpu: bool) -> dic
             flags = ["--bits", str(bits)]
             out[f"mlx_lm.gptq {bits}"] = {"bits": bits, "method": "mlx_lm.gptq", "cores": 1, "flags": flags}
             out[f"mlx_lm.dwq {bits}"] = dwq(bits, timed)
+            out[f"mlx_lm.dwq {FASTER} {bits}"] = dwq(bits, [*timed, "--learning-rate", FASTER])
     out |= {f"mlxq {bits}": gptq(bits, text) for bits in (3, 8)}
     for bits in (4, 3):
         after = f"rtn {bits}"
         out[f"mlxq target of {bits}"] = {"method": "target", "cores": 2, "flags": text, "after": after}
-    for bits in (2, 4) if peers else ():
-        out[f"mlx_lm.dwq {FASTER} {bits}"] = dwq(bits, [*timed, "--learning-rate", FASTER])
     return out
 
 
@@ -143,6 +142,7 @@ class Run:
         self.rows: dict[str, dict] = {}
         self.missing: list[str] = []
         self.ended: set[str] = set()
+        self.on_row = lambda: None  # called after each row
         self.calibration = self._calibration(args.calibration)
         self.teacher = permuted_teacher(work / "teacher", args.seed)
         self.texts = work / "texts.json"
@@ -201,7 +201,10 @@ class Run:
             truth.result()
             measured = self.score(self.folder(name), cores, free=False)
             facts = {"name": name, "method": one["method"], "bits": one.get("bits"), "cores": len(cores)}
-            self.rows[name] = facts | measured | {"seconds": seconds, "peak_mb": peak}
+            with self.changed:
+                self.rows[name] = facts | measured | {"seconds": seconds, "peak_mb": peak}
+                self.rows["teacher"] = truth.result()
+                self.on_row()
         except (subprocess.SubprocessError, OSError, ValueError, KeyError) as error:
             said = str(getattr(error, "output", None) or error).strip().splitlines()[-1:]
             self.missing.append(f"{name}: {' '.join(said)}")
@@ -332,10 +335,11 @@ def bars_of(rows: dict[str, dict], minutes: float) -> list[dict]:
         return rows[name][key] if name in rows else None
 
     def ratio(name: str, *others: str) -> float | None:
-        """KL over the least of others' of the same size."""
-        found = [rows[other] for other in others if other in rows and name in rows]
-        same = [b["kl"] for b in found if abs(rows[name]["bytes"] / b["bytes"] - 1) <= 0.01]
-        return rows[name]["kl"] / min(same) if same else None
+        """KL over the least of others', which must all be there and of the same size."""
+        if not {name, *others} <= rows.keys():
+            return None
+        same = all(abs(rows[name]["bytes"] / rows[other]["bytes"] - 1) <= 0.01 for other in others)
+        return rows[name]["kl"] / min(rows[other]["kl"] for other in others) if same else None
 
     growth = None
     if "mlxq 4" in rows and "teacher" in rows:
@@ -371,6 +375,22 @@ def bars_of(rows: dict[str, dict], minutes: float) -> list[dict]:
     ]
 
 
+def result_of(run: Run, chosen: dict[str, dict], about: dict) -> dict:
+    """The result file as far as the run has come."""
+    teacher, args = run.rows["teacher"], run.args
+    rows = [dict(run.rows[name]) for name in chosen if name in run.rows]
+    for row in rows:
+        reference = run.rows.get(f"rtn {row['bits']}")
+        row["ratio"] = row["kl"] / reference["kl"] if reference else None
+    missing = list(run.missing)
+    if args.peers and not args.blas:
+        missing.append("an OpenBLAS for the peers (--blas): they multiplied with netlib's")
+    return {"machine": about, "bars": bars_of(run.rows, args.minutes), "rows": rows, "missing": missing,
+            "text": [Path(text).name for text in args.text] or ["mlxq's own"],
+            "calibration": ", ".join(file.name for file in args.calibration),
+            "teacher": {name: teacher[name] for name in ("perplexity", "tokens")}}  # fmt: skip
+
+
 def main() -> int:
     from mlxq.ptq.text import SHIPPED
 
@@ -397,24 +417,18 @@ def main() -> int:
             for name, one in contenders(run.calibration, args.peers, args.minutes, args.gpu).items()
             if not args.only or {name, name.replace(" ", "-")} & set(args.only)
         }
+        path = args.out or result_path("quality", about)
+        run.on_row = lambda: write(path, result_of(run, chosen, about))  # a run cut off keeps what it has
         run.all(chosen)
-    rows, teacher = run.rows, run.rows.pop("teacher")
-    rows = {name: rows[name] for name in chosen if name in rows}
-    print(f"teacher: perplexity {teacher['perplexity']:.3f}, {teacher['tokens']} tokens")
-    for name, row in rows.items():
-        reference = rows.get(f"rtn {row['bits']}")
-        row["ratio"] = row["kl"] / reference["kl"] if reference else None
+    result = result_of(run, chosen, about)
+    print(f"teacher: perplexity {result['teacher']['perplexity']:.3f}, {result['teacher']['tokens']} tokens")
+    for row in result["rows"]:
         shown = "" if row["ratio"] is None else f"{row['ratio']:.3f}x"
-        print(f"{name:20} {row['bytes'] / 1e6:7.2f} MB  KL {row['kl']:.4f} +- {row['kl_error']:.4f} "
+        print(f"{row['name']:20} {row['bytes'] / 1e6:7.2f} MB  KL {row['kl']:.4f} +- {row['kl_error']:.4f} "
               f"{shown:>7}  ppl {row['perplexity']:8.2f}  top-1 {row['top1']:.1%}  {row['seconds']:6.0f} s "
               f"{row['peak_mb']:6.0f} MB", flush=True)  # fmt: skip
-    bars = bars_of(rows | {"teacher": teacher}, args.minutes)
-    print_bars(bars)
-    result = {"machine": about, "bars": bars, "rows": list(rows.values()), "missing": run.missing,
-              "text": [Path(text).name for text in args.text] or ["mlxq's own"],
-              "calibration": ", ".join(file.name for file in args.calibration),
-              "teacher": {name: teacher[name] for name in ("perplexity", "tokens")}}  # fmt: skip
-    write(args.out or result_path("quality", about), result)
+    print_bars(result["bars"])
+    write(path, result)
     return 0
 
 
