@@ -138,7 +138,8 @@ class QuantizationRule:
     weight_calibration_method   see calibration(); default absmax
     act_calibration_method      likewise; None: absmax, but for int8 inputs of layers with one scale a row, or
                    for each group of the weight's (tile_size 32, 64 or 128), which the kernel ops.q8_rows
-                   quantizes: max / 127 where absmax has max / 127.5
+                   quantizes: max / 127, codes from -127, where absmax, named, has max / 127.5 and codes from
+                   -128, qwix's. The layer is Q8Linear, or RuleLinear; both sum integers, in ops.q8mm
     act_batch_axes              axes of the inputs over which static statistics are averaged
 
     Raises ValueError or TypeError at construction for settings that cannot work.

@@ -325,6 +325,8 @@ def _linear(x, weight: Packed | QArray, site: Site, static):
             scales = scales.reshape(scales.shape[:-1] if static is None else ())
         by_rows = site.act_tile is None and is_per_row(weight.format.bits, weight.scales, weight.biases)
         y = ops.q8mm(inputs.qvalue, scales, weight, per_row=by_rows)
+    elif site.sums_codes:
+        y = ops.q8mm(inputs.qvalue, _kernel_scales(inputs), weight)
     elif isinstance(weight, Packed):
         y = ops.qmm(dequantize(inputs), weight)
     else:
@@ -332,6 +334,17 @@ def _linear(x, weight: Packed | QArray, site: Site, static):
         y = dot_general(rows, weight.astype("float32"), (((1,), (1,)), ((), ())))
         y = y.reshape(*x.shape[:-1], weight.shape[0])
     return namespace(x).cast(y, dtype)
+
+
+def _kernel_scales(inputs: QArray):
+    """The scales of inputs as ops.q8mm takes them: one number, (...) of rows, or (..., tiles)."""
+    scale = inputs.scale
+    if math.prod(scale.shape) == 1:
+        return scale.reshape(())
+    if scale.shape[-1] == 1:
+        return scale[..., 0]
+    xp = namespace(scale)
+    return xp.broadcast(scale, (*inputs.shape[:-1], scale.shape[-1]))
 
 
 def input_rounding(site: Site, static=None) -> Rounding:

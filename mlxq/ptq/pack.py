@@ -93,7 +93,8 @@ def _pack_codes(array: QArray, fmt: Format, scale_dtype: str | None):
     groups = fmt.groups(array.shape[-1])
 
     def grouped(a):
-        return np.repeat(bridge.to_numpy(a), groups // a.shape[-1], axis=-1).astype(np.float32)
+        every = np.repeat(bridge.to_numpy(a), groups // a.shape[-1], axis=-1).astype(np.float32)
+        return np.broadcast_to(every, (codes.shape[0], groups))  # fixed has one range for all rows
 
     scales = grouped(array.scale)
     offset = np.float32(-zero) if array.zero_point is None else -(zero + grouped(array.zero_point))

@@ -76,6 +76,22 @@ class Site:
         )
 
     @property
+    def sums_codes(self) -> bool:
+        """Whether int8 inputs meet a packed weight as integers, in ops.q8mm.
+
+        All that are `integer`; and where the rule names a symmetric calibration, weights of KERNEL_BITS.
+        """
+        rule, fmt = self.rule, self.packed
+        return self.integer or (
+            rule.act_qtype == "int8"
+            and self.operation == "linear"
+            and self._symmetric
+            and fmt is not None
+            and fmt.bits in KERNEL_BITS
+            and (rule.tile_size is None or rule.grid is not None or self._tiles_are_groups)
+        )
+
+    @property
     def act_tile(self) -> int | None:
         """Neighbours of an int8 input's row that share a scale, where `integer`; None: the whole row."""
         rule = self.rule

@@ -14,6 +14,8 @@ the two round apart. 16-bit arrays are divided in float32 and rounded. Named dif
 4  float8: float32 is rounded once; some XLA versions round through float16 first
 5  rms: the order of the sum is each framework's own, so the scale may differ in its last bits
 6  NaN and infinity are refused where a value can be read at once; qwix makes codes of them
+7  int8 inputs whose rule names no act_calibration_method are rounded by max / 127, as ops.q8_rows does, where
+   ops.q8mm takes the layer's weight; qwix's None is absmax, max / 127.5: say "absmax" for that
 """
 
 from __future__ import annotations
