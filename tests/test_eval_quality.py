@@ -6,7 +6,11 @@ import sys
 import threading
 from pathlib import Path
 
+import mlx.core as mx
+import mlx_lm
+import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from tiny_models import make_hf_model
 
 from mlxq import cli
@@ -116,3 +120,41 @@ def test_scores_are_those_of_mlxq_eval(tmp_path):
         assert got["bytes"] == row.bytes
         for name in ("perplexity", "tokens", *(["kl", "top1"] if model != teacher else [])):
             assert got[name] == pytest.approx(row.total[name], rel=1e-6)
+
+
+@pytest.fixture
+def llama_teacher(tmp_path, monkeypatch):
+    """A function that makes the permuted teacher from a tiny Llama, and the folder of that Llama."""
+    plain = make_hf_model("llama", tmp_path / "plain", "bfloat16")
+    monkeypatch.setattr("mlxq.checkpoint.embedded.embedded_gguf", lambda: plain)
+    return lambda: eval_quality.permuted_teacher(tmp_path / "cache" / "teacher", 3), plain
+
+
+def test_a_permuted_teacher_is_the_same_function_of_other_weights(llama_teacher):
+    made = llama_teacher[0]()
+    ids, logits, weights = mx.array([[5, 9, 300, 17, 2, 80]]), [], []
+    for folder in (llama_teacher[1], made):
+        model, _ = mlx_lm.load(str(folder))
+        model.set_dtype(mx.float32)
+        logits.append(np.array(model(ids)))
+        weights.append(dict(tree_flatten(model.parameters())))
+    # the same sums in another order
+    assert np.abs(logits[1] - logits[0]).max() < 1e-4 * np.abs(logits[0]).max()
+    same = [name for name in weights[0] if mx.array_equal(weights[0][name], weights[1][name])]
+    assert weights[0].keys() == weights[1].keys() and same == []
+
+
+def test_a_permuted_teacher_that_was_interrupted_is_made_anew(llama_teacher, monkeypatch):
+    make, plain = llama_teacher
+
+    def killed(folder, seed):
+        assert (folder / "config.json").exists()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(eval_quality, "permute_channels", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make()
+    before, after = (mx.load(str(folder / "model.safetensors")) for folder in (plain, make()))
+    assert not mx.array_equal(before["model.norm.weight"], after["model.norm.weight"])
+    assert [path.name for path in make().parent.iterdir()] == ["teacher"]

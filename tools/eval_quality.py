@@ -47,17 +47,34 @@ FASTER = "1e-4"  # learning rate of mlx_lm.dwq, whose default is 1e-6
 def permuted_teacher(folder: Path, seed: int) -> Path:
     """The folder of SmolLM2-135M in bfloat16 with channels permuted by a seed; made once.
 
-    Residual channels, the channels inside each MLP and the dimensions of each value head are shuffled, in
-    every weight that reads or writes them, so the function stays the same to rounding.
+    It has its name only when it is complete: a killed run leaves none that the next one would believe.
     """
     if (folder / "config.json").exists():
         return folder
-    import mlx.core as mx
-
     from mlxq.checkpoint.embedded import embedded_gguf
     from mlxq.convert import convert
 
-    convert(embedded_gguf(), folder, dtype="bfloat16", rules=[".*=bits:none"], progress=False)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        made = Path(scratch) / "made"
+        convert(embedded_gguf(), made, dtype="bfloat16", rules=[".*=bits:none"], progress=False)
+        permute_channels(made, seed)
+        try:
+            made.rename(folder)
+        except OSError:
+            if not (folder / "config.json").exists():  # or another process was faster
+                raise
+    return folder
+
+
+def permute_channels(folder: Path, seed: int) -> None:
+    """Shuffle a float Llama's channels in place: every weight moves, the function stays to rounding.
+
+    Residual channels, the channels inside each MLP and the dimensions of each value head are shuffled, in
+    every weight that reads or writes them.
+    """
+    import mlx.core as mx
+
     config = json.loads((folder / "config.json").read_text())
     config.pop("quantization", None)
     config.pop("quantization_config", None)
@@ -68,7 +85,7 @@ def permuted_teacher(folder: Path, seed: int) -> Path:
     residual = rng.permutation(config["hidden_size"])
     heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
     size = config["hidden_size"] // heads
-    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+    for name in {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"} & w.keys():
         w[name] = w[name][..., residual]
     for layer in range(config["num_hidden_layers"]):
         at = f"model.layers.{layer}."
@@ -86,7 +103,6 @@ def permuted_teacher(folder: Path, seed: int) -> Path:
             w[f"{at}{name}.weight"] = w[f"{at}{name}.weight"][residual][:, columns]
     arrays = {name: mx.array(np.ascontiguousarray(a)).astype(mx.bfloat16) for name, a in w.items()}
     mx.save_safetensors(str(path), arrays, metadata={"format": "mlx"})
-    return folder
 
 
 def contenders(calibration: Path, peers: bool, minutes: float, gpu: bool) -> dict[str, dict]:
