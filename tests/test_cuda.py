@@ -366,7 +366,7 @@ def nvrtc(tmp_path, monkeypatch):
     """NVRTC of the package from PyPI where mlxq.ops.cuda looks for cupy's, and an empty cache."""
     if nvidia.nvrtc_library() is None:
         pytest.skip("needs NVRTC: package nvidia-cuda-nvrtc==13.0.*, which exists for Linux and Windows")
-    from cuda import nvrtc as compiler  # tests/cuda
+    import pypi_nvrtc as compiler
 
     monkeypatch.setenv("MLXQ_CACHE", str(tmp_path))
     monkeypatch.setattr(cuda, "_nvrtc", lambda: compiler)
