@@ -3,8 +3,8 @@
     python tools/readme_tables.py            rewrite what stands between <!-- table: TOOL --> and <!-- end -->
     python tools/readme_tables.py --check    exit code 1 if that would change the README
 
-The keys of the result files are described at the heads of bench_common.py, bench_qmm.py, bench_decode.py and
-bench_cuda.py.
+The keys of the result files are described at the heads of bench_common.py, bench_qmm.py, bench_decode.py,
+bench_cuda.py, train_small.py and train_smollm2.py.
 """
 
 from __future__ import annotations
@@ -220,6 +220,60 @@ def training() -> str:
     return "\n\n".join(parts) or "No run of `tools/train_mpq.py` is on file."
 
 
+def trainings(tool: str) -> list[dict]:
+    """Of each machine, and size of model, the newest result, busy or quiet; toys are left out."""
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob(f"{tool}-*.json")]
+    found = {}
+    for result in sorted(files, key=lambda result: result["machine"]["date"]):
+        about, size = result["machine"], result.get("model", {}).get("size", "")
+        if size != "tiny":
+            found[about["cpu"], about["family"], size] = result
+    return [found[key] for key in sorted(found)]
+
+
+def train_small() -> str:
+    """What rounding costs a model trained from scratch, and how much of it training recovers."""
+    parts = []
+    for result in trainings("train_small"):
+        rows = {row["what"]: row for row in result["rows"]}
+        body = []
+        for name, row in rows.items():
+            rounding = rows.get(f"rtn {row['bits']}") if name.startswith("qat") else None
+            share = f"{1 - row['kl'] / rounding['kl']:.0%}" if rounding else "-"
+            done = [str(row["steps"]), number(row.get("tokens_per_second"))] if row["steps"] else ["-", "-"]
+            body.append(
+                [name, f"{row['cross_entropy']:.4f}", f"{row['kl']:.4f}", share, *done, row["measured"]]
+            )
+        about, busy = result["model"], result["machine"]["noisy"]
+        head = ["bits", "cross-entropy", "KL", "share of rtn's KL removed", "steps", "tokens/s", "measured"]
+        parts += [
+            f"**train_small**: {where(result)}",
+            f"{about['parameters'] / 1e6:.1f} M parameters, {about['tokens']} tokens of text."
+            + " The machine was busy: tokens/s are too low." * busy,
+            bars(result),
+            table(head, body),
+            *(f"Missing: {sentence}" for sentence in result["missing"]),
+        ]
+    return "\n\n".join(parts) or "No run of `tools/train_small.py` is on file."
+
+
+def train_smollm2() -> str:
+    """KL of SmolLM2 as converted and as trained from there."""
+    parts = []
+    for result in trainings("train_smollm2"):
+        kl = {row["what"]: f"{row['kl']:.4f}" for row in result["rows"]}
+        data, seconds = result.get("data", {}), result.get("seconds", 0.0)
+        body = [
+            str(result["rows"][0]["bits"]), kl["start"], kl.get("trained", "-"), data.get("trains", "-"),
+            f"{data.get('tokens_per_second', 0.0) * seconds:.0f}", f"{seconds / 60:.1f}",
+            result["machine"].get("gpu") or "CPU",
+        ]  # fmt: skip
+        head = ["bits", "start KL", "trained KL", "trained", "tokens", "minutes", "device"]
+        parts += [f"**train_smollm2**: {where(result)}", bars(result), table(head, [body])]
+        parts += [f"Missing: {sentence}" for sentence in result["missing"]]
+    return "\n\n".join(parts) or "No run of `tools/train_smollm2.py` is on file."
+
+
 def w8a8() -> str:
     """Quality of 8-bit inputs by their rules; of each machine the newest run, and speed if it was quiet."""
     parts = []
@@ -334,7 +388,10 @@ def section(tool: str) -> str:
 
 
 # each writes its section
-WHOLE = {"metal_proxies": metal_proxies, "train_mpq": training, "w8a8": w8a8, "bench_cuda": cuda_times}
+WHOLE = {
+    "metal_proxies": metal_proxies, "train_mpq": training, "w8a8": w8a8, "bench_cuda": cuda_times,
+    "train_small": train_small, "train_smollm2": train_smollm2,
+}  # fmt: skip
 
 
 def rewritten(text: str) -> str:

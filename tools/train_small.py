@@ -16,8 +16,9 @@ scales in bfloat16.
 The float model and the widths share --minutes (SHARES). Each keeps the best held-out loss of a tenth of the
 held-out text, which is not what is measured. The result file is written anew after each of them: a run
 that is killed leaves what was done. It has, besides the keys of bench_common:
-    model    {parameters, vocabulary, tokens trained on, seconds}
+    model    {size, parameters, vocabulary, tokens trained on, seconds}
     rows     [{what, bits, cross_entropy, kl, perplexity, seconds, steps, tokens_per_second, measured}]
+             seconds: of the whole training, its probes included; steps and tokens_per_second: of the long run
              measured: "float", "packed", or "fake quantized" where packed layers failed, which `missing` says
     curves   [{what, step, loss}]   losses on the judging text while training
     bars     the share of rtn's KL that qat removes
@@ -114,10 +115,15 @@ def fit(student, teacher, rows, judge, minutes, rate, autocast, trainable="all",
     return training.run(trainer, rows, judge, schedule, on_step=show)
 
 
-def spent(outcome, rows) -> dict:
+def spent(outcome, rows, before: float = 0.0) -> dict:
+    """Steps and their rate, and the seconds of the whole: `before` are those of probes."""
     steps = len(outcome.losses)
     tokens = steps * rows[0].tokens.size
-    return {"seconds": outcome.seconds, "steps": steps, "tokens_per_second": tokens / outcome.seconds}
+    return {
+        "seconds": before + outcome.seconds,
+        "steps": steps,
+        "tokens_per_second": tokens / max(outcome.seconds, 1e-9),
+    }
 
 
 def measure(model, teacher, rows) -> dict:
@@ -209,7 +215,7 @@ def trained(model, bits: int, rows, judge, scored, minutes, rates, autocast, ste
 
     Of several rates each is tried first, and the run goes on from where the best one came to.
     """
-    student, probes = prepared(model, bits), []
+    student, probes, probing = prepared(model, bits), [], 0.0
     if len(rates) > 1:
         tried = []
         for rate in rates:
@@ -217,6 +223,7 @@ def trained(model, bits: int, rows, judge, scored, minutes, rates, autocast, ste
             short = None if steps is None else max(1, int(PROBE * steps))
             told = fit(other, model, rows, judge, PROBE * minutes, rate, autocast, steps=short)
             tried.append((told.best, rate, other))
+            probing += told.seconds
             probes.append({"rate": rate, "loss": told.best, "steps": len(told.losses)})
             print(f"  rate {rate:g}: {told.best:.4f}", flush=True)
         _, rate, student = min(tried, key=lambda one: one[0])
@@ -224,7 +231,8 @@ def trained(model, bits: int, rows, judge, scored, minutes, rates, autocast, ste
         minutes *= 1 - PROBE * len(probes)
     outcome = fit(student, model, rows, judge, minutes, rates[0], autocast, steps=steps)
     curve = [{"what": f"qat {bits}", "step": s, "loss": v} for s, v in outcome.evaluations]
-    row = {"what": f"qat {bits}", "bits": bits} | measure(student, model, scored) | spent(outcome, rows)
+    row = {"what": f"qat {bits}", "bits": bits} | measure(student, model, scored)
+    row |= spent(outcome, rows, probing)
     row |= {"rate": rates[0], "probes": probes, "measured": "fake quantized"}
     try:
         packed = measure(converted(student), model, scored)
@@ -281,12 +289,11 @@ def main() -> None:
         model.load_state_dict(torch.load(args.float, args.device))
         outcome = training.Outcome(seconds=1e-9)
     else:
-        outcome = fit(
-            model, None, rows, judge, minutes["float"], args.float_rate, autocast, steps=args.steps
-        )
+        outcome = fit(model, None, rows, judge, minutes["float"], args.float_rate, autocast, steps=args.steps)
         if args.float is not None:
             torch.save(model.state_dict(), args.float)
     summary = {
+        "size": args.size,
         "parameters": sum(p.numel() for p in model.parameters()),
         "vocabulary": tokenizer.get_vocab_size(),
         "tokens": sum(b.tokens.size for b in rows),
