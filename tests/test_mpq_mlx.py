@@ -1,5 +1,8 @@
 """MPQLinear for MLX against float64 autograd, the formulas of the checkpoint, and stock MLX."""
 
+import subprocess
+import sys
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -141,9 +144,26 @@ def test_models_are_packed_trained_layers_return_to_mlx_and_stock_mlx_agrees():
         freeze_words(ordered)
 
 
-def test_both_frameworks_offer_the_layer_beside_their_others():
+def test_both_frameworks_offer_their_trained_layers_beside_the_others():
     import mlxq.nn.mpq.torch
+    import mlxq.nn.q8.mlx
+    import mlxq.nn.q8.torch
     import mlxq.nn.torch
 
-    assert mlxq.nn.mlx.MPQLinear is MPQLinear
-    assert mlxq.nn.torch.MPQLinear is mlxq.nn.mpq.torch.MPQLinear
+    for beside, mpq, q8 in (
+        (mlxq.nn.mlx, mlxq.nn.mpq.mlx, mlxq.nn.q8.mlx),
+        (mlxq.nn.torch, mlxq.nn.mpq.torch, mlxq.nn.q8.torch),
+    ):
+        for name in ("MPQLinear", "prepare_layers", "pack_layers", "collect_layers", "freeze_words"):
+            assert getattr(beside, name) is getattr(mpq, name)
+        assert beside.Q8Linear is q8.Q8Linear
+
+
+MODULES = ("nn.mlx", "nn.torch", "nn.mpq.mlx", "nn.mpq.torch", "nn.q8.mlx", "nn.q8.torch")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_each_module_of_layers_is_imported_first(module):
+    """A cycle of imports shows only in the order that nobody tried."""
+    code = f"import mlxq.{module}"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

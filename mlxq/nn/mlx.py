@@ -16,6 +16,11 @@ from mlx_lm.models import mla, switch_layers
 from mlxq import ops
 from mlxq.format import Format, Packed
 from mlxq.nn.mpq.mlx import MPQLinear as MPQLinear
+from mlxq.nn.mpq.mlx import collect_layers as collect_layers
+from mlxq.nn.mpq.mlx import freeze_words as freeze_words
+from mlxq.nn.mpq.mlx import pack_layers as pack_layers
+from mlxq.nn.mpq.mlx import prepare_layers as prepare_layers
+from mlxq.nn.q8.mlx import Q8Linear as Q8Linear
 
 _format = functools.cache(Format)  # a layer asks for its format at every call
 

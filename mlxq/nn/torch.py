@@ -29,6 +29,12 @@ from mlxq import bridge, ops
 from mlxq.format import STORAGE, Format, Packed
 from mlxq.nn.mpq.torch import MPQLinear as MPQLinear
 from mlxq.nn.mpq.torch import MPQWeight as MPQWeight
+from mlxq.nn.mpq.torch import collect_layers as collect_layers
+from mlxq.nn.mpq.torch import freeze_words as freeze_words
+from mlxq.nn.mpq.torch import load_layers as load_layers
+from mlxq.nn.mpq.torch import pack_layers as pack_layers
+from mlxq.nn.mpq.torch import prepare_layers as prepare_layers
+from mlxq.nn.q8.torch import Q8Linear as Q8Linear
 
 _FLOATS = tuple(getattr(torch, name) for name in STORAGE)
 _ROWS_AT_ONCE = 1 << 22  # weights of which dW and the codes exist at a time, 32 MiB in float32
