@@ -291,6 +291,37 @@ def test_a9_prepared_twice_saved_and_loaded_a_layer_gives_the_same_output(mode, 
     assert torch.equal(layer.half()(x), y) and layer.group_scales.dtype == torch.float32
 
 
+@pytest.mark.parametrize("way", ["to_empty", "assign"])
+def test_a_layer_made_without_memory_is_loaded_and_trains(way):
+    layout = Layout(K, N, 4, 64, dq_mode=0)
+    real = layer_of(layout, random_tensors(layout), np.arange(N, dtype=np.float32))
+    x = torch.randn(3, K, generator=torch.Generator().manual_seed(0))
+    arguments = dict(group_size=64, dq_mode=0, disable_bias=False, dtype=torch.float16)
+    layer = MPQLinear(K, N, device="meta", **arguments)
+    assert layer.weight.is_meta and layer.qweight.is_meta
+    state = real.state_dict()
+    if way == "to_empty":
+        layer.to_empty(device="cpu").load_state_dict(state)
+    else:
+        layer.load_state_dict(state, assign=True)
+        assert layer.qweight.data_ptr() == state["qweight"].data_ptr()
+    layer.prepare_params()
+    assert isinstance(layer.weight, MPQWeight) and not layer.weight.is_meta
+    assert torch.equal(layer(x), real(x))
+    layer(x).sum().backward()
+    assert layer.weight.privileged_grad.shape == (K, N)
+
+
+def test_a_layer_without_memory_says_what_it_lacks():
+    layout = Layout(K, N, 4, 64, dq_mode=0)
+    state = layer_of(layout, random_tensors(layout)).state_dict()
+    layer = MPQLinear(K, N, group_size=64, dq_mode=0, device="meta", dtype=torch.float16)
+    with pytest.raises(RuntimeError, match="on the meta device.*assign=True"):
+        layer.load_state_dict(state)
+    with pytest.raises(ValueError, match="on the meta device"):
+        layer.prepare_params()
+
+
 BAD_ARGUMENTS = {
     "w_bit": (dict(w_bit=3), "w_bit is 3; wanted one of 2, 4, 8"),
     "a_bit": (dict(a_bit=8), "a_bit is 8"),

@@ -245,6 +245,8 @@ class MPQLinear(torch.nn.Module):
         """
         if self.prepared:
             return
+        if self.qweight.is_meta:
+            raise ValueError("MPQLinear: the layer is on the meta device; load a checkpoint into it first")
         tensors = {name: bridge.to_numpy(getattr(self, name)) for name in self.layout.shapes}
         canonical = self.layout.decode(tensors)
         device, packed = self.qweight.device, canonical.packed
@@ -302,6 +304,8 @@ class MPQLinear(torch.nn.Module):
     def _apply(self, fn, recurse=True):
         exact = (self.group_scales, self.group_biases) if self.prepared else ()
         super()._apply(fn, recurse)
+        if not isinstance(self.weight, MPQWeight):  # leaving the meta device makes plain parameters
+            self.weight = MPQWeight(self.weight.requires_grad, self.weight.device)
         if self.prepared:
             # .half() and its kin are meant for activations: scales of products stay float32.
             for name, before in zip(("group_scales", "group_biases"), exact, strict=True):
@@ -373,14 +377,23 @@ class MPQLinear(torch.nn.Module):
             except ValueError as error:
                 errors.append(f"{prefix.rstrip('.')}: {error}")
                 return
-        was_prepared, device = self.prepared, self.g_idx.device
+        assign = metadata.get("assign_to_params_buffers", False)
+        if self.g_idx.is_meta and not assign:
+            errors.append(
+                f"{prefix.rstrip('.')}: the layer is on the meta device; pass assign=True or call "
+                "to_empty(device=...) first"
+            )
+            return
+        was_prepared, device = self.prepared, fresh["qweight"].device if assign else self.g_idx.device
+        if self.weight.device != device:
+            self.weight = MPQWeight(self.weight.requires_grad, device)
         for name in set(self.layout.shapes) & set(self._buffers):
             del self._buffers[name]
         self.layout, self.prepared = layout, False
         self._allocate(device)
         for name, tensor in fresh.items():
             keep = tensor.dtype if tensor.dtype in _DTYPES else getattr(self, name).dtype
-            self.register_buffer(name, tensor.to(device, keep, copy=True))
+            self.register_buffer(name, tensor.to(device, keep, copy=not assign))
         if was_prepared:
             for name in ("words", "group_scales", "group_biases", "order", "inverse", "owner"):
                 delattr(self, name)
