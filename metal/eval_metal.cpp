@@ -125,8 +125,8 @@ enum class Fn {
   q8_mv, q8_mm, q8_rows, quantize, dequantize
 };
 
-// Of the template: <>, <T>, <T, S, bits, group_size>, the same and M, the same and a tile, <T, group_size>, the
-// same and M.
+// Of the template: <>, <T>, <T, S, bits, group_size>, the same and M, the same and a tile, <S, bits, group_size,
+// grouped>, the same and M.
 enum class Arguments { none, type, format, vector, tile, grouped, grouped_vector };
 
 struct Shader {
@@ -169,10 +169,11 @@ struct Kernel {
   DType x = DType::f32, scale = DType::f32;
   int bits = 0, group_size = 0;
   int variant = 0;  // M of a vector kernel, index into tiles of a matrix kernel
+  int grouped = 0;  // of Q8
 
   uint64_t key() const {
     return uint64_t(fn) | uint64_t(x) << 8 | uint64_t(scale) << 16 | uint64_t(bits) << 24 | uint64_t(group_size) << 32 |
-           uint64_t(variant) << 48;
+           uint64_t(grouped) << 40 | uint64_t(variant) << 48;
   }
 
   // Threads of a threadgroup: {32, 4, 1} are four simdgroups.
@@ -207,15 +208,17 @@ struct Kernel {
     std::string out;
     auto add = [&](const std::string& text) { out += (out.empty() ? "" : ", ") + text; };
     Arguments kind = shader(fn).arguments;
-    if (kind != Arguments::none) {
+    bool of_codes = kind == Arguments::grouped || kind == Arguments::grouped_vector;
+    if (kind != Arguments::none && !of_codes) {
       add(msl_type(x));
     }
-    if (kind == Arguments::format || kind == Arguments::vector || kind == Arguments::tile) {
+    if (kind != Arguments::none && kind != Arguments::type) {
       add(msl_type(scale));
       add(std::to_string(bits));
-    }
-    if (kind != Arguments::none && kind != Arguments::type) {
       add(std::to_string(group_size));
+    }
+    if (of_codes) {
+      add(std::to_string(grouped));
     }
     if (kind == Arguments::vector || kind == Arguments::grouped_vector) {
       add(std::to_string(variant));
@@ -353,7 +356,7 @@ std::optional<Plan> choose(const Product& p, const Gpu& g) {
 // Of int8 codes: the vector kernel for as many rows as in choose(), else the one tile that there is. GPUs with matrix
 // units too: MLX has no product of int8.
 Plan choose(const Q8& p, const Gpu& g) {
-  Plan plan{{Fn::q8_mv, p.dtype, DType::f32, 0, p.group_size, p.M}, {ceil_div(p.N, 8), 1, 1}};
+  Plan plan{{Fn::q8_mv, DType::f32, p.scale_dtype, p.bits, p.group_size, p.M, p.grouped}, {ceil_div(p.N, 8), 1, 1}};
   if (p.M > vector_rows(g, p.N, p.K)) {
     plan.kernel.fn = Fn::q8_mm;
     plan.kernel.variant = 0;
@@ -601,28 +604,27 @@ void Q8Product::eval_gpu(const std::vector<array>& inputs, array& out) {
     return;
   }
   expect_no_strides(inputs);
-  const array &x = inputs[0], &words = inputs[1], &scales = inputs[2], &x_scales = inputs[3];
+  const array& x = inputs[0];
   if (x.offset() % 4 != 0) {
     throw std::runtime_error("q8mm: x_codes begin at byte " + std::to_string(x.offset()) + " of their buffer, and " +
                              "the kernel reads words; wanted a multiple of 4: mx.eval them first");
   }
-  int K = x.shape(-1), N = words.shape(0), M = int(x.size() / K);
-  Plan plan = choose(Q8{to_dtype(dtype_), per_row_ ? 0 : group_size_, M, N, K}, gpu());
+  int K = x.shape(-1), N = inputs[1].shape(0), M = int(x.size() / K);
+  Plan plan = choose(q8(inputs), gpu());
   auto& encoder = mx::metal::get_command_encoder(stream());
   start(encoder, plan.kernel);
   encoder.set_input_array(x, 0);
-  encoder.set_input_array(x_scales, 1);
-  encoder.set_input_array(words, 2);
-  encoder.set_input_array(scales, 3);
-  encoder.set_output_array(out, 4);
-  int at = 5;
+  encoder.set_input_array(inputs[4], 1);
+  for (int i = 1; i < 4; ++i) {
+    encoder.set_input_array(inputs[i], i + 1);
+  }
+  encoder.set_output_array(out, 5);
+  int at = 6;
   if (plan.kernel.fn == Fn::q8_mm) {
     encoder.set_bytes(M, at++);
   }
   encoder.set_bytes(N, at++);
-  encoder.set_bytes(K, at++);
-  const uint32_t flip = 0x80808080;  // a code of the format is value + 128
-  encoder.set_bytes(flip, at);
+  encoder.set_bytes(K, at);
   finish(encoder, plan.kernel, plan.grid);
 }
 

@@ -32,8 +32,10 @@ struct Product {
 
 // A product of int8 codes as far as choosing a kernel goes.
 struct Q8 {
-  DType dtype;     // of y
-  int group_size;  // 0: one scale a row of the weight
+  DType scale_dtype;
+  int bits;
+  int group_size;
+  int grouped;  // operands that have a scale for each group: none with per_row, the weight, or x too
   int M, N, K;
 };
 

@@ -45,17 +45,6 @@ array scales_of_rows(const array& x_scales, const array& x, int group_size, mx::
   return mx::broadcast_to(mx::reshape(x_scales, {}, s), rows, s);
 }
 
-// The codes of narrower words as 8-bit words with the same values: code - z + 128.
-array widened_words(const array& words, int bits, mx::StreamOrDevice s) {
-  int per_word = 32 / bits;
-  array shifts = mx::multiply(mx::arange(per_word, mx::uint32, s), array(uint32_t(bits), mx::uint32), s);
-  array codes = mx::bitwise_and(mx::right_shift(mx::expand_dims(words, -1, s), shifts, s),
-                                array((1u << bits) - 1, mx::uint32), s);
-  codes = mx::add(codes, array(128u - (1u << (bits - 1)), mx::uint32), s);
-  array bytes = mx::reshape(mx::astype(codes, mx::uint8, s), {words.shape(0), words.shape(1) * per_word}, s);
-  return mx::view(mx::contiguous(bytes, false, s), mx::uint32, s);
-}
-
 // A shader reads words, and a view may begin anywhere. What is not computed yet is met by eval_gpu.
 array from_a_word_on(const array& x, mx::StreamOrDevice s) {
   if (x.is_available() && x.offset() % 4 != 0) {
@@ -64,49 +53,19 @@ array from_a_word_on(const array& x, mx::StreamOrDevice s) {
   return x;
 }
 
-array on_the_gpu(const array& x, const array& x_scales, const array& words, const array& scales, const array& biases,
-                 Sizes sizes, int group_size, int bits, bool per_row, mx::Dtype dtype, mx::Stream s) {
-  auto [N, K] = sizes;
-  Shape shape = leading(x);
-  shape.push_back(N);
-  if (x.size() == 0 || N == 0) {
-    return mx::zeros(shape, dtype, s);
-  }
-  if (x_scales.ndim() == x.ndim()) {
-    Shape grouped = tiles_of(x, group_size);
+// For a GPU without our kernels: by qmm, tiled codes times their scales.
+array in_floats(const array& x, const array& x_scales, const array& words, const array& scales, const array& biases,
+                int group_size, int bits, mx::Dtype dtype, mx::Stream s) {
+  bool tiled = x_scales.ndim() == x.ndim();
+  array wide = mx::astype(x, mx::float32, s), by = mx::expand_dims(x_scales, -1, s);
+  if (tiled) {
+    Shape grouped = x_scales.shape();
     grouped.push_back(group_size);
-    array codes = mx::astype(mx::reshape(x, grouped, s), mx::float32, s);
-    array values = mx::multiply(codes, mx::expand_dims(x_scales, -1, s), s);
-    return mx::astype(qmm(mx::reshape(values, x.shape(), s), words, mx::astype(scales, mx::float32, s),
-                          mx::astype(biases, mx::float32, s), true, group_size, bits, s),
-                      dtype, s);
+    wide = mx::reshape(mx::multiply(mx::reshape(wide, grouped, s), by, s), x.shape(), s);
   }
-  array column = mx::expand_dims(x_scales, -1, s);
-  array wide_scales = mx::astype(scales, mx::float32, s), wide_biases = mx::astype(biases, mx::float32, s);
-  int rows = int(x.size() / K);
-  bool ours = on_metal(s) && (bits == 8 || per_row) &&
-              metal_serves(Q8{per_row ? to_dtype(dtype) : DType::f32, per_row ? 0 : group_size, rows, N, K});
-  if (!ours) {
-    array y = qmm(mx::astype(x, mx::float32, s), words, wide_scales, wide_biases, true, group_size, bits, s);
-    return mx::astype(mx::multiply(y, column, s), dtype, s);
-  }
-  array row_scales = per_row ? mx::slice(wide_scales, {0, 0}, {N, 1}, s) : wide_scales;
-  if (per_row) {
-    row_scales = mx::reshape(row_scales, {N}, s);
-  }
-  vector<array> inputs{row_contiguous(from_a_word_on(x, s), s),
-                       row_contiguous(bits == 8 ? words : widened_words(words, bits, s), s),
-                       row_contiguous(row_scales, s), row_contiguous(x_scales, s)};
-  array y(shape, per_row ? dtype : mx::float32,
-          std::make_shared<Q8Product>(s, group_size, 8, per_row, per_row ? dtype : mx::float32), std::move(inputs));
-  if (per_row) {
-    return y;
-  }
-  // What the biases are above -128 * scale, times the sums of the codes.
-  array above = mx::add(wide_biases, mx::multiply(wide_scales, array(128.0f), s), s);
-  array sums = mx::sum(mx::reshape(mx::astype(x, mx::float32, s), {rows, K / group_size, group_size}, s), -1, false, s);
-  array rest = mx::reshape(mx::matmul(sums, mx::transpose(above, s), s), shape, s);
-  return mx::astype(mx::add(y, mx::multiply(rest, column, s), s), dtype, s);
+  array y = qmm(wide, words, mx::astype(scales, mx::float32, s), mx::astype(biases, mx::float32, s), true, group_size,
+                bits, s);
+  return mx::astype(tiled ? y : mx::multiply(y, by, s), dtype, s);
 }
 
 }  // namespace
@@ -164,16 +123,22 @@ array q8mm(const array& x, const array& x_scales, const array& words, const arra
     throw std::invalid_argument(text("q8mm: x_scales have shape ", shape_text(x_scales), ", one for each group, and ",
                                      "per_row sums whole rows; wanted per_row=False, or one scale for each row"));
   }
-  if (on_metal(stream) || stream.device == mx::Device::gpu) {
-    return on_the_gpu(x, rows, words, scales, biases, sizes, group_size, bits, per_row, dtype, stream);
-  }
   Shape shape = leading(x);
   shape.push_back(sizes.N);
+  bool metal = on_metal(stream), gpu = metal || stream.device == mx::Device::gpu;
+  if (gpu && (x.size() == 0 || sizes.N == 0)) {
+    return mx::zeros(shape, dtype, stream);
+  }
   auto stored = mx::promote_types(scales.dtype(), biases.dtype());
-  return array(std::move(shape), dtype, std::make_shared<Q8Product>(stream, group_size, bits, per_row, dtype),
-               {row_contiguous(x, stream), row_contiguous(words, stream),
-                row_contiguous(mx::astype(scales, stored, stream), stream),
-                row_contiguous(mx::astype(biases, stored, stream), stream), row_contiguous(rows, stream)});
+  vector<array> inputs{row_contiguous(metal ? from_a_word_on(x, stream) : x, stream), row_contiguous(words, stream),
+                       row_contiguous(mx::astype(scales, stored, stream), stream),
+                       row_contiguous(mx::astype(biases, stored, stream), stream), row_contiguous(rows, stream)};
+  auto made = metal ? mx::float32 : dtype;
+  auto product = std::make_shared<Q8Product>(stream, group_size, bits, per_row, made);
+  if (gpu && !(metal && metal_serves(product->q8(inputs)))) {
+    return in_floats(x, rows, words, scales, biases, group_size, bits, dtype, stream);
+  }
+  return mx::astype(array(std::move(shape), made, std::move(product), std::move(inputs)), dtype, stream);
 }
 
 array q8_linear(const array& x, const array& words, const array& scales, const array& biases, int group_size, int bits,
@@ -252,6 +217,11 @@ vector<array> Q8Product::jvp(const vector<array>&, const vector<array>&, const v
 
 vector<array> Q8Product::vjp(const vector<array>&, const vector<array>&, const vector<int>&, const vector<array>&) {
   no_gradient(name());
+}
+
+Q8 Q8Product::q8(const vector<array>& inputs) const {
+  int K = inputs[0].shape(-1), grouped = per_row_ ? 0 : inputs[4].ndim() == inputs[0].ndim() ? 2 : 1;
+  return {to_dtype(inputs[2].dtype()), bits_, group_size_, grouped, int(inputs[0].size() / K), inputs[1].shape(0), K};
 }
 
 std::pair<vector<array>, vector<int>> Q8Product::vmap(const vector<array>& inputs, const vector<int>& axes) {

@@ -16,8 +16,7 @@ constexpr int q8_longest = 131071;
 // group_size)) of the groups of these; mlxq.ops.q8_rows. Lazy, without a gradient.
 std::pair<mx::array, mx::array> q8_rows(const mx::array& x, int group_size, mx::StreamOrDevice s = {});
 
-// Shapes, formula and errors: mlxq.ops.q8mm. On a GPU our shaders serve 8-bit weights and all with per_row; the others,
-// and x_scales for groups, are a float32 product of the codes by qmm.
+// Shapes, formula and errors: mlxq.ops.q8mm. A GPU on which our kernels do not run gives a product of floats by qmm.
 mx::array q8mm(const mx::array& x, const mx::array& x_scales, const mx::array& words, const mx::array& scales,
                const mx::array& biases, int group_size, int bits, bool per_row, mx::Dtype dtype,
                mx::StreamOrDevice s = {});
@@ -27,12 +26,13 @@ mx::array q8mm(const mx::array& x, const mx::array& x_scales, const mx::array& w
 mx::array q8_linear(const mx::array& x, const mx::array& words, const mx::array& scales, const mx::array& biases,
                     int group_size, int bits, bool per_row, bool tiled, mx::Dtype dtype, mx::StreamOrDevice s = {});
 
-// Inputs: x, words, scales, biases, x_scales: one for each row of x, or on a CPU for each of its groups. On Metal: 8-bit
-// words, float32 scales of shape (N,) or (N, K / group_size), no biases, and the part of the formula that has none.
+// Inputs: x, words, scales, biases, x_scales: one for each row of x, or for each of its groups. On Metal dtype is float32.
 class Q8Product : public mx::UnaryPrimitive {
  public:
   Q8Product(mx::Stream stream, int group_size, int bits, bool per_row, mx::Dtype dtype)
       : UnaryPrimitive(stream), group_size_(group_size), bits_(bits), per_row_(per_row), dtype_(dtype) {}
+  // What Metal's kernel is chosen by.
+  Q8 q8(const std::vector<mx::array>& inputs) const;
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override;
   void eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) override;
   std::vector<mx::array> jvp(const std::vector<mx::array>&, const std::vector<mx::array>&,

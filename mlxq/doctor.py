@@ -300,6 +300,8 @@ def _metal(ops):
         cases = (case for case in _cases(format.KERNEL_BITS) if case.dtypes == ("float16", "float16"))
         for case in itertools.chain(cases, _metal_cases()):
             _run_case(ops, case, results, [], None, lambda: ops.metal_status()["kernels"])
+        for case in _int8_cases(format.KERNEL_BITS):
+            _run_int8(ops, case, results, lambda: ops.metal_status()["kernels"])
     differ = _differing_bits(ops) if ops.metal_status()["error"] is None else []
     status = ops.metal_status()
     wrong = status["error"] or "".join(r["wrong"] for r in results.values()).lstrip("; ")
@@ -319,7 +321,7 @@ def _metal(ops):
 
 
 # Kernels of products. Where MLX has matrix units it serves what the second ones are for.
-_METAL_VECTOR = ("qmv", "qvm", "qvm_split", "sum_splits", "gather_qmv", "gather_qvm")
+_METAL_VECTOR = ("qmv", "qvm", "qvm_split", "sum_splits", "gather_qmv", "gather_qvm", "q8_mv", "q8_mm")
 _METAL_MATRIX = ("qmm", "qmm_split", "qmm_n", "qmm_n_split", "gather_qmm", "gather_qmm_n")
 _METAL_MATRIX += ("gather_qmm_sorted", "gather_qmm_n_sorted", "schedule_tiles")
 
@@ -386,39 +388,44 @@ def _differing_bits(ops) -> list[str]:
 
 
 def _int8_cases(widths):
-    """(codes, scales, packed, per_row, answer): few and many int8 rows times every format."""
+    """(codes, scales, packed, per_row, answer): few and many int8 rows and tiles times all formats."""
     import mlx.core as mx
     import numpy as np
 
     from mlxq import format
     from mlxq.ops import reference
 
-    codes, scales = reference.q8_rows(_weights(seed=3)[: ROWS[0] + ROWS[1] + 5])
+    x = _weights(seed=3)[: ROWS[0] + ROWS[1] + 5]
+    by_rows = reference.q8_rows(x)
     for bits in widths:
         for group_size in format.GROUP_SIZES:
             fmt = format.Format(bits, group_size)
             packed = format.quantize(_weights(seed=bits), fmt)
             even = np.full_like(packed.scales, 0.01)
             even = format.Packed(packed.words, even, -(2.0 ** (bits - 1)) * even, fmt)
-            for per_row, w in ((False, packed), (True, even)):
+            by_tiles = reference.q8_rows(x, group_size)
+            for (codes, scales), per_row, w in (
+                (by_rows, False, packed), (by_tiles, False, packed), (by_rows, True, even),
+            ):  # fmt: skip
                 there = _to_mx(w, "float32")
                 for M in (ROWS[1] // 2, len(codes)):
                     want = reference.q8mm(codes[:M], scales[:M], w, per_row)
                     yield mx.array(codes[:M]), mx.array(scales[:M]), there, per_row, want
 
 
-def _run_int8(ops, case, results: dict) -> None:
-    """Adds an int8 product to the results of the kernel that ran; with per_row every bit counts."""
+def _run_int8(ops, case, results: dict, calls=None) -> None:
+    """As _run_case, of an int8 product; with per_row every bit counts."""
     import numpy as np
 
     from mlxq.ops.reference import TOLERANCE
 
     codes, scales, packed, per_row, want = case
-    before = ops.kernel_calls()
+    calls = calls or ops.kernel_calls
+    before = calls()
     got = np.array(ops.q8mm(codes, scales, packed, per_row=per_row)).astype(np.float64)
     off = float(np.sqrt(((got - want) ** 2).sum() / (want**2).sum())) / TOLERANCE["float32"]
     share = off if not per_row else 0.0 if np.array_equal(got, want) else np.inf
-    after = ops.kernel_calls()
+    after = calls()
     for name in (name for name in after if after[name] != before.get(name, 0)):
         result = results.setdefault(name, {"cases": 0, "error": 0.0, "wrong": ""})
         result["cases"] += 1

@@ -352,32 +352,38 @@ def dequantized(rng, fmt: Format, W: str, S: str, groups: int) -> Case:
     return Case("dequantize", (W, S, fmt.bits, fmt.group_size), inputs, {"w": (answer.view(bits), None)})
 
 
-# -------------------------------------------------------------------------------- W8A8
+# -------------------------------------------------------------------------------- int8 activations
 
 
 def q8(rng, kernel: str, arguments: tuple, M: int, N: int, K: int, extreme: bool = False) -> Case:
-    """int8 products; extreme: all codes 127, odd sums beyond 2^24. Words as int8 or as 8-bit codes."""
-    T, group_size = arguments[:2]
-    shape = [(M, K), (N, K)]
-    x, w = (np.full(s, 127, np.int8) if extreme else rng.integers(-128, 128, s, dtype=np.int8) for s in shape)
-    flip = int(rng.choice([0, 0x80808080]))
-    words = (w.view(np.uint8) ^ np.uint8(flip & 0xFF)).view(np.uint32)
-    x_scales = rng.uniform(0.001, 0.02, M).astype(np.float32)
-    groups = K // group_size if group_size else 1
-    w_scales = rng.uniform(0.001, 0.02, (N, groups)).astype(np.float32)
-    sums = np.einsum("mgk,ngk->mng", *(a.reshape(len(a), groups, -1).astype(np.float64) for a in (x, w)))
+    """int8 times packed codes, x_scales of tiles over four orders of magnitude, biases away from -z * scale.
+
+    extreme: all codes the largest, odd sums beyond 2^24.
+    """
+    S, bits, group_size, grouped = arguments[:4]
+    zero, groups = 2 ** (bits - 1), K // group_size
+    x = np.full((M, K), 127, np.int8) if extreme else rng.integers(-128, 128, (M, K), dtype=np.int8)
+    codes = np.full((N, K), 2 * zero - 1) if extreme else rng.integers(0, 2 * zero, (N, K))
+    x_scales = (10 ** rng.uniform(-4, 0, (M, groups if grouped == 2 else 1))).astype(np.float32)
+    scales = stored(rng.uniform(0.5, 1.5, (N, groups)) * rng.choice([-1, 1], (N, groups)) / zero, S)
+    biases = stored(rng.normal(size=(N, groups)) - zero * widened(scales), S)
     inputs = {
-        "x": x.view(np.uint32), "x_scales": x_scales, "w": words, "w_scales": w_scales, "y": empty((M, N), T),
-        "M": M, "N": N, "K": K, "flip": flip,
+        "x": x.view(np.uint32), "x_scales": x_scales, "words": fm.pack(codes.astype(np.uint8), bits),
+        "scales": scales, "biases": biases, "y": empty((M, N), "float"), "M": M, "N": N, "K": K,
     }  # fmt: skip
-    if T == "int":
-        return Case(kernel, arguments, inputs, {"y": (sums[..., 0].astype(np.int32), None)})
-    scaled = sums * w_scales.astype(np.float64) * x_scales[:, None, None].astype(np.float64)
-    answer = scaled.sum(-1)
-    # Two scales and the sum's conversion are rounded; a lane of q8_mv has at most K / 8 parts of a group.
-    additions = K // 8 + 8 if group_size else 4
-    size = np.abs(scaled).sum(-1) if kernel == "q8_mm" or not group_size else K * 2.0**14 * 4e-4
-    return Case(kernel, arguments, inputs, {"y": (answer, additions * UNIT * size + rounding(answer, T))})
+    parts = (a.reshape(len(a), groups, -1).astype(np.float64) for a in (x, codes - zero))
+    sums = np.einsum("mgk,ngk->mng", *parts)
+    scales, biases = widened(scales), widened(biases)
+    if grouped == 0:  # two roundings and the sum's: any order of these and the answer differs
+        by = x_scales * scales[:, 0].astype(np.float32)
+        answer = sums.sum(-1).astype(np.float32) * by
+        return Case(kernel, arguments, inputs, {"y": (answer.view(np.uint32), None)})
+    by, x_sums = x_scales.astype(np.float64)[:, None], x.reshape(M, 1, groups, -1).sum(-1, dtype=np.float64)
+    terms = np.concatenate([sums * scales * by, x_sums * (biases + zero * scales) * by], -1)
+    # Three roundings in a term, then the groups; bias + z * scale is a difference, rounded.
+    lost = np.abs(x_sums * zero * scales * by).sum(-1)
+    bound = (groups + 8) * UNIT * (np.abs(terms).sum(-1) + lost)
+    return Case(kernel, arguments, inputs, {"y": (terms.sum(-1), bound)})
 
 
 def q8_rows(rng, T: str, M: int, K: int) -> Case:
@@ -489,20 +495,17 @@ def core(seed: int = 0) -> list[Case]:
         found.append(quantized(w.astype(np.float32), fmt, W, S))
         found.append(dequantized(rng, fmt, *PAIRS[(4 * i + 2) % 9], 37))
 
-    for i, group_size in enumerate((0, 32, 64, 128)):
-        T = ("float", "half", "bfloat")[i % 3]
-        for M, N, K in ((5, 9, 128), (65, 70, 384)):
-            found.append(q8(rng, "q8_mm", (T, group_size), M, N, K))
-        for N, K in ((9, 128), (3, 640)):
-            found.append(q8(rng, "q8_mv", (T, group_size, 1 + 2 * i), 1 + 2 * i, N, K))
-    found += [
-        q8(rng, "q8_mm", ("int", 0), 3, 5, 2592),
-        q8(rng, "q8_mm", ("int", 0), 2, 5, 4096, extreme=True),
-    ]
-    found += [
-        q8(rng, "q8_mv", ("int", 0, 2), 2, 5, 2592),
-        q8(rng, "q8_mv", ("int", 0, 8), 8, 5, 4096, extreme=True),
-    ]
+    for i, (fmt, grouped) in enumerate(itertools.product(FORMATS, (0, 1, 2))):
+        arguments = (tuple(STORED)[(i + i // 3) % 3], fmt.bits, fmt.group_size, grouped)
+        groups = 128 // fmt.group_size  # the last step of q8_mv and of q8_mm is a part of one
+        for M, N, K in ((5, 9, 3 * fmt.group_size), (65, 70, 384)):
+            found.append(q8(rng, "q8_mm", arguments, M, N, K))
+        for M, N, K in ((1 + i % 8, 9, (2 * groups + 1) * fmt.group_size), (1 + (i + 3) % 8, 3, 640)):
+            found.append(q8(rng, "q8_mv", (*arguments, M), M, N, K))
+    for kernel, M in (("q8_mm", ()), ("q8_mv", (8,))):
+        found.append(q8(rng, kernel, ("float", 8, 32, 0, *M), 8, 5, 2592))
+        found.append(q8(rng, kernel, ("float", 8, 128, 0, *M), 8, 5, 4096, extreme=True))
+        found += [q8(rng, kernel, ("float", 8, 128, n, *M), 8, 5, 512, extreme=True) for n in (1, 2)]
     # A product with 1 / 127 instead of the division differs in one scale of 22.
     found += [q8_rows(rng, T, M, K) for T in STORED for M, K in ((120, 96), (3, 1060))]
     return found
@@ -526,8 +529,7 @@ def every(seed: int = 0) -> list[Case]:
             elif kernel == "q8_rows":
                 found.append(q8_rows(rng, *arguments, 3, 1060))
             elif kernel.startswith("q8"):
-                if given["T"] != "int" or group_size == 0:
-                    found.append(q8(rng, kernel, arguments, given.get("M", 67), N, K))
+                found.append(q8(rng, kernel, arguments, given.get("M", 67), N, K))
             elif kernel in ("quantize", "dequantize"):
                 fmt = Format(given["bits"], group_size)
                 w = widened(stored(rng.normal(size=(11, group_size)), given["W"])).astype(np.float32)

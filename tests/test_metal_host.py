@@ -312,52 +312,98 @@ def test_int8_rows_times_rows_of_one_scale_are_the_bits_of_the_cpu(device, bits,
     assert mx.array_equal(y, there)
 
 
+@pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize(
-    "bits, group_size, M, kernel",
-    [(8, 32, 2, "q8_mv"), (8, 128, 12, "q8_mm"), (4, 64, 2, "qmv"), (2, 32, 12, "qmm")],
+    "bits, group_size, M, scale_dtype, dtype, kernel",
+    [
+        (8, 32, 2, "float32", "float32", "q8_mv"),
+        (8, 128, 12, "bfloat16", "float32", "q8_mm"),
+        (8, 64, 1, "float16", "bfloat16", "q8_mv"),
+        (4, 64, 2, "float16", "float32", "q8_mv"),
+        (4, 32, 70, "float32", "float16", "q8_mm"),
+        (2, 32, 12, "bfloat16", "float32", "q8_mm"),
+        (2, 128, 8, "float32", "float32", "q8_mv"),
+    ],
 )
-def test_int8_rows_times_groups_equal_float64(device, bits, group_size, M, kernel):
-    """8 bits by the kernels of q8.metal, with biases that are no multiple of scales; narrower ones by qmm."""
+def test_int8_rows_and_tiles_times_groups_equal_float64_and_the_cpu(
+    device, bits, group_size, M, scale_dtype, dtype, kernel, tiled
+):
+    """With biases that are no multiple of scales. No product of floats serves."""
     N, K = 40, 384
     (words, scales, biases), signed = symmetric(32, N, K, bits, group_size, False)
-    biases = biases + 0.01 * mx.random.normal(biases.shape)
+    biases = biases + 0.01 * mx.random.normal(biases.shape, key=mx.random.key(3))
+    scales, biases = (a.astype(getattr(mx, scale_dtype)) for a in (scales, biases))
     x, x_scales = codes_and_scales(33, M, K)
+    if tiled:
+        x_scales = np.random.default_rng(1).uniform(0.01, 1, (M, K // group_size)).astype(np.float32)
     zero = 2 ** (bits - 1)
-    s, b = (np.repeat(np.array(a).astype(np.float64), group_size, 1) for a in (scales, biases))
+    wide = [np.array(a.astype(mx.float32)).astype(np.float64) for a in (scales, biases)]
+    s, b = (np.repeat(a, group_size, 1) for a in wide)
     value, size = s * (signed + zero) + b, s * (np.abs(signed) + zero) + np.abs(b)
-    wide = x.astype(np.float64) * x_scales[:, None]
+    by = np.repeat(x_scales, group_size, 1) if tiled else x_scales[:, None]
+    rows_ = x.astype(np.float64) * by
+    arguments = (mx.array(x), mx.array(x_scales), words, scales, biases, group_size, bits, False, dtype)
     with device.on():
-        y = device.module.q8mm(
-            mx.array(x), mx.array(x_scales), words, scales, biases, group_size, bits, False, "float32"
-        )
+        y = device.module.q8mm(*arguments)
         mx.eval(y)
     assert device.ran() == [kernel]
-    close(y, wide @ value.T, np.abs(wide) @ size.T)
+    assert device.dispatches[0].arguments.split(", ")[3] == ("2" if tiled else "1")
+    close(y, rows_ @ value.T, np.abs(rows_) @ size.T, dtype)
+    there = native._load()[0].q8mm(*arguments)
+    assert y.dtype == there.dtype
+    close(y, np.array(there.astype(mx.float32)).astype(np.float64), np.abs(rows_) @ size.T, dtype)
 
 
-@pytest.mark.parametrize(
-    "bits, group_size, M, kernel", [(8, 32, 2, "qmv"), (8, 128, 12, "qmm"), (4, 64, 2, "qmv")]
-)
-def test_int8_tiles_are_rounded_by_our_kernel_and_multiplied_by_qmm(device, bits, group_size, M, kernel):
-    N, K = 40, 384
-    (words, scales, biases), signed = symmetric(32, N, K, bits, group_size, False)
-    x, _ = codes_and_scales(33, M, K)
-    x_scales = np.random.default_rng(1).uniform(0.01, 1, (M, K // group_size)).astype(np.float32)
-    zero = 2 ** (bits - 1)
-    s, b = (np.repeat(np.array(a).astype(np.float64), group_size, 1) for a in (scales, biases))
-    value, size = s * (signed + zero) + b, s * (np.abs(signed) + zero) + np.abs(b)
-    wide = x.astype(np.float64) * np.repeat(x_scales, group_size, 1)
-    floats = rows(37, (5, K), "float32")[0]
+def test_a_group_of_int8_products_is_summed_before_it_is_scaled(device):
+    """Two products of 16129 and -16129 cancel in integers; scaled one by one they would leave a rounding."""
+    K, group_size = 256, 64
+    x = np.zeros((9, K), np.int8)
+    x[:, ::2], x[:, 1::2] = 127, -127
+    words = mx.array(fm.pack(np.full((3, K), 255, np.uint8), 8))
+    scales = mx.full((3, 4), 1 / 3)
+    x_scales = mx.array(np.random.default_rng(2).uniform(0.1, 1, (9, 4)).astype(np.float32))
+    for M in (1, 9):
+        for by in (x_scales[:M, 0], x_scales[:M]):
+            with device.on():
+                y = device.module.q8mm(
+                    mx.array(x[:M]), by, words, scales, -128 * scales, group_size, 8, False, "float32"
+                )
+                mx.eval(y)
+            assert not np.array(y).any()
+
+
+def test_int8_tiles_of_cubes_views_and_lanes_are_those_of_the_rows(device):
+    parts, _ = symmetric(38, 21, 96, 8, 32, False)
+    x, _ = codes_and_scales(39, 12, 96)
+    x_scales = np.random.default_rng(4).uniform(0.01, 1, (12, 3)).astype(np.float32)
+
+    def product(x, x_scales):
+        return device.module.q8mm(x, x_scales, *parts, 32, 8, False, "float32")
+
+    cube = [mx.array(a.reshape(3, 4, -1)) for a in (x, x_scales)]
     with device.on():
-        y = device.module.q8mm(
-            mx.array(x), mx.array(x_scales), words, scales, biases, group_size, bits, False, "float32"
-        )
-        made = device.module.q8_rows(floats, group_size)
-        mx.eval(y, *made)
-    assert sorted(device.ran()) == ["q8_rows", kernel]
-    close(y, wide @ value.T, np.abs(wide) @ size.T)
-    for ours, theirs in zip(made, native._load()[0].q8_rows(floats, group_size), strict=True):
-        np.testing.assert_array_equal(np.array(ours), np.array(theirs))
+        flat = np.array(product(mx.array(x), mx.array(x_scales)))
+        whole = np.array(product(*cube))
+        lanes = np.array(mx.vmap(product, in_axes=(1, 1))(*cube))
+        strided = np.array(product(mx.array(x)[::2], mx.array(x_scales.T.copy()).T[::2]))
+        none = product(mx.zeros((0, 96), mx.int8), mx.zeros((0, 3)))
+        mx.eval(none)
+    assert device.ran() == ["q8_mm"] * 3 + ["q8_mv"]
+    np.testing.assert_array_equal(whole.reshape(12, 21), flat)
+    np.testing.assert_array_equal(lanes, flat.reshape(3, 4, 21).swapaxes(0, 1))
+    np.testing.assert_allclose(strided, flat[::2], rtol=1e-5, atol=1e-4)
+    assert none.shape == (0, 21)
+
+
+def test_tiles_of_a_row_become_int8_codes_with_the_bits_of_the_cpu(device):
+    floats = rows(37, (5, 384), "float32")[0]
+    for group_size in (32, 64, 128):
+        with device.on():
+            made = device.module.q8_rows(floats, group_size)
+            mx.eval(*made)
+        assert device.ran() == ["q8_rows"]
+        for ours, theirs in zip(made, native._load()[0].q8_rows(floats, group_size), strict=True):
+            np.testing.assert_array_equal(np.array(ours), np.array(theirs))
 
 
 def test_rows_become_int8_codes_with_the_bits_of_the_cpu(device):

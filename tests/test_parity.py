@@ -17,6 +17,7 @@ import mlxq.load
 from mlxq import ops, parity
 from mlxq.checkpoint.q8 import save
 from mlxq.cli import main
+from mlxq.format import Format
 from mlxq.nn.q8 import mlx as q8
 from mlxq.parity import backends, bounds, report
 
@@ -84,10 +85,28 @@ def test_every_back_end_here_passes(certificates, kind):
 def test_one_layer_passes_on_the_shader_harness(certificates, kind):
     if reason := no_shaders():
         pytest.skip(reason)
-    if kind == "w8a8 tile":  # no shader of ours multiplies tiles
-        assert "no layer of this model" in certificates[kind]["absent"]["shaders"]
-    else:
-        assert "shaders" in certificates[kind]["backends"]
+    assert "shaders" in certificates[kind]["backends"]
+
+
+@pytest.mark.parametrize(
+    "bits, activation", [(8, "token"), (4, "tile"), (2, "static_tile"), (4, "static"), (8, "static_tile")]
+)
+def test_groups_of_int8_inputs_pass_on_the_shader_harness(bits, activation):
+    if reason := no_shaders():
+        pytest.skip(reason)
+    model, rng = nn.Module(), np.random.default_rng(bits)
+    packed = ops.quantize(mx.array(rng.standard_normal((37, 192)).astype(np.float32)), Format(bits, 64))
+    x = rng.standard_normal((3, 192)).astype(np.float32)
+    scale = {"static": 0.02, "static_tile": [0.02, 0.01, 0.03]}.get(activation)
+    model.proj = q8.Q8Linear.from_packed(packed, activation=activation, scale_a=scale)
+    assert not model.proj.per_row
+    shaders = backends.shader_backend(model, backends.kinds(model))
+    want = backends.answer(model.proj, backends.W8A8, x, "float32")
+    found = want.compare(shaders.layer("proj", backends.W8A8, x))
+    assert found["ok"], found
+    layer = model.proj.packed
+    model.proj.scales = layer.scales * (1 + 1e-3 * mx.array(rng.integers(0, 2, layer.scales.shape)))
+    assert not want.compare(shaders.layer("proj", backends.W8A8, x))["ok"]
 
 
 def no_shaders() -> str | None:

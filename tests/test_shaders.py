@@ -32,6 +32,7 @@ import mlx_kernels  # noqa: E402
 
 from tools.msl import harness, source  # noqa: E402
 from tools.msl.golden import SHADER, by_shader  # noqa: E402
+from tools.msl.proxies import COUNTED as COUNTED_TEXTS  # noqa: E402
 
 pytestmark = pytest.mark.skipif(harness.absent() is not None, reason=str(harness.absent()))
 EVERYTHING = os.environ.get("MLXQ_SHADERS") == "all"
@@ -82,9 +83,13 @@ def test_the_core_cases_meet_every_format_type_tile_and_number_of_rows():
         if {"bits", "group_size"} <= set(given):
             met.setdefault(f"{case.kernel} format", set()).add((given["bits"], given["group_size"]))
             met.setdefault(f"{case.kernel} types", set()).add(case.arguments[:2])
+        if "grouped" in given:
+            met.setdefault(f"{case.kernel} kinds", set()).add(case.arguments[1:4])
     for kernel in ("qmv", "qmm", "qmm_n", "qvm", "quantize", "dequantize"):
         assert len(met[f"{kernel} format"]) == 9 and len(met[f"{kernel} types"]) == 9, kernel
-    for kernel in ("qmv", "qvm"):
+    for kernel in ("q8_mm", "q8_mv"):
+        assert len(met[f"{kernel} kinds"]) == 27 and len(met[f"{kernel} S"]) == 3, kernel
+    for kernel in ("qmv", "qvm", "q8_mv"):
         assert len(met[f"{kernel} M"]) == 8, kernel
     for kernel in ("qmm", "qmm_n"):
         assert len(met[f"{kernel} BM, BN, WM, WN"]) == 3, kernel
@@ -116,9 +121,10 @@ def traced_cases() -> dict[str, sc.Case]:
         w = rng.normal(size=(19, fmt[1])).astype(np.float16).astype(np.float32)
         found[f"quantize {bits}"] = sc.quantized(w, Format(*fmt), "half", "half")
         found[f"dequantize {bits}"] = sc.dequantized(rng, Format(*fmt), "half", "half", 19)
-    for group_size in (0, 64):
-        found[f"q8_mm {group_size}"] = sc.q8(rng, "q8_mm", ("half", group_size), 67, 70, 128)
-        found[f"q8_mv {group_size}"] = sc.q8(rng, "q8_mv", ("half", group_size, 3), 3, 19, 384)
+        for grouped in range(3):
+            arguments = ("half", *fmt, grouped)
+            found[f"q8_mm {bits} {grouped}"] = sc.q8(rng, "q8_mm", arguments, 67, 70, K)
+            found[f"q8_mv {bits} {grouped}"] = sc.q8(rng, "q8_mv", (*arguments, 3), 3, 19, K)
     found["q8_rows"] = sc.q8_rows(rng, "half", 3, 1060)
     found["sum_splits"] = sc.sum_splits(rng, "half", 700, 3)
     found["schedule_tiles"] = sc.schedule(np.sort(rng.integers(0, 300, 90, dtype=np.int32)), 3, 300, 16)
@@ -186,6 +192,17 @@ def test_qmv_and_qvm_read_each_word_scale_and_bias_once_for_all_rows(counted):
     for name in names:
         assert [share(counted, name, b) for b in ("words", "scales", "biases")] == [1, 1, 1], name
         assert share(counted, name, "y", "written") == 1, name
+
+
+def test_int8_vector_products_read_each_word_scale_and_bias_once_for_all_rows(counted):
+    for bits in WIDTHS:
+        for grouped in range(3):
+            name = f"q8_mv {bits} {grouped}"
+            # Two lanes share a word of 2-bit codes.
+            assert share(counted, name, "words") == (2 if bits == 2 else 1), name
+            if grouped:
+                assert [share(counted, name, b) for b in ("scales", "biases")] == [1, 1], name
+            assert share(counted, name, "y", "written") == 1, name
 
 
 def test_qmv_loads_x_once_for_four_outputs(counted):
@@ -373,6 +390,7 @@ def test_the_log_of_ten_million_groups_is_of_this_shader():
 
 def test_the_committed_proxies_are_of_these_shaders_and_meet_the_bars():
     log = newest_log("metal-proxies")
+    assert tuple(log["shader_sha256"]) == COUNTED_TEXTS
     for name, digest_ in log["shader_sha256"].items():
         assert digest_ == hashlib.sha256((sc.SHADERS / name).read_bytes()).hexdigest(), name
     products = {(r["kernel"], r["stock_kernel"], r["bits"], r["M"]): r for r in log["products"]}

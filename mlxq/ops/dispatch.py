@@ -120,9 +120,9 @@ def q8mm(x_codes, x_scales, w: format.Packed, *, per_row: bool = False, dtype: s
         promises scales that are equal along a row, and biases = -z * scales.
     tiled: y[m, n] = sum_g x_scales[m, g] * ( the same terms ); not with per_row.
 
-    On a GPU, 2- and 4-bit weights without per_row, tiled x_scales, and all where our shaders do not run, are
-    a product in float32: ops.qmm of the codes, tiled ones times their scales. Raises ValueError for shapes
-    and formats that disagree, TypeError for dtypes. No gradient: layers define it.
+    Where none of our kernels runs (MLX without our extension or on a GPU without our shaders) it is a product
+    in float32: ops.qmm of the codes, tiled ones times their scales. Raises ValueError for shapes and formats
+    that disagree, TypeError for dtypes. No gradient: layers define it.
     """
     which = bridge.kind(x_codes)
     if which == "mlx":

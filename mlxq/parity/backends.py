@@ -113,8 +113,9 @@ def codes_of(layer: Q8Linear, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         scales = np.where(largest == 0, np.float32(1), largest / np.float32(HIGH))
         codes = np.clip(np.rint(tiles / scales[..., None]), -HIGH, HIGH)
         return codes.reshape(x.shape).astype(np.int64), scales
-    scale = np.maximum(np.float32(layer["scale_a"].item()), np.float32(EPS))
-    return activation_codes(x, scale, np).astype(np.int64), np.full((len(x), 1), scale)
+    scale = np.maximum(bridge.to_numpy(layer["scale_a"]).astype(np.float32), np.float32(EPS))
+    codes = activation_codes(x, scale, np).astype(np.int64)
+    return codes, np.repeat(scale.reshape(1, -1), len(x), 0)
 
 
 def name_of(array: mx.array) -> str:
@@ -226,9 +227,7 @@ def shader_backend(model: nn.Module, chosen: dict[str, str]) -> Backend:
 
 
 def _shader_serves(layer: nn.Module, kind: str) -> bool:
-    if kind == W8A8:
-        return layer.settings.bits == 8 and layer.per_row
-    return kind == LINEAR and layer.bits in KERNEL_BITS
+    return kind == W8A8 or (kind == LINEAR and layer.bits in KERNEL_BITS)
 
 
 def _on_shader(harness, table, shaders: Path, layer: nn.Module, x: np.ndarray) -> np.ndarray:
@@ -238,18 +237,13 @@ def _on_shader(harness, table, shaders: Path, layer: nn.Module, x: np.ndarray) -
     fmt, y = packed.format, np.full((1, packed.N), np.nan, np.float32)
     if isinstance(layer, Q8Linear):
         codes, x_scales = codes_of(layer, x[None])
-        kernel, arguments = "q8_mv", ("float", 0, 1)
-        inputs = {
-            "x": codes.astype(np.int8).view(np.uint32),
-            "x_scales": x_scales[:, 0].copy(),
-            "w": words,
-            "w_scales": scales[:, 0].astype(np.float32),
-            "flip": np.uint32(0x80808080),
-        }
+        grouped = 0 if layer.per_row else 2 if layer.settings.tile else 1
+        kernel, arguments = "q8_mv", ("float", fmt.bits, fmt.group_size, grouped, 1)
+        inputs = {"x": codes.astype(np.int8).view(np.uint32), "x_scales": x_scales}
     else:
         kernel, arguments = "qmv", ("float", "float", fmt.bits, fmt.group_size, 1)
-        inputs = {"x": x[None].astype(np.float32), "words": words}
-        inputs |= {"scales": scales.astype(np.float32), "biases": biases.astype(np.float32)}
+        inputs = {"x": x[None].astype(np.float32)}
+    inputs |= {"words": words, "scales": scales.astype(np.float32), "biases": biases.astype(np.float32)}
     inputs |= {"y": y, "N": np.int32(packed.N), "K": np.int32(packed.K)}
     row = table[kernel]
     entry = (kernel, ", ".join(map(str, arguments)))

@@ -185,9 +185,7 @@ class Device:
 
 
 def shape_of(shape: str, numbers: dict[str, int]) -> int | None:
-    """Elements of "(N, K * bits / 32)"; None where a name is not known. "a or b": b with groups."""
-    if " or " in shape:
-        shape = shape.split(" or ")[numbers["group_size"] != 0]
+    """Elements of "(N, K * bits / 32)"; None where a name is not known."""
     try:
         parts = eval(shape, {"__builtins__": {}}, numbers)
     except (NameError, SyntaxError):
