@@ -201,6 +201,76 @@ def test_shapes_and_types_that_cannot_work_are_errors():
         QArray(np.zeros((4, 6), np.int32), np.ones((4, 1), np.float32)).validate()
 
 
+@pytest.mark.parametrize("kind", FROM)
+@pytest.mark.parametrize("qtype", QTYPES)
+def test_nan_and_infinity_are_refused_and_unread_they_make_their_tile_nan(kind, qtype):
+    """Named difference 6."""
+    how = HowToQuantize(qtype=qtype, channelwise_axes=(0,), tiled_axes={1: QTYPES[qtype].tile or 16})
+    for bad in (np.nan, np.inf, -np.inf):
+        x = np.random.default_rng(0).standard_normal((3, 64), dtype=np.float32)
+        x[1, 5] = x[2, 63] = bad
+        with pytest.raises(ValueError, match=rf"quantize: 2 of 192 .* first, {bad}, at index \(1, 5\)"):
+            quantize(FROM[kind](x), how)
+        got = as_numpy(dequantize(qarray.quantize_unread(FROM[kind](x), how)))
+        tile = how.tiled_axes[1]
+        for row, start in ((1, 0), (2, 64 - tile)):
+            assert np.isnan(got[row, start : start + tile]).all()
+        assert np.isnan(got).sum() == 2 * tile
+    with pytest.raises(ValueError, match="are NaN or infinite"):  # a range that knows nothing of the values
+        quantize(FROM[kind](x), HowToQuantize(**vars(how) | {"calibration_method": "fixed,2"}))
+
+
+def test_inside_of_mx_compile_nothing_is_read():
+    how = HowToQuantize(qtype="int8", channelwise_axes=(0,))
+    x = mx.random.normal((4, 64))
+    got = mx.compile(lambda x: dequantize(quantize(x, how)))(x)
+    assert mx.array_equal(got, dequantize(quantize(x, how)))
+
+
+@pytest.mark.parametrize("kind", FROM)
+def test_arrays_that_are_not_float_or_hold_nothing_are_errors(kind):
+    to, rows = FROM[kind], HowToQuantize(qtype="int8", channelwise_axes=(0,))
+    for dtype in (np.int32, np.int8, np.bool_):
+        with pytest.raises(
+            TypeError, match=r"quantize: the array is (int32|int8|bool\w*); wanted one of float32"
+        ):
+            quantize(to(np.ones((4, 6), dtype)), rows)
+    for how in (rows, HowToQuantize(qtype="int8", channelwise_axes=(0,), calibration_method="minmax")):
+        with pytest.raises(ValueError, match=r"shape \(4, 0\) has no values along axis 1, so no range"):
+            quantize(to(np.ones((4, 0), np.float32)), how)
+        got = quantize(to(np.ones((0, 6), np.float32)), how)  # no rows need no scale
+        assert tuple(got.scale.shape) == (0, 1) and tuple(dequantize(got).shape) == (0, 6)
+    with pytest.raises(ValueError, match=r"scales of shape \(4,\), an array of \(4, 6\); wanted one axis"):
+        qarray.quantize_with(to(np.ones((4, 6), np.float32)), "int8", to(np.ones(4, np.float32)))
+
+
+@pytest.mark.parametrize("kind", FROM)
+def test_axes_count_from_the_end_too_and_those_that_do_not_exist_are_errors(kind):
+    x = FROM[kind](np.random.default_rng(0).standard_normal((2, 3, 64), dtype=np.float32))
+    for qtype, tile, method in (("mxfp4", 32, "absmax"), ("int8", 16, "minmax"), ("nvfp4", 16, "absmax")):
+        both = [
+            quantize(
+                x,
+                HowToQuantize(
+                    qtype=qtype, channelwise_axes=rows, tiled_axes={last: tile}, calibration_method=method
+                ),
+            )
+            for rows, last in (((0, 1), 2), ((-2, 0), -1))
+        ]
+        assert tuple(both[1].scale.shape) == (2, 3, 64 // tile)
+        for name in ("qvalue", "scale"):
+            want, got = (as_numpy(getattr(q, name)) for q in both)
+            np.testing.assert_array_equal(got, want)
+    for settings, said in (
+        ({"tiled_axes": {3: 16}}, "tiled_axes names axis 3, but the array has 3 axes; wanted -3 to 2"),
+        ({"channelwise_axes": (-4,)}, "channelwise_axes names axis -4, but the array has 3 axes"),
+        ({"channelwise_axes": (2,), "tiled_axes": {-1: 16}}, "name one of them twice"),
+        ({"channelwise_axes": (0, -3)}, "name one of them twice"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            quantize(x, HowToQuantize(qtype="int8", **settings))
+
+
 SHAPED = quantize(
     np.random.default_rng(3).standard_normal((2, 2, 6), dtype=np.float32),
     HowToQuantize(qtype="int8", channelwise_axes=(0,), tiled_axes={2: 2}),

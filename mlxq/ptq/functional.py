@@ -26,6 +26,7 @@ from mlxq.ptq.qarray import (
     dequantize,
     generic,
     quantize,
+    quantize_unread,
     quantize_with,
     scale_and_zero_point,
 )
@@ -242,7 +243,7 @@ def rounding(how: HowToQuantize, static=None) -> Rounding:
     """By an array's own range, or by a static (scale, zero point or None)."""
     clips = may_clip(how.calibration_method, static is not None)
     if static is None:
-        return Rounding(lambda array: quantize(array, how), clips)
+        return Rounding(lambda array: quantize_unread(array, how), clips)
     return Rounding(
         lambda array: quantize_with(
             array, how.qtype, namespace(array).cast(static[0], dtype_name(array)), static[1]
@@ -291,7 +292,7 @@ def quantize_input(x, site: Site, static=None) -> QArray:
     if site.integer:
         codes, scales = ops.q8_rows(x, site.act_tile)
         return QArray(codes, scales if site.act_tile else scales[..., None], None, "int8")
-    return quantize(x, site.act(x.ndim))
+    return quantize_unread(x, site.act(x.ndim))
 
 
 def linear_with(x, weight: Packed | QArray, site: Site, bias=None, static=None):

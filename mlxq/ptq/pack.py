@@ -8,7 +8,7 @@ import numpy as np
 
 from mlxq import bridge, format, ops
 from mlxq.format import BITS, GROUP_SIZES, Format, Packed
-from mlxq.ptq.qarray import HowToQuantize, QArray, quantize
+from mlxq.ptq.qarray import HowToQuantize, QArray, quantize_unread
 from mlxq.rules import GRIDS, QTYPES, calibration
 
 DEFAULT_GROUP = 64  # of affine and mlx where a rule names none
@@ -30,6 +30,7 @@ def packed_format(
 
     Codes of fewer bits go into the next width. A scale that serves more weights than a group has is repeated.
     """
+    how = how.of_rank(len(shape))
     grid = grid_of(how)
     bits = int(how.qtype[3:]) if grid else QTYPES[how.qtype].bits
     axis, K = len(shape) - 1, shape[-1]
@@ -70,7 +71,7 @@ def pack(
     for start in range(0, flat.shape[0], step):
         slab = flat[start : start + step]
         format.check_finite("pack", bridge.to_numpy(slab))
-        parts.append(_pack_codes(quantize(slab, rows), fmt, scale_dtype))
+        parts.append(_pack_codes(quantize_unread(slab, rows), fmt, scale_dtype))
     words, scales, biases, dtype = (list(column) for column in zip(*parts, strict=True))
     leading = tuple(weight.shape[:-1])
 

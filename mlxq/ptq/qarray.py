@@ -13,7 +13,8 @@ the two round apart. 16-bit arrays are divided in float32 and rounded. Named dif
 3  nvfp4: a scale that e4m3 cannot hold becomes its smallest number, 2^-9, not 0 (qwix: NaN or infinity)
 4  float8: float32 is rounded once; some XLA versions round through float16 first
 5  rms: the order of the sum is each framework's own, so the scale may differ in its last bits
-6  NaN and infinity are refused where a value can be read at once; qwix makes codes of them
+6  quantize refuses NaN and infinity; qwix makes codes of them. Forward passes do not read their inputs: there
+   a tile that holds one becomes NaN, but for a fixed or a static range, which makes any code of it
 7  int8 inputs whose rule names no act_calibration_method are rounded by max / 127, as ops.q8_rows does, where
    ops.q8mm takes the layer's weight; qwix's None is absmax, max / 127.5: say "absmax" for that
 """
@@ -27,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from mlxq import bridge
 from mlxq.format import dtype_name
 from mlxq.ptq.arrays import FLOATS, namespace, tiny_scale
 from mlxq.rules import GRIDS, QTYPES, QType, calibration, qtype_of
@@ -53,7 +55,8 @@ class HowToQuantize:
     tiled_axes         {axis: tile}: so many neighbours share a scale; a float is 1/count of tiles
     calibration_method see rules.calibration
 
-    Raises ValueError for types that want another tile, and settings that do not exist.
+    Axes may count from the end, -1 the last. Raises ValueError for types that want another tile, and settings
+    that do not exist.
     """
 
     qtype: str
@@ -81,10 +84,32 @@ class HowToQuantize:
         tiles = tuple(sorted(self.tiled_axes.items()))
         return hash((self.qtype, self.channelwise_axes, tiles, self.calibration_method))
 
+    def of_rank(self, ndim: int) -> HowToQuantize:
+        """The same for an array of so many axes, all counted from the front.
+
+        Raises ValueError for an axis that it does not have, and for one that is named twice.
+        """
+        named = (*self.channelwise_axes, *self.tiled_axes)
+        for axis in named:
+            if not -ndim <= axis < ndim:
+                what = "channelwise_axes" if axis in self.channelwise_axes else "tiled_axes"
+                raise ValueError(
+                    f"quantize: {what} names axis {axis}, but the array has {ndim} axes; wanted "
+                    f"{-ndim} to {ndim - 1}"
+                )
+        if all(axis >= 0 for axis in named):
+            return self
+        front = [axis % ndim for axis in named]
+        if len(set(front)) < len(front):
+            raise ValueError(f"quantize: axes {named} of an array of {ndim} axes name one of them twice")
+        tiles = {axis % ndim: tile for axis, tile in self.tiled_axes.items()}
+        channels = tuple(axis % ndim for axis in self.channelwise_axes)
+        return replace(self, channelwise_axes=channels, tiled_axes=tiles)
+
     def tiles(self, shape: tuple[int, ...]) -> dict[int, int]:
         """{axis: tile} as counts. Raises ValueError when an axis is no multiple of its tile."""
         sizes = {}
-        for axis, tile in self.tiled_axes.items():
+        for axis, tile in self.of_rank(len(shape)).tiled_axes.items():
             size = round(shape[axis] * tile) if isinstance(tile, float) else tile
             if size <= 0 or shape[axis] % size:
                 raise ValueError(
@@ -96,9 +121,9 @@ class HowToQuantize:
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the scales of an array of this shape, one axis for each of the array's."""
-        tiles = self.tiles(shape)
+        tiles, channels = self.tiles(shape), self.of_rank(len(shape)).channelwise_axes
         return tuple(
-            dim if axis in self.channelwise_axes else dim // tiles[axis] if axis in tiles else 1
+            dim if axis in channels else dim // tiles[axis] if axis in tiles else 1
             for axis, dim in enumerate(shape)
         )
 
@@ -145,7 +170,7 @@ class QArray:
                 raise ValueError(
                     f"QArray: {name} has shape {tuple(part.shape)}, of another rank than {self.shape}"
                 )
-            if any(s == 0 or n % s for n, s in zip(self.shape, part.shape, strict=True)):
+            if any(n != s and (s == 0 or n % s) for n, s in zip(self.shape, part.shape, strict=True)):
                 raise ValueError(f"QArray: {name} of shape {tuple(part.shape)} does not divide {self.shape}")
         if self.dtype not in FLOATS:
             raise ValueError(f"QArray: scales are {self.dtype}; wanted one of {', '.join(FLOATS)}")
@@ -243,16 +268,23 @@ def _reshaped(shape, whole, blocks, new) -> list[int]:
     return out
 
 
+def _float_namespace(array):
+    if dtype_name(array) not in FLOATS:
+        raise TypeError(f"quantize: the array is {dtype_name(array)}; wanted one of {', '.join(FLOATS)}")
+    return namespace(array)
+
+
 def calibrate(array, how: HowToQuantize) -> dict[str, Any]:
     """{"absmax": a} or {"min": a, "max": a}, of the scale's shape and the array's dtype.
 
-    fixed has one range for the whole array. Raises ValueError for shapes that no tile divides.
+    fixed has one range for the whole array. Raises TypeError for arrays that are not float, ValueError for
+    axes that do not exist or hold nothing, and for shapes that no tile divides.
     """
-    xp = namespace(array)
+    xp, how = _float_namespace(array), how.of_rank(array.ndim)
     name, numbers = calibration(how.calibration_method)
     shape = how.scale_shape(tuple(array.shape))
     if name in GRIDS:
-        raise ValueError(f"{name} chooses whole packed grids: see mlxq.ptq.qarray.pack")
+        raise ValueError(f"{name} chooses whole packed grids: see mlxq.ptq.pack")
     if name == "fixed":
         low, high = numbers
         one = (1,) * array.ndim
@@ -268,6 +300,11 @@ def calibrate(array, how: HowToQuantize) -> dict[str, Any]:
         else:
             split.append(dim)
         if axis not in how.channelwise_axes:
+            if dim == 0:
+                raise ValueError(
+                    f"quantize: an array of shape {tuple(array.shape)} has no values along axis {axis}, so "
+                    "no range; wanted one or more, or channelwise_axes with that axis"
+                )
             axes.append(axis + offset)
     tiled, axes = array.reshape(split), tuple(axes)
     if name == "minmax":
@@ -297,12 +334,15 @@ def scale_and_zero_point(stats: Mapping[str, Any], qtype: str):
             raise ValueError(f"{qtype} has no asymmetric form: minmax serves int4 and int8; use absmax")
         scale = _over(stats["max"] - stats["min"], kind.high - kind.low, xp)
     scale = xp.where(scale < tiny_scale(dtype), xp.full(scale.shape, 1, scale), scale)
+    is_number = xp.xp.isfinite(scale)
     if kind.name in ("mxfp8", "mxfp4"):
         scale = _power_above(scale, xp)
     elif kind.name == "nvfp4":
         codes = to_small_float(xp.cast(scale, "float32"), QTYPES["float8_e4m3fn"])
         codes = xp.where(codes == 0, xp.full(codes.shape, 1, codes), codes)
         scale = xp.cast(xp.take(_values_of("float8_e4m3fn"), codes), dtype)
+    # Whatever codes infinity and NaN have, and whatever the bits above made of them, their tile is NaN.
+    scale = xp.where(is_number, scale, xp.full(scale.shape, float("nan"), scale))
     if "absmax" in stats:
         return scale, None
     zero = xp.clip(xp.round(float(kind.low) - stats["min"] / scale), kind.low, kind.high)
@@ -381,10 +421,13 @@ def quantize_with(array, qtype: str, scale, zero_point=None) -> QArray:
     Raises TypeError for arrays that are not float, ValueError for shapes.
     """
     qtype = qtype_of(qtype)
-    xp, kind = namespace(array), QTYPES[qtype]
+    xp, kind = _float_namespace(array), QTYPES[qtype]
     dtype = dtype_name(array)
-    if dtype not in FLOATS:
-        raise TypeError(f"quantize: the array is {dtype}; wanted one of {', '.join(FLOATS)}")
+    if scale.ndim != array.ndim:
+        raise ValueError(
+            f"quantize: scales of shape {tuple(scale.shape)}, an array of {tuple(array.shape)}; wanted one "
+            "axis for each of the array's, 1 where all share a scale"
+        )
     if zero_point is not None and tuple(zero_point.shape) != tuple(scale.shape):
         raise ValueError(
             f"quantize: zero points of shape {tuple(zero_point.shape)}, scales of {tuple(scale.shape)}"
@@ -416,7 +459,29 @@ def _to_nf4(x, xp):
 
 
 def quantize(array, how: HowToQuantize) -> QArray:
-    """The array's codes and scales, from its own range. Raises as calibrate and quantize_with do."""
+    """The array's codes and scales, from its own range.
+
+    Raises as calibrate and quantize_with do, and ValueError for NaN and infinity: it reads the array. Inside
+    of mx.compile, where nothing can be read, it is quantize_unread.
+    """
+    xp = _float_namespace(array)
+    try:
+        finite = bool(xp.xp.isfinite(array).all())
+    except ValueError:  # MLX's, inside of mx.compile
+        finite = True
+    if not finite:
+        values = bridge.to_numpy(array).astype(np.float64)
+        bad = ~np.isfinite(values)
+        first = tuple(int(i) for i in np.unravel_index(bad.argmax(), bad.shape))
+        raise ValueError(
+            f"quantize: {np.count_nonzero(bad)} of {bad.size} values are NaN or infinite, the first, "
+            f"{values[first]}, at index {first}; repair them, or keep the array in float"
+        )
+    return quantize_unread(array, how)
+
+
+def quantize_unread(array, how: HowToQuantize) -> QArray:
+    """As quantize, without a look at the values, so that lazy arrays stay lazy: tiles with NaN become NaN."""
     stats = calibrate(array, how)
     return quantize_with(array, how.qtype, *scale_and_zero_point(stats, how.qtype))
 
