@@ -238,9 +238,9 @@ def compiled(instance: tuple) -> str | None:
     from mlxq.ops import cuda
 
     if importlib.util.find_spec("cupy") is None:
-        from tests.cuda import nvrtc  # the same version gives the same name in the cache
+        from tests import pypi_nvrtc  # the same version gives the same name in the cache
 
-        cuda._nvrtc = lambda: nvrtc
+        cuda._nvrtc = lambda: pypi_nvrtc
     try:
         cuda.cubin(*instance)
     except Exception as error:
@@ -992,6 +992,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=130, help="seconds after which no cell is begun")
     parser.add_argument("--prepare", action="store_true", help="compile on all cores and stop")
     parser.add_argument("--resume", action="store_true", help="go on with what --out holds")
+    parser.add_argument("--tuning", type=Path, help="kernels for few rows as tune_cuda.py found them best")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path, help="draw this result file and stop")
     args = parser.parse_args()
@@ -1010,6 +1011,10 @@ def main() -> int:
 
     from mlxq.ops import cuda
 
+    if args.tuning and args.tuning.exists():
+        import tune_cuda
+
+        tune_cuda.apply(json.loads(args.tuning.read_text())["best"])
     if args.prepare and not torch.cuda.is_available():
         compile_ours(torch, wanted, H200)
         return 0

@@ -3,7 +3,7 @@
 # docs/gpu-session.md says what to carry and which call runs which stage. Results and logs go to $OUT.
 #
 #   setup    the wheels, data and parts of the model that $CARRY holds, kept in $WORK
-#   tests    tests/test_cuda.py, test_torch_cuda.py   bench    tools/bench_cuda.py
+#   tests    tests/test_cuda.py, test_torch_cuda.py   bench    tools/bench_cuda.py   tune    tools/tune_cuda.py
 #   small    tools/train_small.py                model    SmolLM2 put together, checked, unpacked; packed at 4 bits
 #   mpq      tools/train_mpq.py                  smollm2  tools/train_smollm2.py
 #   mpqcpu   tools/train_mpq.py on the CPU, shorter
@@ -58,8 +58,15 @@ sanitize() { # racecheck knows barriers and cp.async, not every pattern of mbarr
     done
     return $code
 }
-bench() { # compiles on all cores first; the GPU should be its own
-    "$PYTHON" "$REPO/tools/bench_cuda.py" --out "$OUT/cuda.json" ${BENCH:---limit 130}
+tune() { # bench's peers are compiled meanwhile
+    "$PYTHON" "$REPO/tools/bench_cuda.py" --prepare &
+    "$PYTHON" "$REPO/tools/tune_cuda.py" --out "$OUT/tuning.json" ${TUNE:---limit 45}
+    code=$?
+    wait
+    return "$code"
+}
+bench() { # with what tune found, if it ran before; compiles on all cores first; the GPU should be its own
+    "$PYTHON" "$REPO/tools/bench_cuda.py" --out "$OUT/cuda.json" --tuning "$OUT/tuning.json" ${BENCH:---limit 130}
     code=$?
     "$PYTHON" "$REPO/tools/bench_cuda.py" --plot "$OUT/cuda.json"
     return "$code"
@@ -128,13 +135,13 @@ w8a8() {
 }
 
 # seconds that a stage may take (in all the calls of a machine together it is less: LIMIT_stage=...); a call of the device machine ends after 600
-declare -A LIMIT=([setup]=90 [tests]=150 [bench]=270 [small]=480 [model]=90 [mpq]=330 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [sanitize]=210 [parity]=150 [mixed]=540 [chat]=480 [amx]=240 [w8a8]=200 [quality]=560)
+declare -A LIMIT=([setup]=90 [tests]=150 [bench]=270 [small]=480 [model]=90 [mpq]=330 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [sanitize]=210 [tune]=120 [parity]=150 [mixed]=540 [chat]=480 [amx]=240 [w8a8]=200 [quality]=560)
 if [ "${1:-}" = --stage ]; then
     "$2"
     exit
 fi
 gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c ^GPU)
-declare -A ON=([small]=1 [bench]=1) # which of two GPUs; the others, and all where there is one: 0
+declare -A ON=([small]=1 [bench]=1 [tune]=1) # which of two GPUs; the others, and all where there is one: 0
 declare -A CORES=() # where there are many; stages without have those from 18 on
 [ "$(nproc)" -ge 32 ] && CORES=([mixed]=0-7 [mpqcpu]=8-11 [smollm2cpu]=12-15 [chat]=16-17 [quality]=0-27)
 one_after_the_other() {

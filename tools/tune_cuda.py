@@ -1,0 +1,192 @@
+"""Which kernel, in which of its shapes, is fastest for few rows on an NVIDIA GPU: for ops/cuda.py's tables.
+
+    python tools/tune_cuda.py --out FILE [--limit 60] [--prepare]
+    python tools/bench_cuda.py --tuning FILE      the benchmark with what was found
+
+For the large shapes of bench_cuda.py and 1, 2, 4 and 8 rows of bfloat16, in groups of 64, every candidate of
+qmv.cu (warps, blocks that fit a multiprocessor, bytes of a chunk, log2 of warps a tile) and of qmv_stream.cu
+(warps, bytes of a segment, stages at most) is checked against float64 and timed as bench_cuda.py times. FILE:
+
+    best   [{bits, N, K, M, kernel, tuning, us, now: {kernel, tuning, us}}]   now: what the tables choose
+    all    [{bits, N, K, M, kernel, tuning, us, failed}]                      us null where it failed
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import itertools
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import bench_cuda as bench
+
+from mlxq.format import Format
+
+ROWS = (1, 8, 2, 4)
+QMV = tuple(itertools.product((8, 16), (1, 2), (128, 256), (2, 3)))
+STREAM = (*itertools.product((16,), (128,), (3, 4, 5, 6)), *itertools.product((16,), (64,), (6, 9, 12)),
+          *itertools.product((8,), (128,), (6, 9, 12)))  # fmt: skip
+TYPES = "bfloat16", "bfloat16"
+
+
+@contextlib.contextmanager
+def forced(kernel: str, tuning: tuple):
+    """ops.cuda with this tuning of this kernel."""
+    from mlxq.ops import cuda
+
+    name = {"qmv": "qmv_tuning", "qmv_stream": "stream_tuning"}[kernel]
+    with mock.patch.object(cuda, name, lambda *a: tuning):
+        yield cuda
+
+
+def shape_of(kernel: str, tuning: tuple, bits: int, M: int, N: int, K: int, gpu: dict):
+    """As ops.cuda has it; None where the kernel does not serve."""
+    with forced(kernel, tuning) as cuda:
+        make = cuda.qmv_shape if kernel == "qmv" else cuda.stream_shape
+        return make(M, N, K, Format(bits, bench.GROUP_SIZE), *TYPES, gpu)
+
+
+def candidates(bits: int, M: int, N: int, K: int, gpu: dict):
+    """(kernel, tuning, shape), each shape once."""
+    seen = []
+    for kernel, tunings in (("qmv", QMV), ("qmv_stream", STREAM)):
+        for tuning in tunings:
+            shape = shape_of(kernel, tuning, bits, M, N, K, gpu)
+            if shape is not None and (kernel, shape) not in seen:
+                seen.append((kernel, shape))
+                yield kernel, tuning, shape
+
+
+def launch_of(cuda, kernel: str, device: int, w, M: int):
+    pointers = [a.data_ptr() for a in (w.words, w.scales, w.biases)]
+    if kernel == "qmv":
+        return cuda._qmv(device, pointers, 1, M, w.N, w.K, w.format, *TYPES, False)
+    return cuda._stream(device, pointers, M, w.N, w.K, w.format, *TYPES)
+
+
+def apply(best: list[dict]) -> None:
+    """Make ops.cuda choose what was found, for these shapes and rows."""
+    from mlxq.ops import cuda
+
+    chosen = {(b["bits"], b["N"], b["K"], b["M"]): (b["kernel"], tuple(b["tuning"])) for b in best}
+    qmv, stream = cuda._qmv, cuda._stream
+
+    def of(fmt, N, K, M):
+        return chosen.get((fmt.bits, N, K, M)) if fmt.group_size == bench.GROUP_SIZE else None
+
+    def _qmv(device, pointers, batches, M, N, K, fmt, *rest):
+        found = of(fmt, N, K, M)
+        with forced(*found) if found and found[0] == "qmv" else contextlib.nullcontext():
+            return qmv(device, pointers, batches, M, N, K, fmt, *rest)
+
+    def _stream(device, pointers, M, N, K, fmt, *rest):
+        found = of(fmt, N, K, M)
+        if found is None:
+            return None if M <= 2 else stream(device, pointers, M, N, K, fmt, *rest)
+        if found[0] == "qmv":
+            return None
+        with forced(*found):
+            return stream(device, pointers, M, N, K, fmt, *rest)
+
+    cuda._qmv, cuda._stream, cuda.ROWS_BEST_ALONE = _qmv, _stream, 0
+
+
+def compile_all(cells, gpu: dict) -> None:
+    """Every candidate's machine code, on all cores."""
+    from mlxq.ops import cuda
+
+    wanted = {}
+    for cell in cells:
+        for kernel, _, shape in candidates(*cell, gpu):
+            wanted[f"{kernel}.cu", cuda.options(gpu["arch"], shape["defines"])] = True
+    with concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for failed in filter(None, pool.map(bench.compiled, wanted)):
+            print(failed, flush=True)
+    print(f"{len(wanted)} kernels", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--limit", type=float, default=60, help="seconds after which no cell is begun")
+    parser.add_argument("--prepare", action="store_true", help="compile on all cores and stop")
+    args = parser.parse_args()
+    cells = [(bits, M, *shape) for M in ROWS for shape in bench.MAIN_SHAPES for bits in (2, 4, 8)]
+    import torch
+
+    from mlxq.ops import cuda
+
+    on_gpu = torch.cuda.is_available()
+    begin = time.monotonic()
+    compile_all(cells, cuda._device(torch.cuda.current_device()) if on_gpu else bench.H200)
+    print(f"compiled in {time.monotonic() - begin:.0f} s", flush=True)
+    if args.prepare:
+        return 0
+    device, begin = torch.cuda.current_device(), time.monotonic()
+    gpu = cuda._device(device)
+    rotated = 4 * torch.cuda.get_device_properties(0).L2_cache_size
+    best, every, weights = [], [], {}
+    torch.manual_seed(0)
+    for bits, M, N, K in cells:
+        if time.monotonic() - begin > args.limit:
+            print("the limit is reached", flush=True)
+            break
+        if (bits, N, K) not in weights:
+            nbytes = N * K * bits // 8 + N * K // bench.GROUP_SIZE * 4
+            copies = max(3, -(-rotated // nbytes))
+            fmt = Format(bits, bench.GROUP_SIZE)
+            weights[bits, N, K] = [bench.random_weight(torch, fmt, N, K) for _ in range(copies)]
+        ws = weights[bits, N, K]
+        x = torch.randn(M, K, device="cuda").bfloat16()
+        y = torch.empty(M, N, device="cuda", dtype=torch.bfloat16)
+        expected = x.double() @ bench.float64_weight(torch, ws[0]).T
+        rows = []
+        for kernel, tuning, _ in candidates(bits, M, N, K, gpu):
+            row = {"bits": bits, "N": N, "K": K, "M": M, "kernel": kernel, "tuning": tuning, "us": None}
+            rows.append(row)
+            try:
+                with forced(kernel, tuning):
+                    launches = [launch_of(cuda, kernel, device, w, M) for w in ws]
+
+                def call(launch, x=x, y=y):
+                    stream = torch._C._cuda_getCurrentRawStream(device)
+                    launch(stream, x.data_ptr(), y.data_ptr(), early=gpu["early"])
+
+                y.fill_(float("nan"))
+                call(launches[0])
+                error = bench.relative(y, expected)
+                if not error < bench.ERROR_LIMIT[kernel]:
+                    row["failed"] = f"error {error:.1e}"
+                    continue
+                row["us"] = bench.microseconds(torch, [lambda one=one: call(one) for one in launches])
+            except RuntimeError as error:
+                row["failed"] = bench.first_line(error)
+                if "launch failure" in str(error) or "illegal" in str(error):
+                    raise
+        every += rows
+        now = "qmv" if M <= cuda.ROWS_BEST_ALONE else "qmv_stream"
+        table = (
+            cuda.qmv_tuning(bits, M, -(-N // 16), gpu["multiprocessors"]) if now == "qmv"
+            else cuda.stream_tuning(bits, K * bits // 8)
+        )  # fmt: skip
+        same = [r for r in rows if r["kernel"] == now and tuple(r["tuning"]) == tuple(table)]
+        good = [r for r in rows if r["us"] is not None]
+        if not good:
+            continue
+        found = min(good, key=lambda r: r["us"])
+        best.append(found | {"now": {"kernel": now, "tuning": table, "us": same[0]["us"] if same else None}})
+        print(f"{bits}-bit {N}x{K} M={M}: {found['kernel']} {found['tuning']} {found['us']:.2f} us; "
+              f"now {now} {table} {best[-1]['now']['us']}", flush=True)  # fmt: skip
+        found = {"tool": "tune_cuda", "gpu": torch.cuda.get_device_name(), "best": best, "all": every}
+        args.out.write_text(json.dumps(found) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
