@@ -1,23 +1,29 @@
 """Optimisers over packed words: the issue's numbers, and the formulas written out in float64 numpy."""
 
 import io
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers
 import numpy as np
 import pytest
 import torch
 from mlx.utils import tree_flatten, tree_unflatten
 from test_house import readme_block, readme_output
+from test_qat_training import free_ports, run_together
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlxq.optim
 import mlxq.optim.mlx
 import mlxq.optim.torch
+from mlxq.format import Format
 from mlxq.nn.mpq.mlx import MPQLinear as MlxLinear
-from mlxq.nn.mpq.torch import MPQLinear
+from mlxq.nn.mpq.mlx import pack_layers as mlx_pack_layers
+from mlxq.nn.mpq.torch import MPQLinear, pack_layers
 from mlxq.optim.torch import MPQAdamW, MPQSign, clip_grad_norm_
 
 K, N, SCALE = 256, 128, 0.01
@@ -141,6 +147,7 @@ def test_a8_a_learning_rate_far_below_half_a_step_moves_codes(framework):
     assert problem.error() < 0.75 * error
 
 
+@pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize(
     "name, options, most",
     [
@@ -153,18 +160,19 @@ def test_a8_a_learning_rate_far_below_half_a_step_moves_codes(framework):
         ("MPQAdamW", dict(rank=16), 6.0),
     ],
 )
-def test_every_option_learns(name, options, most):
-    problem = Problem("torch")
+def test_every_option_learns(framework, name, options, most):
+    problem = Problem(framework)
     problem.train(problem.optimizer(name, **options), 400)
     assert problem.error() < most * problem.floor()
 
 
-def test_two_bits_learn_with_either_optimiser():
-    for name in ("MPQAdamW", "MPQSign"):
-        problem = Problem("torch", w_bit=2, zero=1.5, noise=0.01)
-        start = problem.error()
-        problem.train(problem.optimizer(name), 200)
-        assert problem.error() < min(2 * problem.floor(), 0.6 * start)
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("name", ["MPQAdamW", "MPQSign"])
+def test_two_bits_learn_with_either_optimiser(framework, name):
+    problem = Problem(framework, w_bit=2, zero=1.5, noise=0.01)
+    start = problem.error()
+    problem.train(problem.optimizer(name), 200)
+    assert problem.error() < min(2 * problem.floor(), 0.6 * start)
 
 
 def literal_adamw(P, m, v, t, lr, beta1=0.99, beta2=0.9999, eps=1e-6):
@@ -384,7 +392,7 @@ def test_a_step_decodes_a_block_of_rows_at_a_time(monkeypatch):
     optimizer = blocks.optimizer(state_bits=8)
     blocks.train(optimizer, 1)
     blocks.layer(torch.eye(K)).square().mean().backward()
-    gradient = blocks.layer.weight.gradient  # the only float array of the layer's size
+    gradient = blocks.layer.weight.grad  # the only float array of the layer's size
     with Largest() as largest:
         optimizer.step()
     assert gradient.numel() == K * N and largest.numel == 8 * K
@@ -505,8 +513,271 @@ def test_stepping_in_backward_gives_the_same_words_and_keeps_no_gradient():
     second.step_in_backward()
     for _ in range(3):
         (b.layer(torch.eye(K)) - torch.from_numpy(b.target)).square().mean().backward()
-        assert b.layer.weight.gradient is None and b.layer.weight._gradient is None
+        assert b.layer.weight.grad is None
     assert np.array_equal(a.words(), b.words())
+
+
+BAD = pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+
+
+def everything(problem, optimizer) -> dict[str, np.ndarray]:
+    """Copies of all that a step may change."""
+    found = {name: value.copy() for name, value in problem.state(optimizer).items()}
+    if not problem.torch:
+        found["count"] = np.array(optimizer.state["step"])
+    return found | {"words": problem.words(), "zeros": problem.biases()}
+
+
+@BAD
+@pytest.mark.parametrize("name", ["MPQAdamW", "MPQSign"])
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_gradient_that_is_not_finite_is_refused_before_anything_changes(framework, name, bad):
+    problem, twin = Problem(framework), Problem(framework)
+    optimizers = [p.optimizer(name, lr=2e-3, zeros_every=1, state_bits=8) for p in (problem, twin)]
+    good = np.random.default_rng(0).standard_normal((K, N)).astype(np.float32)
+    spoiled = good.copy()
+    spoiled[17, 3] = bad
+    problem.apply(optimizers[0], good)
+    before = everything(problem, optimizers[0])
+    with pytest.raises(FloatingPointError, match=f"{name}: the gradient of .* holds NaN or infinity"):
+        problem.apply(optimizers[0], spoiled)
+    after = everything(problem, optimizers[0])
+    assert set(before) == set(after)
+    assert all(np.array_equal(before[key], after[key]) for key in before)
+    problem.apply(optimizers[0], good)  # and the run goes on as if nothing had been
+    for _ in range(2):
+        twin.apply(optimizers[1], good)
+    assert np.array_equal(problem.words(), twin.words()) and not np.array_equal(before["words"], twin.words())
+
+
+def stack(framework):
+    """Packed, float and packed layers of 64 x 64."""
+    if framework == "torch":
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(3)))
+        pack_layers(model, Format(4, 32), skip=lambda path, layer: path == "1")
+        return model
+    mx.random.seed(0)
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+    mlx_pack_layers(model, Format(4, 32), skip=lambda path, layer: path == "layers.1")
+    return model
+
+
+def stack_words(model) -> list[np.ndarray]:
+    if isinstance(model, torch.nn.Module):
+        return [model[i].words.numpy().copy() for i in (0, 2)] + [model[1].weight.detach().numpy().copy()]
+    return [np.array(model.layers[i].weight) for i in range(3)]
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_the_refusal_names_every_layer_and_spares_the_others(framework):
+    model = stack(framework)
+    before = stack_words(model)
+    spoiled = np.full((64, 64), np.inf, np.float32)
+    if framework == "torch":
+        optimizer = MPQAdamW(model.parameters(), lr=1e-1)
+        model(torch.ones(3, 64)).sum().backward()
+        model[1].weight.grad[0, 0] = float("nan")
+        model[2].weight.grad[0, 0] = float("inf")
+        norm = clip_grad_norm_(model.parameters(), 1.0)
+        assert not norm.isfinite() and model[0].weight.grad.isfinite().all()  # 0 * inf would spread
+        with pytest.raises(FloatingPointError, match=r"gradient of parameter 1 \(64 x 64\), 2 holds NaN"):
+            optimizer.step()
+        named = MPQAdamW(model.named_parameters(), lr=1e-1)
+        with pytest.raises(FloatingPointError, match="the gradient of 1, 2 holds NaN"):
+            named.step()
+    else:
+        gradients = nn.value_and_grad(model, lambda m: m(mx.ones((3, 64))).sum())(model)[1]
+        gradients["layers"][1]["weight"] = mx.array(spoiled)
+        gradients["layers"][2]["handle"] = mx.array(spoiled)
+        optimizer = mlxq.optim.mlx.MPQAdamW(1e-1)
+        with pytest.raises(FloatingPointError, match="the gradient of layers.1.weight, layers.2 holds NaN"):
+            optimizer.update(model, gradients)
+    assert all(np.array_equal(a, b) for a, b in zip(before, stack_words(model), strict=True))
+
+
+@BAD
+def test_stepping_in_backward_refuses_what_is_not_finite_before_the_layer_changes(bad):
+    problem = Problem("torch")
+    optimizer = problem.optimizer(lr=0.1)
+    optimizer.step_in_backward()
+    before, gradient = problem.words(), torch.ones(K, N)
+    gradient[3, 5] = bad
+    with pytest.raises(FloatingPointError, match=r"of parameter 0 \(128 x 256 packed weights\) holds"):
+        problem.layer(torch.eye(K)).backward(gradient)
+    assert np.array_equal(problem.words(), before) and not optimizer.state[problem.layer.weight]
+    problem.layer(torch.eye(K)).backward(torch.ones(K, N))  # the gradient that was refused is gone
+    assert not np.array_equal(problem.words(), before)
+    assert problem.state(optimizer)["momentum"].max() < 0.1
+
+
+@pytest.mark.parametrize("unscale", [False, True], ids=["step", "unscale_, clip, step"])
+def test_a_gradient_scaler_unscales_packed_gradients_and_skips_steps_that_overflow(unscale):
+    found = []
+    for scaled in (False, True):
+        model = stack("torch")
+        optimizer = MPQAdamW(model.parameters(), lr=0.1, eps=1e-2, dithered=True)  # eps sees the scale
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=100, enabled=scaled)
+        words = stack_words(model)
+        for seed in range(4):
+            x = torch.randn(8, 64, generator=torch.Generator().manual_seed(seed))
+            optimizer.zero_grad()
+            scaler.scale(model(x).square().mean()).backward()
+            if scaled and seed == 2:
+                model[0].weight.grad[1, 1] = float("inf")
+                scaler.step(optimizer)
+                scaler.update()
+                assert scaler.get_scale() == 2.0**9
+                assert all(np.array_equal(a, b) for a, b in zip(words, stack_words(model), strict=True))
+                optimizer.zero_grad()
+                scaler.scale(model(x).square().mean()).backward()
+            if unscale:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            scaler.step(optimizer)
+            scaler.update()
+            words = stack_words(model)
+        found.append(words)
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_array_equal(a, b)  # a scale is a power of two: unscaling is exact
+    assert not np.array_equal(found[0][0], stack_words(stack("torch"))[0])
+
+
+def test_a_gradient_scaler_that_comes_too_late_is_told_so():
+    problem = Problem("torch")
+    optimizer, scaler = problem.optimizer(), torch.amp.GradScaler("cpu")
+    optimizer.step_in_backward()
+    scaler.scale(problem.layer(torch.eye(K)).sum()).backward()
+    with pytest.raises(RuntimeError, match="used gradients before GradScaler could unscale them"):
+        scaler.step(optimizer)
+
+
+def test_torchs_clipping_counts_packed_gradients_too():
+    norms = []
+    for clip in (clip_grad_norm_, torch.nn.utils.clip_grad_norm_):
+        model = stack("torch")
+        model(torch.ones(3, 64)).sum().backward()
+        norms.append(clip(model.parameters(), 1.0).item())
+        assert abs(sum(p.grad.norm() ** 2 for p in model.parameters()) - 1) < 1e-3
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6) and norms[0] > 10
+
+
+@pytest.mark.parametrize("options", [dict(), dict(foreach=True), dict(fused=True)], ids=str)
+def test_optimisers_that_cannot_move_words_are_refused(options):
+    model = stack("torch")
+    stock = torch.optim.AdamW(model.parameters(), lr=1e-2, **options)
+    before = stack_words(model)
+    model(torch.ones(3, 64)).sum().backward()
+    with pytest.raises(TypeError, match="AdamW cannot move packed words; use MPQAdamW or MPQSign"):
+        stock.step()
+    assert all(np.array_equal(a, b) for a, b in zip(before, stack_words(model), strict=True))
+    stock.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    for layer in (model[0], model[2]):
+        layer.weight.requires_grad_(False)
+    model(torch.ones(3, 64)).sum().backward()
+    stock.step()  # frozen packed layers are no concern of it
+    assert not np.array_equal(before[2], model[1].weight.detach().numpy())
+
+
+def test_mlx_layers_say_that_a_stock_optimiser_moved_no_word():
+    model = stack("mlx")
+    loss = nn.value_and_grad(model, lambda m: m(mx.ones((3, 64))).sum())
+    mlx.optimizers.AdamW(1e-2).update(model, loss(model)[1])
+    with pytest.raises(RuntimeError, match="cannot move packed words has stepped over this layer"):
+        model(mx.ones((3, 64)))
+
+
+WAYS = ("plain", "ddp", "accumulated", "in backward", "one rank without a layer")
+
+
+class Sums(torch.nn.Module):
+    """sum((layer(x) * c)) of some layers: with integers in x and c gradients are exact in any order."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, c, x_last, c_last):
+        first, middle, last = self.model
+        return (first(x) * c).sum() + (middle(x) * c).sum() + (last(x_last) * c_last).sum()
+
+
+def trained_on(part, way: str) -> list[np.ndarray]:
+    """Words and the float weight after some steps on the rows that part leaves of each batch of 16."""
+    import torch.distributed as dist
+
+    model = stack("torch")
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    model[1].requires_grad_(way == "ddp")  # of float parameters DDP takes care
+    optimizer = MPQAdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2, zeros_every=1)
+    if way == "in backward":
+        optimizer.step_in_backward()
+    run = Sums(model)
+    if way == "ddp" and dist.is_initialized():
+        run = torch.nn.parallel.DistributedDataParallel(run, broadcast_buffers=False)
+    for seed in range(4):
+        random = torch.Generator().manual_seed(seed)
+        batch = torch.randint(-4, 5, (2, 16, 64), generator=random).float()
+        rows = part(batch)
+        optimizer.zero_grad()
+        for x, c in [piece for piece in rows.chunk(2 if way == "accumulated" else 1, dim=1)]:
+            x_last, c_last = x, c
+            if way == "one rank without a layer":  # as if it had never run on rank 1
+                x_last, c_last = (a[: len(a) if dist.is_initialized() else 8] for a in (x, c))
+            if rank and way == "one rank without a layer":
+                loss = (model[0](x) * c).sum()
+            else:
+                loss = run(x, c, x_last, c_last)
+            (loss / rows.shape[1]).backward()
+        if way != "in backward":
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0**20)  # of the averages, on every rank
+        optimizer.step()
+    return stack_words(model)
+
+
+def trained_by_one_of_two(out):
+    """In each of two processes: trains on its half of each batch and writes what came out."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    rank, found = dist.get_rank(), {}
+    for way in WAYS:
+        arrays = trained_on(lambda batch: batch.chunk(2, dim=1)[rank], way)
+        found |= {f"{way} {i}": array for i, array in enumerate(arrays)}
+    model = stack("torch")
+    optimizer = MPQAdamW(model.parameters(), lr=1e-2)
+    optimizer.process_group = False
+    (model(torch.ones(3, 64)).sum() * (1 + rank)).backward()
+    found["alone"] = model[0].weight.grad.numpy()
+    np.savez(f"{out}{rank}.npz", **found)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory):
+    """What each of two processes has after trained_by_one_of_two."""
+    out = str(tmp_path_factory.mktemp("two") / "out")
+    command = [sys.executable, "-c", "import sys, test_optim as t; t.trained_by_one_of_two(sys.argv[1])", out]
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    run_together([(command, env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)])
+    return [np.load(f"{out}{rank}.npz") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_train_the_words_that_one_finds_on_both_halves(by_two, way):
+    wanted = trained_on(lambda batch: batch, way)
+    start = stack_words(stack("torch"))
+    assert not np.array_equal(wanted[0], start[0]) and not np.array_equal(wanted[1], start[1])
+    for rank in (0, 1):
+        for i, array in enumerate(wanted):
+            np.testing.assert_array_equal(by_two[rank][f"{way} {i}"], array)
+
+
+def test_processes_that_train_different_models_may_say_so(by_two):
+    np.testing.assert_array_equal(2 * by_two[0]["alone"], by_two[1]["alone"])
 
 
 def test_clipping_counts_packed_gradients():
@@ -554,6 +825,13 @@ def test_options_that_cannot_be_are_refused(options, said):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], **options})
     with pytest.raises(ValueError, match=said):
         mlxq.optim.mlx.MPQAdamW(options.pop("lr", 1e-3), **options)
+
+
+def test_the_first_import_that_comes_to_mind_says_which_module_it_is():
+    with pytest.raises(ImportError, match="from mlxq.optim.torch import MPQAdamW, or from mlxq.optim.mlx"):
+        from mlxq.optim import MPQAdamW  # noqa: F401
+    with pytest.raises(AttributeError, match="no attribute 'MPQAdam'"):
+        mlxq.optim.MPQAdam  # noqa: B018
 
 
 def test_the_readme_example_of_training_runs_as_it_stands():

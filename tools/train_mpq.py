@@ -218,15 +218,16 @@ def train(args, number: int, teacher_folder: Path, teacher, loaded: int) -> tupl
         del logits
         optimizer.zero_grad()
         loss.backward()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise SystemExit(f"train_mpq: the loss is {value} at step {step + 1}; lower --lr")
         if not args.step_in_backward:
             clip_grad_norm_(student.parameters(), args.clip)
         optimizer.step()
         step += 1
         at = time.time() - begun - spent_measuring
-        row = {"run": number, "bits": bits, "step": step, "seconds": round(at, 2), "loss": loss.item()}
+        row = {"run": number, "bits": bits, "step": step, "seconds": round(at, 2), "loss": value}
         row |= {"lr": optimizer.param_groups[0]["lr"], "kl": None}
-        if not math.isfinite(row["loss"]):  # asked once the step has been started: a GPU waits for nothing
-            raise SystemExit(f"train_mpq: the loss is {row['loss']} at step {step}; lower --lr")
         if step % args.curve_every == 0:
             at = time.time()
             row["kl"] = evaluate(student, teacher, followed)["kl"]

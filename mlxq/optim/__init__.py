@@ -36,6 +36,15 @@ ROUNDINGS = ("error feedback", "stochastic")
 MOMENTS = {"momentum": (127, 2), "variance": (255, 4)}
 
 
+def __getattr__(name: str):
+    """Raises ImportError that says where the optimisers are: each framework has its own."""
+    if name in ("MPQAdamW", "MPQSign"):
+        raise ImportError(
+            f"mlxq.optim: from mlxq.optim.torch import {name}, or from mlxq.optim.mlx import {name}"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 @dataclass(frozen=True)
 class Options:
     """What the packed optimisers of both frameworks share. Raises ValueError, one sentence for each fault.

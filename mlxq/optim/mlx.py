@@ -4,6 +4,10 @@ A packed layer is an MPQLinear (mlxq.nn.mpq.mlx): the gradient of its handle is 
 Every other parameter gets the same step as a float, so one optimiser serves a model. Call update outside
 mx.compile (loss and gradients may be compiled): it evaluates one layer after the other, so that no two are
 decoded at a time. Save optimizer.state with mlx.utils.tree_flatten; set it, and a run continues bit for bit.
+
+Packed words have no float master to go back to: update refuses gradients that are not finite, and looks at
+all of them before it changes anything, so they exist at once. clip_grad_norm of mlx.optimizers takes packed
+gradients like others. In several processes (mx.distributed) call average_gradients of mlx.nn before update.
 """
 
 from __future__ import annotations
@@ -34,8 +38,12 @@ class _MPQOptimizer(Optimizer):
         self._maybe_schedule("learning_rate", learning_rate)
 
     def update(self, model: nn.Module, gradients: dict) -> None:
-        """Change the model by a tree of gradients, packed layers in place one by one."""
+        """Change the model by a tree of gradients, packed layers in place one by one.
+
+        Raises FloatingPointError, with nothing changed, for gradients that are not finite.
+        """
         flat = dict(tree_flatten(gradients))
+        self._refuse_what_is_not_finite(flat)
         layers = {
             path: layer
             for path, layer in model.named_modules()
@@ -49,6 +57,19 @@ class _MPQOptimizer(Optimizer):
         for index, (path, layer) in enumerate(layers.items()):
             state = states.setdefault(path.replace(".", "/"), {})
             self._step_packed(index, step, lr, layer, found.pop(path), state)
+
+    def _refuse_what_is_not_finite(self, flat: dict[str, mx.array]) -> None:
+        """Raises FloatingPointError, naming the layers, for gradients of NaN or infinity."""
+        if not flat:
+            return
+        finite = mx.stack([mx.isfinite(gradient).all() for gradient in flat.values()]).tolist()
+        bad = [path.removesuffix(".handle") for path, fine in zip(flat, finite, strict=True) if not fine]
+        if bad:
+            more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+            raise FloatingPointError(
+                f"{type(self).__name__}: the gradient of {', '.join(bad[:3])}{more} holds NaN or infinity; "
+                "it was not applied. Go on with another batch, or lower the learning rate"
+            )
 
     def init_single(self, parameter: mx.array, state: dict) -> None:
         for name in self.moments:

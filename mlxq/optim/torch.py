@@ -2,11 +2,23 @@
 
 A packed parameter is an MPQWeight (mlxq.nn.mpq.torch): it has a gradient, words, scales and biases, and is
 decoded in blocks of rows. Every other parameter gets the same step as a float: one optimiser serves a model.
+
+Packed words have no float master to go back to, so a step with a gradient that is not finite is refused.
+torch.amp.GradScaler unscales packed gradients and skips such steps; clip_grad_norm_, torch's or ours, clips.
+
+In several processes (torch.distributed) the gradients of packed parameters are averaged over the ranks at the
+end of each backward pass, so that clipping and scaling see what DistributedDataParallel gives for the others.
+All ranks then hold the same words: pass broadcast_buffers=False to DistributedDataParallel.
 """
 
 from __future__ import annotations
 
+import math
+import weakref
+
 import torch
+import torch.distributed as dist
+from torch.autograd import Variable
 
 from mlxq.optim import (
     BLOCK_ELEMENTS,
@@ -21,57 +33,157 @@ _CODES = {"momentum": torch.int8, "variance": torch.uint8}
 
 
 class _MPQOptimizer(torch.optim.Optimizer):
+    """process_group   of torch.distributed whose ranks train this model; None: all; False: each its own."""
+
     moments: tuple[str, ...] = ()
+    moves_packed_words = True  # mlxq.nn.mpq.torch refuses the steps of other optimisers
+    process_group = None
 
     def __init__(self, params, seed: int = 0, **options):
         Options(**options)
-        self.seed = seed
+        self.seed, self._in_backward = seed, False
+        self._not_averaged: set[int] = set()
         super().__init__(params, options)
 
     def add_param_group(self, param_group):
         """As torch's. Raises ValueError for options of the group that cannot be."""
         Options(**{k: v for k, v in (self.defaults | param_group).items() if k in Options.__annotations__})
         super().add_param_group(param_group)
+        me = weakref.ref(self)  # a model does not keep the state of an optimiser that is gone
+        for index, _, p in self._numbered():
+            if is_packed(p):
+
+                def on_grad(weight, index=index):
+                    if (optimizer := me()) is not None:
+                        optimizer._on_grad(index, weight)
+
+                p.on_grad = on_grad
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Update every parameter that has a gradient; the closure's loss."""
+        """Update every parameter that has a gradient; the closure's loss.
+
+        Raises FloatingPointError, with nothing changed, for a gradient that is not finite. A GPU is waited
+        for once, not for each layer.
+        """
+        if self._in_backward and hasattr(self, "found_inf"):
+            raise RuntimeError(
+                f"{type(self).__name__}: step_in_backward has used gradients before GradScaler could unscale "
+                "them; train in bfloat16 or float32 without a scaler"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for index, group, p in self._numbered():
-            if p.grad is None:
-                continue
+        given = [(index, group, p) for index, group, p in self._numbered() if p.grad is not None]
+        self._refuse_what_is_not_finite([(index, p, p.grad) for index, _, p in given])
+        for index, group, p in given:
             if is_packed(p):
-                if p.gradient is not None:
-                    self._step_packed(index, group, p, p.gradient)
+                self._step_packed(index, group, p, p.grad.float())
             else:
                 self._step_float(group, p)
         return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """True lets GradScaler call step in any case: to be told that it comes too late."""
+        return self._in_backward
 
     def step_in_backward(self) -> None:
         """From now on update each packed parameter inside backward() and free its gradient at once.
 
         No two gradients of packed layers then exist at a time. Gradients can be neither accumulated over
-        micro-batches nor clipped. step() still updates the other parameters.
+        micro-batches nor clipped nor scaled. step() still updates the other parameters.
+
+        Each layer is averaged over the ranks of torch.distributed by itself, so backward passes of all ranks
+        must meet the same layers. Each is checked by itself, too: backward() raises FloatingPointError for
+        a gradient that is not finite before that layer changes, but after those that came before it.
         """
-        for index, group, p in self._numbered():
-            if is_packed(p):
+        self._in_backward = True
 
-                def on_grad(weight, index=index, group=group):
-                    with torch.no_grad():
-                        self._step_packed(index, group, weight, weight.gradient)
-                    weight.forget()
+    @torch.no_grad()
+    def _on_grad(self, index: int, p) -> None:
+        """A backward pass has added to the gradient of a packed parameter."""
+        if not self._in_backward:
+            if self._ranks() > 1:
+                self._not_averaged.add(index)
+                Variable._execution_engine.queue_callback(self._average)
+            return
+        gradient, p.grad = p.grad, None
+        if self._ranks() > 1:
+            self._all_reduce(gradient.div_(self._ranks()))
+        self._refuse_what_is_not_finite([(index, p, gradient)])
+        group = next(group for number, group, _ in self._numbered() if number == index)
+        self._step_packed(index, group, p, gradient)
 
-                p.on_grad = on_grad
+    def _ranks(self) -> int:
+        """How many processes train this model."""
+        if self.process_group is False or not (dist.is_available() and dist.is_initialized()):
+            return 1
+        return dist.get_world_size(self.process_group)
+
+    def _all_reduce(self, tensor: torch.Tensor, **options) -> None:
+        dist.all_reduce(tensor, group=self.process_group, **options)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """The mean over the ranks in each packed gradient that any rank's backward pass has added to.
+
+        What earlier passes left is the same on all ranks, and so stays as it is.
+        """
+        if not self._not_averaged:  # an earlier callback of the same backward pass has done it
+            return
+        packed = [(i, p) for i, _, p in self._numbered() if is_packed(p) and p.requires_grad]
+        added = torch.tensor([int(i in self._not_averaged) for i, _ in packed], device=packed[0][1].device)
+        self._not_averaged.clear()
+        self._all_reduce(added, op=dist.ReduceOp.MAX)
+        for (_, p), somewhere in zip(packed, added.tolist(), strict=True):
+            if not somewhere:
+                continue
+            if p.grad is None:
+                N, K = len(p.scales), p.scales.shape[1] * p.format.group_size
+                p.grad = torch.zeros(N, K, device=p.scales.device)
+            self._all_reduce(p.grad.div_(self._ranks()))  # divided first: a sum of finite ones is finite
+
+    def _refuse_what_is_not_finite(self, given: list[tuple]) -> None:
+        """Raises FloatingPointError, naming the layers, for (index, parameter, gradient) of NaN or infinity.
+
+        One answer for all of them: a GPU is waited for once.
+        """
+        given = [(index, p, gradient) for index, p, gradient in given if gradient.numel()]
+        if not given:
+            return
+        # The largest magnitude needs no array of the gradient's size, and NaN survives it.
+        largest = [torch.linalg.vector_norm(gradient, math.inf) for _, _, gradient in given]
+        device = largest[0].device
+        finite = torch.stack([value.to(device, torch.float32) for value in largest]).isfinite().tolist()
+        bad = [self._name(index, p) for (index, p, _), fine in zip(given, finite, strict=True) if not fine]
+        if bad:
+            more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+            raise FloatingPointError(
+                f"{type(self).__name__}: the gradient of {', '.join(bad[:3])}{more} holds NaN or infinity; "
+                "it was not applied. Call zero_grad() and go on with another batch, or lower the learning "
+                "rate or the scale of the loss (torch.amp.GradScaler skips such steps)"
+            )
+
+    def _name(self, index: int, p) -> str:
+        """The layer's path, where somebody has told it, else the parameter's number and what it is."""
+        names = [name for group in self.param_groups for name in group.get("param_names", ())]
+        if names:  # of optimisers made from named_parameters()
+            return names[index].removesuffix(".weight")
+        if getattr(p, "path", None):
+            return p.path
+        if is_packed(p):
+            shape = len(p.scales), p.scales.shape[1] * p.format.group_size
+            return f"parameter {index} ({shape[0]} x {shape[1]} packed weights)"
+        return f"parameter {index} ({' x '.join(map(str, p.shape))})"
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients; those of packed parameters are freed whatever set_to_none says."""
-        super().zero_grad(set_to_none)
         for _, _, p in self._numbered():
             if is_packed(p):
-                p.forget()
+                p.grad = None
+        super().zero_grad(set_to_none)
 
     def load_state_dict(self, state_dict) -> None:
         """As torch's, except that integer state stays integer: a saved run continues bit for bit."""
@@ -323,13 +435,16 @@ def is_packed(p: torch.Tensor) -> bool:
 
 
 def clip_grad_norm_(parameters, max_norm: float) -> torch.Tensor:
-    """Scale all gradients, packed ones included, to a joint 2-norm of at most max_norm; the norm before."""
-    grads = [p.gradient if is_packed(p) else p.grad for p in parameters]
-    grads = [g for g in grads if g is not None]
+    """Scale all gradients to a joint 2-norm of at most max_norm; the norm before.
+
+    torch.nn.utils.clip_grad_norm_ does so, too, but a norm that is not finite leaves these gradients as they
+    are: then step() names the layers that it comes from.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         return torch.zeros(())
     norm = torch.stack([g.norm(dtype=torch.float32).to(grads[0].device) for g in grads]).norm()
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    factor = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
     for g in grads:
         g.mul_(factor.to(g.device))
     return norm

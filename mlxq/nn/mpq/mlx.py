@@ -197,6 +197,11 @@ class MPQLinear(nn.Module):
             raise ValueError(
                 f"MPQLinear: x has shape {x.shape}; wanted (..., {self.in_channels}), in_channels last"
             )
+        if self.handle.size != 1:
+            raise RuntimeError(
+                "MPQLinear: an optimiser that cannot move packed words has stepped over this layer; use "
+                "MPQAdamW or MPQSign of mlxq.optim.mlx"
+            )
         packed, order = self.packed, [self._order] if "_order" in self else []
         product = _product(packed.format, bool(order))
         y = product(x, self.handle, packed.words, packed.scales, packed.biases, *order)

@@ -3,15 +3,19 @@
 Autograd has no float gradient for integer words. So the layer owns an MPQWeight, a parameter of zero
 elements: autograd and optimisers see it, the backward pass leaves on it the gradient with respect to the
 dequantized weight (the *privileged* gradient), and mlxq.optim.torch changes the words that it points at.
+That gradient is its .grad: torch.nn.utils.clip_grad_norm_ and torch.amp.GradScaler find it where they look.
+Torch's own optimisers have no elements to move; a step of one of them is refused.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mlxq import bridge, ops
 from mlxq.format import Format, Packed, dtype_name, quantize
@@ -24,11 +28,14 @@ _STORED = {"int32": torch.int32, "uint8": torch.uint8}
 class MPQWeight(torch.nn.Parameter):
     """A float parameter of zero elements that stands for packed words, (K, N) weights in checkpoint terms.
 
-    privileged_grad   float32 (K, N) or None: x.T @ grad_y, summed over backward passes since .grad was None
+    grad              float32 (N, K) or None: the privileged gradient as the kernels want it, columns in
+                      canonical order, summed over backward passes since it was None
+    privileged_grad   the same as (K, N) in the checkpoint's order: x.T @ grad_y
     words, scales, biases, order, owner, format    the layer's canonical tensors, shared; see mlxq.nn.mpq
     zero_dtype        the storage dtype of float zeros; None: they are integers, smallest_zero the least
     zeros_moved       whether an optimiser has changed zeros, so that double-quantized ones are out of date
     on_grad           None, or called with this parameter when a backward pass has added to the gradient
+    path              of the layer in its model, where it is known, or None
     """
 
     def __new__(cls, requires_grad: bool = True, device=None):
@@ -36,17 +43,23 @@ class MPQWeight(torch.nn.Parameter):
         weight = torch.Tensor._make_subclass(cls, data, requires_grad)
         weight.words = weight.scales = weight.biases = weight.order = weight.owner = weight.format = None
         weight.zero_dtype, weight.smallest_zero, weight.zeros_moved = None, 0, False
-        weight.on_grad = weight._gradient = weight._packed = None
+        weight.on_grad = weight.path = weight._gradient = weight._packed = None
+        _refuse_other_optimizers()
         return weight
 
     @property
-    def gradient(self) -> torch.Tensor | None:
-        """The privileged gradient as the kernels want it: float32 (N, K), columns in canonical order."""
-        return None if self.grad is None else self._gradient
+    def grad(self) -> torch.Tensor | None:
+        return self._gradient
+
+    @grad.setter
+    def grad(self, gradient: torch.Tensor | None) -> None:
+        self._gradient = gradient
+        if gradient is None:
+            torch.Tensor.grad.__set__(self, None)  # autograd's own, of no elements
 
     @property
     def privileged_grad(self) -> torch.Tensor | None:
-        found = self.gradient
+        found = self.grad
         if found is None:
             return None
         if self.order is not None:
@@ -66,25 +79,17 @@ class MPQWeight(torch.nn.Parameter):
         return known[1]
 
     def accumulate(self, gradient: torch.Tensor) -> None:
-        """Add float32 (N, K) in canonical order to the privileged gradient; None in .grad begins a new sum.
-
-        zero_grad of models and of optimisers, which set .grad to None, so forget it.
-        """
-        if self.gradient is None:
+        """Add float32 (N, K) in canonical order to .grad."""
+        if self._gradient is None:
             self._gradient = gradient
-            self.grad = torch.zeros_like(self.data)
         else:
             self._gradient += gradient
         if self.on_grad is not None:
             self.on_grad(self)
 
-    def forget(self) -> None:
-        """Free the gradient."""
-        self.grad = self._gradient = None
-
     def __deepcopy__(self, memo):
         copied = MPQWeight(self.requires_grad, self.device)
-        copied.zeros_moved = self.zeros_moved
+        copied.zeros_moved, copied.path = self.zeros_moved, self.path
         memo[id(self)] = copied
         return copied  # the copied layer's next forward points it at the copied words
 
@@ -93,6 +98,23 @@ class MPQWeight(torch.nn.Parameter):
 
     def __repr__(self):
         return f"MPQWeight(requires_grad={self.requires_grad}, format={self.format})"
+
+
+@functools.cache
+def _refuse_other_optimizers() -> None:
+    """From now on an optimiser that would step over packed words and move none raises TypeError."""
+
+    def check(optimizer, args, kwargs):
+        if getattr(optimizer, "moves_packed_words", False):
+            return
+        for group in optimizer.param_groups:
+            if any(isinstance(p, MPQWeight) and p.grad is not None for p in group["params"]):
+                raise TypeError(
+                    f"{type(optimizer).__name__} cannot move packed words; use MPQAdamW or MPQSign of "
+                    "mlxq.optim.torch, which also step over the other parameters"
+                )
+
+    register_optimizer_step_pre_hook(check)
 
 
 def _restored(requires_grad: bool, zeros_moved: bool) -> MPQWeight:
@@ -288,8 +310,6 @@ class MPQLinear(torch.nn.Module):
             )
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if self.weight.grad is None:
-            self.weight.forget()  # model.zero_grad() leaves the old sum in memory
         self._point()
         if self.order is not None:
             x = x.index_select(-1, self.order)
@@ -412,6 +432,7 @@ def prepare_layers(model: torch.nn.Module) -> torch.nn.Module:
             layer.prepare_params()
         except ValueError as error:
             raise ValueError(f"prepare_layers: {path}: {error}") from error
+        layer.weight.path = path
     return model
 
 
@@ -476,6 +497,8 @@ def put_layer(model: torch.nn.Module, path: str, layer: torch.nn.Module) -> None
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, layer)
     layer.train(model.training)
+    if isinstance(layer, MPQLinear):
+        layer.weight.path = path
 
 
 def load_layers(
