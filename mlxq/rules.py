@@ -171,7 +171,9 @@ class QuantizationRule:
         put(self, "op_names", ops)
         for name in ops:
             if name not in OPERATIONS:
-                raise ValueError(f"no operation {name!r}; built: {', '.join(OPERATIONS)}")
+                theirs = ": qwix's dot_general is linear here, as a layer, or matmul and einsum, as calls"
+                hint = theirs if name == "dot_general" else ""
+                raise ValueError(f"no operation {name!r}{hint}; built: {', '.join(OPERATIONS)}")
         weight_method = calibration(self.weight_calibration_method)[0]
         if self.weight_qtype is not None and not (weight_method in GRIDS and self.weight_qtype == "int1"):
             put(self, "weight_qtype", qtype_of(self.weight_qtype))

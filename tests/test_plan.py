@@ -121,6 +121,24 @@ def test_rules_that_match_nothing_are_refused_unless_allowed():
     assert len(plan(Model(), ["layers/0/upp=bits:4"], allow_unused_rules=True)) == 0
 
 
+@pytest.mark.parametrize("make, rule, kind", [
+    (Model, W8A8, "layers/0/down (Q8Linear) and 3 more"),
+    (Model, "layers/0/.*=weight_qtype:nf4,tile_size:16", "layers/0/down (RuleLinear) and 1 more"),
+    (Model, "experts=bits:4,group_size:32", "experts (QuantizedSwitchLinear)"),
+    (Model, "conv=weight_qtype:int8", "conv (RuleConv)"),
+    (Torch, "layers/0=bits:4", "layers/0 (QuantizedLinear)"),
+    (Torch, "layers/.*=weight_qtype:float8_e4m3fn", "layers/0 (RuleLinear) and 1 more"),
+])  # fmt: skip
+def test_layers_that_are_quantized_already_are_named(make, rule, kind):
+    model = quantize_model(make(), [rule])
+    with pytest.raises(ValueError, match=re.escape(f"; {kind}: quantized already")):
+        quantize_model(model, [rule])
+    with pytest.raises(ValueError) as other:
+        quantize_model(model, ["nowhere=bits:4"])
+    assert "already" not in str(other.value)
+    quantize_model(model, ["embed=weight_qtype:int8"])  # what is still float may follow
+
+
 @pytest.mark.parametrize(
     "rule, said",
     [

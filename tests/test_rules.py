@@ -95,6 +95,10 @@ def test_a_rule_reads_back_as_it_was_written():
         ("lm_head=weight_qtype:int8,tile_size:0", "must be positive"),
         ("lm_head=weight_qtype:int8,tile_size:1.5", "at most 1"),
         ("lm_head=weight_qtype:int8,op_names:conv", "no operation 'conv'; built: linear"),
+        (
+            "lm_head=weight_qtype:int8,op_names:dot_general",
+            "no operation 'dot_general': qwix's dot_general is linear here, as a layer",
+        ),
         ("lm_head=weight_qtype:int8,act_qtype:int8,act_calibration_method:mlx", "is for weights"),
     ],
 )

@@ -242,17 +242,19 @@ def plan(
 ) -> Plan:
     """What the rules do to a model of MLX or torch, lazy or on the meta device too: no array is read.
 
-    Raises ValueError for rules that match nothing (unless allow_unused_rules), and, with the path, for shapes
-    that a rule cannot quantize.
+    Raises ValueError for rules that match nothing (unless allow_unused_rules) and says where it is because a
+    layer is quantized already; and, with the path, for shapes that a rule cannot quantize.
     """
     found = rules if isinstance(rules, RuleSet) else RuleSet(rules)
     sites: dict[str, Site] = {}
     kept: dict[str, QuantizationRule] = {}
+    quantized: dict[str, str] = {}
     for dotted, module in model.named_modules():
-        kind = operation(module)
+        kind, path = operation(module), dotted.replace(".", "/")
         if kind is None:
+            if getattr(module, "scales", None) is not None:
+                quantized[path] = type(module).__name__
             continue
-        path = dotted.replace(".", "/")
         rule = found.find(path, kind)
         if rule is None or rule.weight_qtype is None:
             if rule is not None:
@@ -265,8 +267,24 @@ def plan(
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     if not allow_unused_rules:
-        found.check()
+        try:
+            found.check()
+        except ValueError as error:
+            raise ValueError(f"{error}{_already(quantized, found)}") from None
     return Plan(dict(sorted(sites.items())), parameter_shapes(model), found, kept)
+
+
+def _already(quantized: dict[str, str], rules: RuleSet) -> str:
+    """What an error adds where unused rules match layers that are quantized."""
+    unused = rules.unused_rules()
+    paths = sorted(path for path in quantized if any(rule.matches(path) for rule in unused))
+    if not paths:
+        return ""
+    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    return (
+        f"; {paths[0]} ({quantized[paths[0]]}){more}: quantized already, and rules are for float layers; "
+        "start from the float model"
+    )
 
 
 def parameter_shapes(model) -> dict[str, tuple[int, ...]]:
