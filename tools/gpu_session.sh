@@ -143,7 +143,7 @@ fi
 gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c ^GPU)
 declare -A ON=([small]=1 [bench]=1 [tune]=1) # which of two GPUs; the others, and all where there is one: 0
 declare -A CORES=() # where there are many; stages without have those from 18 on
-[ "$(nproc)" -ge 32 ] && CORES=([mixed]=0-7 [mpqcpu]=8-11 [smollm2cpu]=12-15 [chat]=16-17 [quality]=0-27)
+[ "$(nproc)" -ge 32 ] && CORES=([mixed]=0-7 [mpqcpu]=8-15 [smollm2cpu]=12-15 [chat]=16-17 [quality]=0-27)
 one_after_the_other() {
     local stage begun code limit cores
     set -o pipefail
