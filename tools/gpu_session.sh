@@ -7,6 +7,8 @@
 #   small    tools/train_small.py                model    SmolLM2 put together, checked, unpacked; packed at 4 bits
 #   mpq      tools/train_mpq.py                  smollm2  tools/train_smollm2.py
 #   mpqcpu   tools/train_mpq.py on the CPU, shorter
+#   prepare  compiles what bench needs           quiet    waits until this lane is the only one
+#   start    the start of smollm2, on the CPU, so that it finds it there
 #   parity   tools/parity_smollm2.py: mlxq parity at 4, 2, 8 bits and W8A8, and with a bit flipped
 #   mixed    tools/eval_mixed.py, chat tools/eval_chat.py: on the CPU only; after model
 #   quality  tools/eval_quality.py with mlx-lm's GPTQ and DWQ, all cores but four, and --method train on the GPU; after model
@@ -58,12 +60,16 @@ sanitize() { # racecheck knows barriers and cp.async, not every pattern of mbarr
     done
     return $code
 }
-tune() { # bench's peers are compiled meanwhile
-    "$PYTHON" "$REPO/tools/bench_cuda.py" --prepare &
-    "$PYTHON" "$REPO/tools/tune_cuda.py" --out "$OUT/tuning.json" ${TUNE:---limit 45}
-    code=$?
-    wait
-    return "$code"
+prepare() { "$PYTHON" "$REPO/tools/bench_cuda.py" --prepare; }
+tune() { "$PYTHON" "$REPO/tools/tune_cuda.py" --out "$OUT/tuning.json" ${TUNE:---limit 45}; }
+quiet() { # until no other lane runs
+    while [ "$(find "$WORK/lanes" -type f | wc -l)" -gt 1 ]; do sleep 1; done
+}
+start() { # what smollm2 begins with, made on the CPU
+    "$PYTHON" -c "from eval_quality import permuted_teacher
+from mlxq.cache import cache_folder
+print(permuted_teacher(cache_folder() / 'smollm2-permuted-0', 0))" | tail -n 1 >"$WORK/start-teacher" &&
+        "$PYTHON" -m mlxq convert "$(cat "$WORK/start-teacher")" "$WORK/start-2" --bits 2 --group-size 64 --embedding-bits 8 --method gptq
 }
 bench() { # with what tune found, if it ran before; compiles on all cores first; the GPU should be its own
     "$PYTHON" "$REPO/tools/bench_cuda.py" --out "$OUT/cuda.json" --tuning "$OUT/tuning.json" ${BENCH:---limit 130}
@@ -135,7 +141,7 @@ w8a8() {
 }
 
 # seconds that a stage may take (in all the calls of a machine together it is less: LIMIT_stage=...); a call of the device machine ends after 600
-declare -A LIMIT=([setup]=90 [tests]=150 [bench]=270 [small]=480 [model]=90 [mpq]=330 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [sanitize]=210 [tune]=120 [parity]=150 [mixed]=540 [chat]=480 [amx]=240 [w8a8]=200 [quality]=560)
+declare -A LIMIT=([setup]=90 [tests]=150 [bench]=270 [small]=480 [model]=90 [mpq]=330 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [sanitize]=210 [tune]=120 [prepare]=150 [quiet]=500 [start]=240 [parity]=150 [mixed]=540 [chat]=480 [amx]=240 [w8a8]=200 [quality]=560)
 if [ "${1:-}" = --stage ]; then
     "$2"
     exit
