@@ -2,29 +2,53 @@
 
 tune    scales and biases end to end, towards the float model's distributions
 train   first each block's weights, scales and biases towards the float block's output, then as tune
+
+What is done lies in .<DST's name>.tune beside DST until all of it is:
+
+    identity      of the source and the arguments              solve/DST     what gptq made
+    solve.json    the report on it                             plan.json     what is trained, how long, where
+    blocks/       states of blocks, then blocks/DST            blocks.json   what training them came to
+    train/DST     the trained model; train/DST.training while it trains
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
+import json
+import os
 import sys
-import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from mlxq.checkpoint.partial import check_destination
+from mlxq.checkpoint.huggingface import resolve
+from mlxq.checkpoint.journal import identity
+from mlxq.checkpoint.partial import check_destination, kept_folder, partial_folder
+from mlxq.checkpoint.summary import Layer, Summary
 from mlxq.convert import Report, convert
 from mlxq.train import Settings, train
 
 LEAST_MINUTES = 1.0  # below it auto does not train, and tune trains for it
+MINUTES = 10.0
 WIDE_BITS = 6  # from here on auto does not train: codes round too finely for it to matter
 BATCH, LENGTH = 2, 512
 TRAIN_MINUTES = 5.0  # from here on auto trains blocks too, if it is for a GPU and 3 bits or fewer
 FEW_BITS = 3
 BLOCK_SHARE = 0.6  # of the time for training goes to blocks, with train
 BLOCK_BATCH = 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What follows the codes: why nothing does, or whether blocks train first, how long, and where."""
+
+    why_not: str | None
+    blocks: bool
+    minutes: float
+    backend: str
+    device: str
 
 
 def convert_and_tune(
@@ -40,6 +64,7 @@ def convert_and_tune(
     length: int = LENGTH,
     learning_rate: float | None = None,
     device: str | None = None,
+    resume: bool = True,
     **options,
 ) -> Report:
     """Convert src by gptq, train what it made towards src, and write dst.
@@ -51,6 +76,7 @@ def convert_and_tune(
     steps     of training, and of each block, in the place of minutes
     learning_rate   of Adam, end to end (None: mlxq.train's)
     device    of torch, or cpu or gpu of MLX where torch is missing (None: the best here)
+    resume    go on with what an interrupted run with these arguments left beside dst
     options   of mlxq.convert.convert; its dry_run reports on what comes before the training
 
     The loss is the KL divergence from the float model on the calibration text; the best state on a tenth of
@@ -58,7 +84,7 @@ def convert_and_tune(
     better on that tenth stays as it was, and so does the model if it is not nearer after all its blocks.
 
     Raises as convert and mlxq.train do, and for max_memory, which does not bound training; nothing is left
-    under dst then.
+    under dst then. KeyboardInterrupt when a signal stopped the training.
     """
     if options.get("max_memory") is not None and method != "auto":
         raise ValueError(f"convert: --max-memory does not bound --method {method}; gptq keeps to it")
@@ -66,71 +92,124 @@ def convert_and_tune(
         raise ImportError("convert: --method train needs torch and transformers: pip install 'mlxq[torch]'")
     if options.get("dry_run"):
         return convert(src, dst, method="gptq", calibration=calibration, overwrite=overwrite, **options)
+    if "MLX_RANK" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"convert: --method {method} runs in one process; for several convert with --method gptq, and "
+            "then mlxq train"
+        )
     begin = time.monotonic()
     dst = Path(dst).expanduser().absolute()
     check_destination(dst, overwrite)
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=dst.parent, prefix=f".{dst.name}.tune-") as work:
-        solved = Path(work) / dst.name
-        report = convert(src, solved, method="gptq", calibration=calibration, progress=progress, **options)
-        spent = (time.monotonic() - begin) / 60
-        left = (10.0 if minutes is None else minutes) - spent
-        backend = "torch" if importlib.util.find_spec("torch") else "mlx"
-        device = device or importlib.import_module(f"mlxq.train.{backend}").best_device()
-        wants_blocks, why_not = method == "train", None
-        if method == "auto":
-            bits = options.get("bits") or 4
-            if bits >= WIDE_BITS:
-                why_not = f"not tuned: it does not matter from {WIDE_BITS} bits on"
-            elif steps is None and left < LEAST_MINUTES:
-                why_not = f"not tuned: after {spent:.1f} minutes less than a minute is left"
-            elif options.get("max_memory") is not None:
-                why_not = "not tuned: --max-memory does not bound training"
-            in_time = steps is None and left >= TRAIN_MINUTES
-            wants_blocks = bits <= FEW_BITS and in_time and backend == "torch" and device != "cpu"
-        said = []
-        if why_not is None:
+    src = resolve(src)
+    arguments = {
+        "minutes": minutes, "method": method, "steps": steps, "length": length, "rate": learning_rate,
+        "device": device, "calibration": calibration, "text": _digest_of(calibration), **options,
+    }  # fmt: skip
+    with kept_folder(dst, "tune", identity(src, arguments), resume) as work:
+        report = _solve(src, work, dst.name, calibration=calibration, progress=progress, **options)
+        plan = _kept(
+            work / "plan.json", lambda: asdict(_plan(report, minutes, method, steps, device, options))
+        )
+        plan = Plan(**plan)
+        made, said, seconds = work / "solve" / dst.name, [], report.seconds
+        if plan.why_not is None:
             settings = Settings(
-                str(solved),
+                str(made),
                 teacher=str(src),
                 data=() if calibration is None else (str(calibration),),
                 length=length,
                 batch=BATCH,
                 steps=steps,
-                minutes=None if steps else max(left, LEAST_MINUTES),
+                minutes=None if steps else max(plan.minutes, LEAST_MINUTES),
                 learning_rate=learning_rate,
-                backend=backend,
-                device=device,
+                backend=plan.backend,
+                device=plan.device,
             )
-            if wants_blocks:
-                minutes_before = (time.monotonic() - begin) / 60
-                settings, words = _blocks(settings, str(src), Path(work) / "blocks", progress)
-                said.append(words)
+            if plan.blocks:
+                blocks = _kept(
+                    work / "blocks.json", lambda: _blocks(settings, src, work / "blocks", progress)
+                )
+                said.append(blocks["words"])
+                seconds += blocks["seconds"]
+                if blocks["better"]:
+                    settings = replace(settings, model=str(work / "blocks" / "model"))
                 if steps is None:
-                    left -= (time.monotonic() - begin) / 60 - minutes_before
+                    left = plan.minutes - blocks["seconds"] / 60
                     settings = replace(settings, minutes=max(left, LEAST_MINUTES))
-            outcome = train(settings, dst, overwrite=overwrite, progress=progress)
+            made = work / "train" / dst.name
+            if not made.exists():
+                outcome = train(settings, made, resume=True, progress=progress)
+                if not outcome.finished:
+                    raise KeyboardInterrupt
+            trained = json.loads((made / "training.json").read_text(encoding="utf-8"))
+            seconds += trained["seconds"]
             said.append(
-                f"scales and biases trained for {len(outcome.losses)} steps of {BATCH} x {length} tokens "
-                f"towards the float model: KL {outcome.start:.4f} before, {outcome.best:.4f} after, on text "
-                "of the calibration set that was not trained on"
+                f"scales and biases trained for {len(trained['losses'])} steps of {BATCH} x {length} tokens "
+                f"towards the float model: KL {trained['start']:.4f} before, {trained['best']:.4f} after, on "
+                "text of the calibration set that was not trained on"
             )
         else:
-            from mlxq.checkpoint.partial import partial_folder
-
-            with partial_folder(dst, overwrite) as folder:
-                for path in list(solved.iterdir()):
-                    path.rename(folder / path.name)
-            said = [why_not]
-    card = dst / "README.md"
-    card.write_text(card.read_text(encoding="utf-8") + f"\nThen: {'; '.join(said)}.\n", encoding="utf-8")
-    report.notices += said
-    report.path, report.seconds = dst, time.monotonic() - begin
+            said = [plan.why_not]
+        card = made / "README.md"
+        card.write_text(card.read_text(encoding="utf-8") + f"\nThen: {'; '.join(said)}.\n", encoding="utf-8")
+        report.notices += said
+        report.path, report.seconds = dst, max(seconds, time.monotonic() - begin)
+        with partial_folder(dst, overwrite) as folder:
+            for path in list(made.iterdir()):
+                path.rename(folder / path.name)
     return report
 
 
-def _blocks(settings: Settings, src: str, folder: Path, progress: bool) -> tuple[Settings, str]:
-    """(the settings of what follows, words) after settings.model was trained block by block towards src."""
+def _digest_of(calibration: str | Path | None) -> str | None:
+    """Of what a calibration file holds now."""
+    path = None if calibration is None else Path(calibration).expanduser()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path is not None and path.is_file() else None
+
+
+def _kept(file: Path, make) -> dict:
+    """What make() gives, from the file if an earlier run wrote it."""
+    if not file.exists():
+        made = make()
+        half = file.with_name(f"{file.name}.part")
+        half.write_text(json.dumps(made), encoding="utf-8")
+        half.replace(file)
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _solve(src: Path, work: Path, name: str, **options) -> Report:
+    """The report on work/solve/name, which is made by gptq unless it is there with its report."""
+
+    def make() -> dict:
+        # a folder without its report is of a run that was killed between the two
+        report = convert(src, work / "solve" / name, method="gptq", overwrite=True, **options)
+        return vars(report) | {"path": name, "layers": list(map(asdict, report.layers))}
+
+    found = _kept(work / "solve.json", make)
+    return Summary(**found | {"layers": [Layer(**layer) for layer in found["layers"]]})
+
+
+def _plan(report: Report, minutes, method: str, steps, device: str | None, options: dict) -> Plan:
+    spent = report.seconds / 60
+    left = (MINUTES if minutes is None else minutes) - spent
+    backend = "torch" if importlib.util.find_spec("torch") else "mlx"
+    device = device or importlib.import_module(f"mlxq.train.{backend}").best_device()
+    if method != "auto":
+        return Plan(None, method == "train", left, backend, device)
+    why_not = None
+    bits = options.get("bits") or 4
+    if bits >= WIDE_BITS:
+        why_not = f"not tuned: it does not matter from {WIDE_BITS} bits on"
+    elif steps is None and left < LEAST_MINUTES:
+        why_not = f"not tuned: after {spent:.1f} minutes less than a minute is left"
+    elif options.get("max_memory") is not None:
+        why_not = "not tuned: --max-memory does not bound training"
+    in_time = steps is None and left >= TRAIN_MINUTES
+    blocks = bits <= FEW_BITS and in_time and backend == "torch" and device != "cpu"
+    return Plan(why_not, blocks, left, backend, device)
+
+
+def _blocks(settings: Settings, src: Path, folder: Path, progress: bool) -> dict:
+    """What came of training settings.model block by block towards src; better: folder/model is nearer."""
     from mlxq.train.blocks import train_blocks
 
     def show(number: int, count: int, start: float, best: float) -> None:
@@ -138,16 +217,16 @@ def _blocks(settings: Settings, src: str, folder: Path, progress: bool) -> tuple
             print(f"block {number + 1} of {count}: {start:.5f} before, {best:.5f} after", file=sys.stderr)
 
     wanted = replace(
-        settings, model=src, teacher=None, qat=True, start=settings.model, batch=BLOCK_BATCH,
+        settings, model=str(src), teacher=None, qat=True, start=settings.model, batch=BLOCK_BATCH,
         minutes=None if settings.minutes is None else BLOCK_SHARE * settings.minutes,
         learning_rate=None,
     )  # fmt: skip
-    found = train_blocks(wanted, folder, on_block=show)
+    found = train_blocks(wanted, folder / "model", on_block=show, keep=folder)
     better = sum(best < start for start, best in found.blocks)
     words = (
         f"weights, scales and biases of {better} of {len(found.blocks)} blocks trained, {found.steps} steps "
         f"of {BLOCK_BATCH} x {settings.length} tokens: KL {found.start:.4f} before, {found.best:.4f} after"
     )
-    if found.best < found.start:
-        return replace(settings, model=str(folder)), words
-    return settings, f"{words}, so they are as they were"
+    if not (nearer := found.best < found.start):
+        words += ", so they are as they were"
+    return {"words": words, "better": nearer, "seconds": found.seconds}

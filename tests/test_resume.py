@@ -17,7 +17,7 @@ import tiny_models
 
 from mlxq.checkpoint import journal
 from mlxq.checkpoint.memory import Watch, anonymous_bytes, parse_bytes
-from mlxq.checkpoint.partial import partial_folder
+from mlxq.checkpoint.partial import kept_folder, partial_folder
 from mlxq.checkpoint.ranks import Ranks, share
 from mlxq.convert import convert
 
@@ -167,6 +167,30 @@ def test_two_conversions_at_once_do_not_share_a_partial_folder(llama, tmp_path):
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert other.returncode == 0 and str(folder) not in other.stdout and folder.exists()
         (tmp_path / "m" / "q").rmdir()
+
+
+def test_a_kept_folder_is_found_again_by_the_same_conversion_only(tmp_path):
+    dst = tmp_path / "q"
+
+    def interrupted(digest: str, resume: bool = True) -> bool:
+        """Whether the folder of the run before is found; this one leaves one."""
+        with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
+            with kept_folder(dst, "tune", digest, resume) as folder:
+                found = (folder / "work").exists()
+                (folder / "work").mkdir(exist_ok=True)
+                with pytest.raises(FileExistsError, match="another process is making it"):
+                    with kept_folder(dst, "tune", digest):
+                        pass
+                raise KeyboardInterrupt
+        return found
+
+    assert [interrupted(*a) for a in (("a",), ("a",), ("b",), ("b",), ("b", False))] == [0, 1, 0, 1, 0]
+    with pytest.raises(ValueError, match="bad"), kept_folder(dst, "tune", "b"):
+        raise ValueError("bad")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(KeyboardInterrupt, match="nothing is kept"), kept_folder(dst, "tune", "b"):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- memory

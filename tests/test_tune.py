@@ -1,6 +1,13 @@
 """convert --method tune: what it writes is nearer to the float model than its start, and says so."""
 
+import importlib.util
 import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from functools import partial
 
 import mlx.core as mx
 import mlx_lm
@@ -25,6 +32,61 @@ def sources(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(str(n * n) for n in range(700)))
     return make_hf_model("llama", tmp_path / "hf", "float32", seed=4), text
+
+
+COMMON = {"bits": 2, "group_size": 32, "embedding_bits": 8, "progress": False}
+TRAINED = COMMON | {"steps": 4, "length": 64, "learning_rate": 1e-5, "device": "cpu"}
+
+KILLED = """
+    import os, signal, sys
+    sys.path.insert(0, TESTS)
+    import mlx.core as mx
+    mx.disable_compile()
+    import test_tune, mlxq.tune
+    test_tune.watch(setattr, [], "step 1", signal.SIGKILL)
+    mlxq.tune.convert_and_tune(
+        sys.argv[1], sys.argv[2], calibration=sys.argv[3], method="train", **test_tune.TRAINED
+    )
+"""
+
+
+def watch(setattr, told: list[str], place: str = "", number: int = 0) -> None:
+    """Note solves, the trainer of each run and the steps of the last; a signal comes at a place."""
+    import mlxq.tune
+    from mlxq.qat import training
+
+    convert, run = mlxq.tune.convert, training.run
+
+    def tell(what: str) -> None:
+        told.append(what)
+        if what == place and told.count(place) == 1:  # evaluations tell it again
+            os.kill(os.getpid(), number)
+
+    def converted(*args, **options):
+        tell("solve")
+        return convert(*args, **options)
+
+    def ran(trainer, *args, on_step=None, **options):
+        tell(type(trainer).__name__)
+        if options.get("stop"):  # not a block's
+
+            def on_step(outcome, done):
+                tell(f"step {len(outcome.losses)}")
+
+        return run(trainer, *args, on_step=on_step, **options)
+
+    setattr(mlxq.tune, "convert", converted)
+    setattr(training, "run", ran)
+    if importlib.util.find_spec("torch"):
+        import mlxq.train.blocks
+
+        setattr(mlxq.train.blocks, "run", ran)
+
+
+def contents(folder):
+    """The weights and the losses."""
+    training = json.loads((folder / "training.json").read_text())
+    return (folder / "model.safetensors").read_bytes(), training["losses"], training["best"]
 
 
 def packed(folder):
@@ -69,3 +131,58 @@ def test_auto_leaves_wide_codes_untrained_from_the_command_line(sources, tmp_pat
     assert main([*args, "--method", "rtn"]) == 2
     assert "--minutes" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "q", "text.txt"]
+
+
+@pytest.fixture(scope="module")
+def source_and_text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    text = folder / "text.txt"
+    text.write_text(" ".join(str(n * n) for n in range(700)))
+    return make_hf_model("llama", folder / "hf", "float32", seed=4), text
+
+
+def test_ctrl_c_while_training_says_so_and_the_same_command_goes_on(
+    source_and_text, tmp_path, monkeypatch, capsys
+):
+    source, text = source_and_text
+    command = ["convert", str(source), str(tmp_path / "q"), "--method", "tune", "--calibration", str(text)]
+    command += ["--bits", "2", "--group-size", "32", "--embedding-bits", "8", "--device", "cpu"]
+    told = []
+    import mlxq.tune
+
+    made = partial(convert_and_tune, **{name: TRAINED[name] for name in ("steps", "length", "learning_rate")})
+    monkeypatch.setattr(mlxq.tune, "convert_and_tune", made)
+    with monkeypatch.context() as patched:
+        watch(patched.setattr, told, "step 2", signal.SIGINT)
+        assert main(command) == 130
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mlxq:")]
+    assert len(said) == 1 and said[0].startswith("mlxq: interrupted; the same command goes on"), said
+    assert told[0] == "solve" and told[-1] == "step 2"
+    assert [path.name for path in tmp_path.iterdir()] == [".q.tune"]
+    told.clear()
+    watch(monkeypatch.setattr, told)
+    assert main(command) == 0
+    assert told[:2] == ["TorchTrainer", "step 3"] and told[-1] == "step 4", told
+    assert [path.name for path in tmp_path.iterdir()] == ["q"]
+    convert_and_tune(source, tmp_path / "whole", calibration=text, **TRAINED)
+    assert contents(tmp_path / "q") == contents(tmp_path / "whole")
+
+
+def test_a_kill_costs_no_solving_and_no_trained_block(source_and_text, tmp_path, monkeypatch):
+    pytest.importorskip("torch", reason="blocks train with torch")
+    source, text = source_and_text
+    code = textwrap.dedent(KILLED).replace("TESTS", repr(os.path.dirname(__file__)))
+    command = [sys.executable, "-c", code, *map(str, (source, tmp_path / "q", text))]
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    work = tmp_path / ".q.tune"
+    assert list(tmp_path.iterdir()) == [work]
+    for file in ("blocks/1.pt", "blocks.json"):  # as if it had come sooner
+        (work / file).unlink()
+    told, common = [], TRAINED | {"calibration": text, "method": "train"}
+    watch(monkeypatch.setattr, told)
+    convert_and_tune(source, tmp_path / "q", **common)
+    assert told.count("BlockTrainer") == 1 and "solve" not in told, told
+    assert list(tmp_path.iterdir()) == [tmp_path / "q"]
+    convert_and_tune(source, tmp_path / "whole", **common)
+    assert told.count("BlockTrainer") == 3 and "solve" in told
+    assert contents(tmp_path / "q") == contents(tmp_path / "whole")

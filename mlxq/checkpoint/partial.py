@@ -12,6 +12,8 @@ from pathlib import Path
 
 from mlxq.checkpoint import journal
 
+_GOES_ON = "interrupted; the same command goes on where it stopped ({} holds what is done)"
+
 
 @contextlib.contextmanager
 def partial_folder(dst: Path, overwrite: bool = False, digest: str | None = None) -> Iterator[Path]:
@@ -43,9 +45,7 @@ def partial_folder(dst: Path, overwrite: bool = False, digest: str | None = None
         _sync(dst.parent)
     except KeyboardInterrupt:
         if keep := digest is not None and bool(journal.read(folder, digest)):
-            raise KeyboardInterrupt(
-                f"interrupted; the same command goes on where it stopped ({folder} holds what is done)"
-            ) from None
+            raise KeyboardInterrupt(_GOES_ON.format(folder)) from None
         raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -54,6 +54,39 @@ def partial_folder(dst: Path, overwrite: bool = False, digest: str | None = None
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)  # gone already when it was published
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def kept_folder(dst: Path, purpose: str, digest: str, resume: bool = True) -> Iterator[Path]:
+    """The folder .<name>.<purpose> beside `dst`, for work of several steps that another run goes on with.
+
+    It vanishes when the block ends or raises. A kill leaves it, and so does a KeyboardInterrupt once anything
+    is in it; the next run finds what is there if its digest is the same and it asks to resume, and an empty
+    folder otherwise. Raises FileExistsError while another process has it.
+    """
+    folder = dst.parent / f".{dst.name}.{purpose}"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, keep = os.open(folder, os.O_RDONLY), False
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            keep = True
+            raise FileExistsError(f"{dst}: another process is making it ({folder})") from None
+        note = folder / "identity"
+        if not (resume and note.exists() and note.read_text(encoding="utf-8") == digest):
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            note.write_text(digest, encoding="utf-8")
+        yield folder
+    except KeyboardInterrupt:
+        if keep := len(list(folder.iterdir())) > 1:
+            raise KeyboardInterrupt(_GOES_ON.format(folder)) from None
+        raise KeyboardInterrupt("interrupted; nothing was done yet, and nothing is kept") from None
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
 
 

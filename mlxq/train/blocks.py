@@ -84,12 +84,14 @@ class Trained:
     """What a run came to: KL from the float model on the held-out rows, and each block's loss.
 
     start, best   KL before and after            blocks   (loss before, after) of each block
+    seconds       with those of earlier runs that this one went on with
     """
 
     start: float
     best: float
     blocks: list[tuple[float, float]]
     steps: int
+    seconds: float
 
 
 def train_blocks(
@@ -97,12 +99,15 @@ def train_blocks(
     dst: Path,
     *,
     on_block: Callable[[int, int, float, float], None] = lambda number, count, start, best: None,
+    keep: Path | None = None,
 ) -> Trained:
     """Train settings.start block by block towards settings.model, and write the new folder dst.
 
     settings   model: the float model; start: its quantized folder, whose layers keep their formats; minutes
                for all blocks, or steps of each; data, length, batch, evaluate, device as in mlxq.train
     on_block   called with (number, blocks, loss before, loss after)
+    keep       a folder for trained blocks; those that an interrupted run with these settings left are taken
+               over, and dst is replaced
 
     A block that is not better on the held-out rows after training is as it was. Where the whole model is not
     nearer to the float model than its start in the end, nothing is written. Raises ValueError for models
@@ -147,7 +152,16 @@ def train_blocks(
     made, taken = [], 0
     for number, (float_block, block) in enumerate(zip(float_blocks, blocks, strict=True)):
         aims = _advance(float_block, aims, calls[number], batches)
-        minutes = None
+        file = None if keep is None else keep / f"{number}.pt"
+        if file is not None and file.exists():
+            done = torch.load(file, map_location=session.device, weights_only=True)
+            block.load_state_dict(done["block"])
+            block.requires_grad_(False).eval()
+            states = _advance(block, states, calls[number], batches)
+            made.append((done["start"], done["best"]))
+            taken, begin = taken + done["steps"], begin - done["seconds"]
+            continue
+        minutes, begun = None, time.monotonic()
         if settings.minutes is not None:
             left = settings.minutes - (time.monotonic() - begin) / 60
             minutes = max(left / (len(blocks) - number), LEAST_MINUTES)
@@ -159,13 +173,23 @@ def train_blocks(
         states = _advance(block, states, calls[number], batches)
         made.append((outcome.start, outcome.best))
         taken += len(outcome.losses)
+        if file is not None:
+            _save(file, block, outcome, time.monotonic() - begun)
         on_block(number, len(blocks), outcome.start, outcome.best)
-    found = Trained(before, kl(), made, taken)
+    found = Trained(before, kl(), made, taken, time.monotonic() - begin)
     if found.best < found.start:
         qt.quantize_(student.module, qat.QATConfig(step="convert"))
         written = session.finished(quantized, replace(settings, qat=False))
-        write_model(dst, quantized, written, vars(found), False)
+        write_model(dst, quantized, written, vars(found), keep is not None)
     return found
+
+
+def _save(file: Path, block: nn.Module, outcome, seconds: float) -> None:
+    """A trained block for a later run; the file is whole whenever it is there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"start": outcome.start, "best": outcome.best, "steps": len(outcome.losses), "seconds": seconds}
+    torch.save(facts | {"block": block.state_dict()}, half := file.with_suffix(".part"))
+    half.replace(file)
 
 
 def _prepare(module: nn.Module, source: nn.Module, folder: Path) -> None:
