@@ -715,7 +715,7 @@ def trained_on(part, way: str) -> list[np.ndarray]:
         optimizer.step_in_backward()
     run = Sums(model)
     if way == "ddp" and dist.is_initialized():
-        run = torch.nn.parallel.DistributedDataParallel(run, broadcast_buffers=False)
+        run = torch.nn.parallel.DistributedDataParallel(run, forward_sync_buffers=False)
     for seed in range(4):
         random = torch.Generator().manual_seed(seed)
         batch = torch.randint(-4, 5, (2, 16, 64), generator=random).float()

@@ -8,7 +8,7 @@ torch.amp.GradScaler unscales packed gradients and skips such steps; clip_grad_n
 
 In several processes (torch.distributed) the gradients of packed parameters are averaged over the ranks at the
 end of each backward pass, so that clipping and scaling see what DistributedDataParallel gives for the others.
-All ranks then hold the same words: pass broadcast_buffers=False to DistributedDataParallel.
+All ranks then hold the same words: pass forward_sync_buffers=False to DistributedDataParallel.
 """
 
 from __future__ import annotations
