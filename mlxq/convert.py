@@ -29,6 +29,7 @@ from mlxq.format import Format, Packed
 from mlxq.ptq import METHODS, Statistics, qarray
 from mlxq.ptq.calibrate import calibrate_blocks
 from mlxq.ptq.calibrated import Changed, Solved, Spool, quantize_blocks
+from mlxq.ptq.estimate import Task, peak_bytes, seconds
 from mlxq.ptq.pack import pack
 from mlxq.ptq.plan import Site, operation, site_of
 from mlxq.ptq.qarray import HowToQuantize
@@ -202,13 +203,16 @@ def convert(
         broken = planner.nonfinite_layers() if allow_nonfinite else {}
         steps = planner.steps(report, broken)
         windows = _calibration_windows(checkpoint, documents, workspace) if documents else None
+        measuring = time.monotonic()
         if target_bpw is not None:
             formats = _spend(planner, steps, target_bpw, windows, broken, costs, progress, group.rank == 0)
             if plan is not None and group.rank == 0:
                 text = json.dumps(plan_rules(formats), indent=1)
                 Path(plan).expanduser().write_text(text + "\n", encoding="utf-8")
-        if method != "rtn" and not dry_run:
-            how = "gptq" if method == "auto" else method
+        measuring = time.monotonic() - measuring
+        how = "gptq" if method == "auto" else method
+        calibrated = _Calibrated.of(planner, steps, broken, windows, how) if method != "rtn" else None
+        if calibrated is not None and not dry_run:
             _calibrate(planner, steps, windows, workspace, how, report, broken, progress)
         if planner.static and not dry_run:
             stats = _static_ranges(planner, steps, windows, report, progress)
@@ -216,7 +220,7 @@ def convert(
         writer = Writer(folder, stored, max_shard_bytes, parameters=sum(_size(step) for step in steps))
         slab = _slab_weights(steps, limit)
         if dry_run:
-            return _estimated(report, steps, writer, slab)
+            return _estimated(report, steps, writer, slab, calibrated, measuring)
         _check_space(folder, writer.file_bytes)
         done = journal.read(folder, digest) or {}
         group.gather("")  # nobody writes a journal before everybody has read them
@@ -391,8 +395,62 @@ def _held(step: Step) -> int:
     return 3 * 4 * _size(step) if isinstance(step.tensor, ArrayTensor) else 0
 
 
-def _estimated(report: Report, steps: list[Step], writer: Writer, slab: int) -> Report:
-    """The report with planned sizes, and with the time that a sample of the largest tensor lets expect."""
+@dataclass
+class _Calibrated:
+    """What calibration works on: tasks of each block, weights of the largest block and of each parameter
+    outside, tokens, the width of a state, experts that a token goes through.
+    """
+
+    blocks: list[list[Task]]
+    block_weights: int
+    outer: list[int]
+    tokens: int
+    width: int
+    experts_used: int
+    method: str
+
+    @classmethod
+    def of(cls, planner: _Planner, steps: list[Step], broken, windows: np.ndarray, method: str):
+        """From the plan alone; blocks are what stands under a number."""
+        blocks: dict[str, list[Task]] = {}
+        sizes: dict[str, int] = {}
+        outer = []
+        solvable = {step.name for step in _solvable(steps, broken)}
+        for step in steps:
+            number = next((part for part in step.path.split(".") if part.isdigit()), None)
+            if number is None:
+                outer.append(_size(step))
+                continue
+            sizes[number] = sizes.get(number, 0) + _size(step)
+            if step.name in solvable:
+                blocks.setdefault(number, []).append(Task(tuple(step.tensor.shape), step.format))
+        config = planner.checkpoint.config
+        used = config.get("num_experts_per_tok") or 1
+        width = config.get("hidden_size") or 0
+        return cls(
+            list(blocks.values()), max(sizes.values(), default=0), outer, windows.size, width, used, method
+        )
+
+    @property
+    def seconds(self) -> float:
+        tasks = [task for block in self.blocks for task in block]
+        return seconds(tasks, self.tokens, self.method, self.experts_used)
+
+    @property
+    def bytes(self) -> int:
+        """Beside what the process has."""
+        return peak_bytes(
+            self.blocks, self.block_weights, self.outer, self.tokens, self.width, self.method
+        )
+
+
+def _estimated(
+    report: Report, steps: list[Step], writer: Writer, slab: int, calibrated: _Calibrated | None, measuring
+) -> Report:
+    """The report with planned sizes and memory, and with the time that samples let expect.
+
+    measuring   seconds that choosing the formats took; a conversion will do it again
+    """
     for step in steps:
         size = sum(planned.nbytes for planned in step.planned())
         report.layers.append(Layer(step.path.replace(".", "/"), step.stored, _size(step), size))
@@ -406,8 +464,11 @@ def _estimated(report: Report, steps: list[Step], writer: Writer, slab: int) -> 
             _quantized(step, values, start, stop)
         sampled += values.size
     rate = sampled / (time.monotonic() - begin) if sampled else 2e7
-    memory = (anonymous_bytes() or 0) + MEMORY_MARGIN + SLAB_BYTES * slab + max(map(_held, steps))
-    report.planned = Estimate(writer.parameters / rate, memory, writer.file_bytes)
+    taken, memory = writer.parameters / rate + measuring, SLAB_BYTES * slab + max(map(_held, steps))
+    if calibrated is not None:
+        taken, memory = taken + calibrated.seconds, max(memory, calibrated.bytes)
+    memory += (anonymous_bytes() or 0) + MEMORY_MARGIN
+    report.planned = Estimate(taken, memory, writer.file_bytes)
     return report
 
 

@@ -18,7 +18,9 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,6 +28,7 @@ from pathlib import Path
 from mlxq.checkpoint.huggingface import resolve
 from mlxq.checkpoint.journal import identity
 from mlxq.checkpoint.partial import check_destination, kept_folder, partial_folder
+from mlxq.checkpoint.safetensors import Planned, header_of
 from mlxq.checkpoint.summary import Layer, Summary
 from mlxq.convert import Report, convert
 from mlxq.train import Settings, train
@@ -77,7 +80,8 @@ def convert_and_tune(
     learning_rate   of Adam, end to end (None: mlxq.train's)
     device    of torch, or cpu or gpu of MLX where torch is missing (None: the best here)
     resume    go on with what an interrupted run with these arguments left beside dst
-    options   of mlxq.convert.convert; its dry_run reports on what comes before the training
+    options   of mlxq.convert.convert; dry_run estimates the time for `minutes`, not for steps, and memory
+              but for activations
 
     The loss is the KL divergence from the float model on the calibration text; the best state on a tenth of
     it, which is not trained on, is what is written, the start if nothing was better. A block that is not
@@ -91,7 +95,8 @@ def convert_and_tune(
     if method == "train" and importlib.util.find_spec("torch") is None:
         raise ImportError("convert: --method train needs torch and transformers: pip install 'mlxq[torch]'")
     if options.get("dry_run"):
-        return convert(src, dst, method="gptq", calibration=calibration, overwrite=overwrite, **options)
+        report = convert(src, dst, method="gptq", calibration=calibration, overwrite=overwrite, **options)
+        return _estimated(report, minutes, method, steps, device, options)
     if "MLX_RANK" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             f"convert: --method {method} runs in one process; for several convert with --method gptq, and "
@@ -188,8 +193,56 @@ def _solve(src: Path, work: Path, name: str, **options) -> Report:
     return Summary(**found | {"layers": [Layer(**layer) for layer in found["layers"]]})
 
 
-def _plan(report: Report, minutes, method: str, steps, device: str | None, options: dict) -> Plan:
-    spent = report.seconds / 60
+def _estimated(report: Report, minutes, method: str, steps, device: str | None, options: dict) -> Report:
+    """The report of a dry run, with the training in its estimates."""
+    from mlxq.checkpoint.memory import anonymous_bytes
+
+    plan = _plan(report, report.planned.seconds, minutes, method, steps, device, options)
+    if plan.why_not is not None:
+        report.notices.append(plan.why_not)
+        return report
+    seconds = report.planned.seconds
+    if steps is None:
+        seconds += 60 * max(plan.minutes, LEAST_MINUTES)
+    memory = (anonymous_bytes() or 0) + _bytes_to_train(report, plan)
+    report.planned = replace(report.planned, seconds=seconds, memory=max(report.planned.memory, memory))
+    return report
+
+
+def _bytes_to_train(report: Report, plan: Plan) -> int:
+    """What training holds, but for activations: of the report's layers, or with blocks of all weights."""
+    teacher = 2 * report.parameters
+    if plan.backend != "torch":
+        return report.total_bytes + teacher
+    from mlxq.train.torch import bytes_to_train
+
+    planned = []
+    for layer in report.layers:
+        packed = None if plan.blocks else re.match(r"(\d+)-bit/(\d+)", layer.stored)
+        if packed is None:
+            planned.append(
+                Planned(layer.path, "F32" if layer.stored == "float32" else "F16", (1, layer.weights))
+            )
+            continue
+        bits, group = map(int, packed.groups())
+        groups = layer.weights // group
+        scale = "F32" if layer.bytes - layer.weights * bits // 8 > 4 * groups else "F16"
+        planned.append(Planned(f"{layer.path}.weight", "U32", (layer.weights * bits // 32,)))
+        planned += [Planned(f"{layer.path}.{part}", scale, (groups,)) for part in ("scales", "biases")]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.safetensors"
+        header = header_of(planned)
+        file.write_bytes(header)
+        os.truncate(file, len(header) + sum(tensor.nbytes for tensor in planned))  # sparse
+        settings = Settings(str(folder), steps=1, qat=plan.blocks)
+        return teacher + bytes_to_train(Path(folder), None, settings)
+
+
+def _plan(
+    report: Report, seconds: float, minutes, method: str, steps, device: str | None, options: dict
+) -> Plan:
+    """What follows codes that took these seconds."""
+    spent = seconds / 60
     left = (MINUTES if minutes is None else minutes) - spent
     backend = "torch" if importlib.util.find_spec("torch") else "mlx"
     device = device or importlib.import_module(f"mlxq.train.{backend}").best_device()

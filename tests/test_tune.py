@@ -16,7 +16,7 @@ import pytest
 from tiny_models import make_hf_model
 
 from mlxq.cli import main
-from mlxq.tune import convert_and_tune
+from mlxq.tune import Plan, _bytes_to_train, convert_and_tune
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -186,3 +186,22 @@ def test_a_kill_costs_no_solving_and_no_trained_block(source_and_text, tmp_path,
     convert_and_tune(source, tmp_path / "whole", **common)
     assert told.count("BlockTrainer") == 3 and "solve" in told
     assert contents(tmp_path / "q") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("method", ["tune", "train"])
+def test_a_dry_run_counts_the_minutes_and_what_training_holds(method, source_and_text, tmp_path):
+    pytest.importorskip("torch", reason="blocks train with torch")
+    source, text = source_and_text
+    common = {"bits": 4, "group_size": 32, "calibration": text, "dry_run": True, "progress": False}
+    report = convert_and_tune(source, tmp_path / "q", method=method, minutes=7, **common)
+    assert 7 * 60 <= report.planned.seconds < 7 * 60 + 5
+    late = convert_and_tune(source, tmp_path / "q", method=method, minutes=1e-3, **common).planned
+    assert late.seconds > 60  # LEAST_MINUTES
+    weights = report.parameters
+    packed = weights / 2 + 8 * weights / 32
+    # tune: gradients twice, and float32 copies, gradients and moments, of float32 scales and biases alone
+    expected = packed + 24 * 2 * weights / 32 if method == "tune" else 28 * weights
+    assert expected < _bytes_to_train(report, Plan(None, method == "train", 1, "torch", "cpu")) < 2 * expected
+    wide = convert_and_tune(source, tmp_path / "q", method="auto", **common | {"bits": 8})
+    assert "not tuned" in wide.notices[-1] and wide.planned.seconds < 600
+    assert list(tmp_path.iterdir()) == []
