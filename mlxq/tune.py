@@ -73,9 +73,9 @@ def convert_and_tune(
     """Convert src by gptq, train what it made towards src, and write dst.
 
     minutes   for everything; training gets what is left, of 10 when it is None
-    method    "tune": scales and biases end to end; "train": blocks before, with torch. "auto": neither from 6
-              bits on or where less than a minute is left; train where 5 are, bits are 3 or fewer and torch
-              has a GPU; else tune
+    method    "tune": scales and biases end to end; "train": blocks before, with torch. "auto": neither where
+              the blocks' codes have 6 bits or more on average or less than a minute is left; train where 5
+              are, bits are 3 or fewer and torch has a GPU; else tune
     steps     of training, and of each block, in the place of minutes
     learning_rate   of Adam, end to end (None: mlxq.train's)
     device    of torch, or cpu or gpu of MLX where torch is missing (None: the best here)
@@ -112,10 +112,8 @@ def convert_and_tune(
     }  # fmt: skip
     with kept_folder(dst, "tune", identity(src, arguments), resume) as work:
         report = _solve(src, work, dst.name, calibration=calibration, progress=progress, **options)
-        plan = _kept(
-            work / "plan.json", lambda: asdict(_plan(report, minutes, method, steps, device, options))
-        )
-        plan = Plan(**plan)
+        given = (report.seconds, minutes, method, steps, device, options)
+        plan = Plan(**_kept(work / "plan.json", lambda: asdict(_plan(report, *given))))
         made, said, seconds = work / "solve" / dst.name, [], report.seconds
         if plan.why_not is None:
             settings = Settings(
@@ -249,9 +247,9 @@ def _plan(
     if method != "auto":
         return Plan(None, method == "train", left, backend, device)
     why_not = None
-    bits = options.get("bits") or 4
+    bits = mean_bits(report)
     if bits >= WIDE_BITS:
-        why_not = f"not tuned: it does not matter from {WIDE_BITS} bits on"
+        why_not = f"not tuned: it does not matter from {WIDE_BITS} bits on, and the blocks have {bits:.3g}"
     elif steps is None and left < LEAST_MINUTES:
         why_not = f"not tuned: after {spent:.1f} minutes less than a minute is left"
     elif options.get("max_memory") is not None:
@@ -259,6 +257,15 @@ def _plan(
     in_time = steps is None and left >= TRAIN_MINUTES
     blocks = bits <= FEW_BITS and in_time and backend == "torch" and device != "cpu"
     return Plan(why_not, blocks, left, backend, device)
+
+
+def mean_bits(report: Report) -> float:
+    """Bits of a code in the blocks, averaged over weights; outside of them too where these have none."""
+    coded = [(layer, re.match(r"(\d+)-bit", layer.stored)) for layer in report.layers]
+    coded = [(layer, int(found[1])) for layer, found in coded if found]
+    inside = [(layer, bits) for layer, bits in coded if re.search(r"/\d+/", layer.path)] or coded
+    weights = sum(layer.weights for layer, _ in inside)
+    return sum(bits * layer.weights for layer, bits in inside) / weights if weights else float(WIDE_BITS)
 
 
 def _blocks(settings: Settings, src: Path, folder: Path, progress: bool) -> dict:

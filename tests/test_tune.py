@@ -16,7 +16,8 @@ import pytest
 from tiny_models import make_hf_model
 
 from mlxq.cli import main
-from mlxq.tune import Plan, _bytes_to_train, convert_and_tune
+from mlxq.convert import convert
+from mlxq.tune import Plan, _bytes_to_train, _plan, convert_and_tune
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -186,6 +187,23 @@ def test_a_kill_costs_no_solving_and_no_trained_block(source_and_text, tmp_path,
     convert_and_tune(source, tmp_path / "whole", **common)
     assert told.count("BlockTrainer") == 3 and "solve" in told
     assert contents(tmp_path / "q") == contents(tmp_path / "whole")
+
+
+def test_auto_goes_by_the_bits_that_the_blocks_have(source_and_text, tmp_path):
+    source, text = source_and_text
+
+    def plan(device="cpu", **options) -> Plan:
+        common = {"group_size": 32, "calibration": text, "dry_run": True, "progress": False}
+        report = convert(source, tmp_path / "q", method="gptq", **common | options)
+        return _plan(report, 0.0, 10.0, "auto", None, device, options)
+
+    assert "not tuned" in plan(target_bpw=8.5).why_not
+    assert "blocks have 8" in plan(rules=["model/layers/.*=bits:8"], bits=2).why_not
+    assert plan(bits=8, rules=["model/layers/.*=bits:4"]).why_not is None
+    torch = importlib.util.find_spec("torch") is not None
+    assert plan("cuda", bits=2, embedding_bits=8).blocks == torch
+    assert not plan("cuda", bits=4).blocks and plan("cuda", bits=4).why_not is None
+    assert plan("cuda", target_bpw=3.2).blocks == torch
 
 
 @pytest.mark.parametrize("method", ["tune", "train"])
