@@ -24,6 +24,15 @@ CONFIGS = {
         "uint4", group_size=64, is_symmetric=False, zero_point_domain="float", scale_precision=None
     ),
     "int4 learned": IntxFakeQuantizeConfig("int4", group_size=32, is_dynamic=False, range_learning=True),
+    "uint8 learned": IntxFakeQuantizeConfig(
+        "uint8",
+        group_size=64,
+        is_symmetric=False,
+        zero_point_domain="float",
+        scale_precision=None,
+        is_dynamic=False,
+        range_learning=True,
+    ),
     "int4 for float8": Int4WeightFakeQuantizeConfig(64),
     "int4 for bfloat16": Int4WeightFakeQuantizeConfig(64, "bfloat16"),
 }
@@ -121,8 +130,8 @@ def test_gradients_of_weights_and_learned_scales_are_those_of_the_torch_side(con
     theirs(bridge.to_torch(x)).square().sum().backward()
     named = dict(tree_flatten(gradients))
     wanted = {"layers.0.weight": theirs.weight.grad}
-    if "scale" in layer.weight_fake_quantizer:
-        wanted["layers.0.weight_fake_quantizer.scale"] = theirs.weight_fake_quantizer.scale.grad
+    for name, parameter in theirs.weight_fake_quantizer.named_parameters():
+        wanted[f"layers.0.weight_fake_quantizer.{name}"] = parameter.grad
     assert set(named) == set(wanted)
     for name, gradient in wanted.items():
         assert sqnr(gradient, named[name]) > 100

@@ -478,6 +478,38 @@ def test_learned_zero_points_move_by_clipped_weights_only(domain):
         torch.testing.assert_close(mine.grad.double(), truth.grad[..., 0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_codes_on_learned_grids_are_float64s_and_a_negative_scale_counts_down(held):
+    config = IntxFakeQuantizeConfig(
+        "uint8", group_size=64, is_symmetric=False, zero_point_domain="float", scale_precision=None,
+        zero_point_precision="float32", is_dynamic=False, range_learning=True,
+    )  # fmt: skip
+    model = prepared(linear(torch.bfloat16), config)
+    if held:
+        qt.hold_in_float32(model)
+        with torch.no_grad():  # what bfloat16 would lose
+            model[0].weight.mul_(1 + 2e-4 * torch.randn_like(model[0].weight))
+    quantizer, w = model[0].weight_fake_quantizer, model[0].weight
+    with torch.no_grad():
+        quantizer.scale[::2] *= -1
+    coded = quantizer.coded(w)
+    scale, bias = coded.scale.double()[..., None], coded.bias.double()[..., None]
+    assert coded.scale.dtype == coded.bias.dtype == torch.bfloat16 and (coded.scale[::2] < 0).all()
+    codes = ((w.detach().double().reshape(N, -1, 64) - bias) / scale).clamp(0, 255)
+    assert (codes - coded.codes).abs().max() < 0.5 + 1e-4
+    assert (coded.codes % 2 == 1).float().mean() > 0.45
+    value = (scale * coded.codes.double() + bias).reshape(N, K).to(torch.bfloat16)
+    assert torch.equal(quantizer(w), value)
+    y = model(torch.eye(K, dtype=torch.bfloat16))
+    y.sum().backward()
+    assert w.grad.dtype == w.dtype and quantizer.scale.grad.dtype == quantizer.scale.dtype
+    qt.quantize_(model, qat.QATConfig(step="convert"))
+    assert torch.equal(ops.dequantize(model[0].packed, "bfloat16"), value)
+    assert model[0].bias.dtype == torch.bfloat16
+    quantizer.enabled = False
+    assert torch.equal(quantizer(w), w.to(torch.bfloat16))
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_convert_passes_on_what_was_learned(symmetric):
     torch.manual_seed(1)

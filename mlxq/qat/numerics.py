@@ -22,6 +22,9 @@ Gradients are straight through: rint has gradient 1, clip 0 outside. With v = (w
     dw = g * inside    dscale = sum over the group of g * (u - v * inside)    dbias = sum of g * (1 - inside)
 
 which for bias = lo * scale is the gradient of LSQ (Esser et al. 2020, eq. 3) without its 1/sqrt(n).
+
+Grids that are chosen anew from each weight are computed in its dtype, as torchao does; codes on learned and
+static grids in float32: in bfloat16 (w - bias) / scale has 8 bits, and codes above 128 would be even.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ from mlxq.qat.config import (
 
 SMALLEST_NORMAL = {"float32": 2.0**-126, "float16": 2.0**-14, "bfloat16": 2.0**-126}
 FLOAT_DOMAIN_EPS = 1e-6  # torchao's floor for scales of tinygemm and of its int4 kernels
-LEARNED_EPS = 1e-9  # the least scale that learning may start from
+LEARNED_EPS = 1e-9  # the least scale that learning may start from, in float32
 
 
 class Arrays(Protocol):
@@ -138,9 +141,18 @@ def _grouped(x, size: int):
     return x.reshape((*x.shape[:-1], x.shape[-1] // size, size))
 
 
-def choose(xp: Arrays, w, config) -> Grid:
-    """The grid of each group of w (..., N, K), chosen from its least and largest weight. No gradient."""
-    name = dtype_name(w)
+def least_scale(storage: str) -> float:
+    """The least scale that learning may come to: above 0 in the dtype that it is stored in."""
+    return max(LEARNED_EPS, SMALLEST_NORMAL[storage])
+
+
+def choose(xp: Arrays, w, config, dtype: str | None = None) -> Grid:
+    """The grid of each group of w (..., N, K), chosen from its least and largest weight. No gradient.
+
+    dtype   what the weight is a copy of, and its scales are stored in unless the configuration says more;
+            None: its own
+    """
+    name = dtype or dtype_name(w)
     if isinstance(config, Int4WeightFakeQuantizeConfig):
         return _choose_int4(xp, w, config, name)
     lo, hi = config.bounds
@@ -200,11 +212,13 @@ def encode(xp: Arrays, w, config, grid: Grid, bias) -> Coded:
     else:
         lo, hi = config.bounds
     grouped = _grouped(w, w.shape[-1] // grid.scale.shape[-1])
-    scale = grid.scale[..., None]
+    scale, first = grid.scale[..., None], bias[..., None]
+    if not getattr(config, "is_dynamic", True):
+        grouped, scale, first = (xp.cast(a, "float32") for a in (grouped, scale, first))
     if grid.zero is None:
         raw = xp.round(grouped * (1.0 / scale)) - float(lo)
     else:
-        raw = xp.round((grouped - bias[..., None]) / scale)
+        raw = xp.round((grouped - first) / scale)
     inside = (raw >= 0) & (raw <= hi - lo)
     return Coded(xp.clip(raw, 0.0, float(hi - lo)), inside, grid.scale, bias)
 
@@ -225,7 +239,7 @@ def gradients(xp: Arrays, g, w, coded: Coded):
     v = (_grouped(xp.cast(w, "float32"), size) - bias) / scale
     dscale = xp.sum(g32 * (xp.cast(coded.codes, "float32") - xp.where(coded.inside, v, v * 0.0)))
     dbias = xp.sum(g32 * (1.0 - one))
-    dw = xp.cast((g32 * one).reshape(g.shape), dtype_name(g))
+    dw = xp.cast((g32 * one).reshape(g.shape), dtype_name(w))
     return dw, xp.cast(dscale, dtype_name(coded.scale)), xp.cast(dbias, dtype_name(coded.bias))
 
 

@@ -89,6 +89,8 @@ def weight_config(bits: int, group_size: int, ranges: str):
         is_symmetric=False,
         zero_point_domain="float",
         scale_precision=None,
+        # The middle of a group's range is no stored number; its bias is, and comes back exact from a float32.
+        zero_point_precision="float32" if learned else None,
         is_dynamic=not learned,
         range_learning=learned,
     )

@@ -73,6 +73,7 @@ class Session:
                 return vocabulary == of_vocabulary
 
             qm.quantize_(module, qat.QATConfig(weight_config=config), chosen)
+        qm.hold_in_float32(module)
         if settings.start is not None:
             start_from_folder(module, Path(settings.start).expanduser())
         elif settings.ranges == "learned":
@@ -100,17 +101,15 @@ def start_from_affine(module: nn.Module) -> None:
         if quantizer is None or not quantizer.is_static:
             continue
         fmt = Format(quantizer.config.bounds[1].bit_length(), quantizer.config.group_size)
-        packed = ops.quantize(layer.weight, fmt, "affine", "float32")
-        scale, bias = packed.scales, packed.biases
-        _set_grid(quantizer, scale, bias)
+        packed = ops.quantize(layer.weight, fmt, "affine", quantizer.storage(layer.weight))
+        _set_grid(quantizer, packed.scales.astype(mx.float32), packed.biases.astype(mx.float32))
 
 
 def _set_grid(quantizer, scale, bias) -> None:
-    """Learned ranges that are this stored grid; code u becomes levels - u where the scale is negative."""
-    levels, dtype = quantizer.config.bounds[1], quantizer.scale.dtype
-    bias = mx.where(scale < 0, bias + levels * scale, bias)
-    quantizer.scale = mx.abs(scale).astype(dtype)
-    quantizer.zero_point = (bias + mx.abs(scale) * ((levels + 1) / 2)).astype(dtype)
+    """Learned ranges that are this stored grid."""
+    middle = bias + scale * ((quantizer.config.bounds[1] + 1) / 2)
+    quantizer.scale = scale.astype(quantizer.scale.dtype)
+    quantizer.zero_point = middle.astype(quantizer.zero_point.dtype)
 
 
 def start_from_folder(module: nn.Module, folder: Path) -> None:

@@ -62,17 +62,21 @@ def bytes_to_train(model: Path, teacher: Path | None, settings) -> int:
     """What training the model in this folder fills in a process that holds it whole, but for activations.
 
     As stored: the model, its teacher, gradients and DistributedDataParallel's copy of them, and with qat the
-    fake-quantized weights and their codes. In float32: copies of what trains, their gradients, two moments.
+    fake-quantized weights. In float32: copies of what trains, their gradients, two moments, and with qat
+    matrices, their gradients and codes too.
     """
     entries = [item for file in model.glob("*.safetensors") for item in read_header(file)[0].items()]
     everything = settings.qat or settings.train == "all"
     total = 0
     for name, entry in entries:
-        total += entry.nbytes
+        size, held = math.prod(entry.shape), entry.nbytes
+        if settings.qat and len(entry.shape) > 1:
+            held = 4 * size
+        total += held
         learns = everything or name.rpartition(".")[2] in ("scales", "biases")
         if learns and entry.dtype in ("F16", "BF16", "F32"):
-            total += 2 * entry.nbytes + 16 * math.prod(entry.shape)
-            total += 2 * entry.nbytes if settings.qat else 0
+            total += 2 * held + 16 * size
+            total += entry.nbytes + held if settings.qat else 0
     if teacher is not None:
         total += sum(e.nbytes for f in teacher.glob("*.safetensors") for e in read_header(f)[0].values())
     return total
@@ -145,6 +149,7 @@ class Session:
                 return fits and (id(layer) in vocabulary) == of_vocabulary
 
             qt.quantize_(module, qat.QATConfig(weight_config=config), chosen)
+        qt.hold_in_float32(module)
         if settings.start is not None:
             start_from_folder(module, Path(settings.start).expanduser())
         elif settings.ranges == "learned":
@@ -179,17 +184,15 @@ def start_from_affine(module: nn.Module) -> None:
             config, w = quantizer.config, layer.weight
             levels = config.bounds[1]
             fmt = Format(levels.bit_length(), config.group_size)
-            packed = ops.quantize(w.detach().float().cpu(), fmt, "affine", "float32")
-            scale, bias = packed.scales.to(w.device), packed.biases.to(w.device)
+            packed = ops.quantize(w.detach().float().cpu(), fmt, "affine", quantizer.storage(w))
+            scale, bias = packed.scales.to(w.device).float(), packed.biases.to(w.device).float()
             _set_grid(quantizer, scale, bias)
 
 
 def _set_grid(quantizer, scale, bias) -> None:
-    """Learned ranges that are this stored grid; code u becomes levels - u where the scale is negative."""
-    levels = quantizer.config.bounds[1]
-    bias = torch.where(scale < 0, bias + levels * scale, bias)
-    quantizer.scale.copy_(scale.abs())
-    quantizer.zero_point.copy_(bias + scale.abs() * ((levels + 1) / 2))
+    """Learned ranges that are this stored grid."""
+    quantizer.scale.copy_(scale)
+    quantizer.zero_point.copy_(bias + scale * ((quantizer.config.bounds[1] + 1) / 2))
 
 
 def start_from_folder(module: nn.Module, folder: Path) -> None:

@@ -16,6 +16,7 @@ from mlxq.qat.mlx.fake import (
     FakeQuantizedLinear,
     FakeQuantizedSwitchLinear,
     packed_weight,
+    stored_bias,
 )
 from mlxq.qat.steps import ComposableQATQuantizer, Report
 
@@ -89,7 +90,7 @@ class _Mlx(steps.Framework):
         kinds = (QuantizedLinear, QuantizedActivationLinear)
         if experts:
             kinds = (QuantizedSwitchLinear, QuantizedActivationSwitchLinear)
-        new = kinds[config is not None].from_packed(packed, layer.get("bias"))
+        new = kinds[config is not None].from_packed(packed, stored_bias(layer))
         if config is not None:
             new.activation_quantizer = ActivationFakeQuantizer(config)
         return new

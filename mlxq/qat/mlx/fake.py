@@ -11,7 +11,7 @@ from mlxq import format
 from mlxq.format import Packed
 from mlxq.qat import numerics
 from mlxq.qat.config import Float8FakeQuantizeConfig, IntxFakeQuantizeConfig, check_activation, check_weight
-from mlxq.qat.numerics import LEARNED_EPS, Grid, has_zero_point
+from mlxq.qat.numerics import Grid, has_zero_point, least_scale
 
 
 class MlxArrays:
@@ -38,8 +38,8 @@ class MlxArrays:
         return (x.view(mx.uint32) & 0x7F800000).view(mx.float32)
 
 
-def _weight_function(config):
-    """value(w, scale, bias) of fake-quantized weights, with the gradients of numerics."""
+def _weight_function(config, dtype: str | None = None):
+    """value(w, scale, bias) of fake-quantized weights in dtype (None: w's), with numerics' gradients."""
 
     def coded(w, scale, bias):
         return numerics.encode(
@@ -48,7 +48,7 @@ def _weight_function(config):
 
     @mx.custom_function
     def value(w, scale, bias):
-        return numerics.decode(MlxArrays, coded(w, scale, bias), format.dtype_name(w))
+        return numerics.decode(MlxArrays, coded(w, scale, bias), dtype or format.dtype_name(w))
 
     @value.vjp
     def value_vjp(primals, cotangent, _):
@@ -78,16 +78,17 @@ def _activation_function(config):
 
 
 class FakeQuantizer(nn.Module):
-    """A weight rounded to its quantized numbers and back, in its own dtype; `enabled` off gives it untouched.
+    """A weight rounded to its quantized numbers and back; `enabled` off gives it without rounding to codes.
 
     config   one of mlxq.qat's fake quantizers
     weight   needed where scales are learned or static: they are arrays `scale` and `zero_point` from the
              start, trainable if learned and frozen if static. A dynamic one has no arrays.
+    dtype    the name of the values' dtype; None: the weight's own. See hold_in_float32
     """
 
     def __init__(self, config, weight: mx.array | None = None):
         super().__init__()
-        self.config, self.enabled = config, True
+        self.config, self.enabled, self.dtype = config, True, None
         self.is_static = isinstance(config, IntxFakeQuantizeConfig) and not config.is_dynamic
         self._function = _activation_function(config) if self._is_float8 else _weight_function(config)
         if self.is_static:
@@ -101,20 +102,26 @@ class FakeQuantizer(nn.Module):
 
     def initialize(self, weight: mx.array) -> None:
         """Choose the static or learned ranges from this weight."""
-        grid = numerics.choose(MlxArrays, weight, self.config)
-        self.scale = mx.maximum(grid.scale, LEARNED_EPS).astype(grid.scale.dtype)
+        grid = numerics.choose(MlxArrays, weight, self.config, self.dtype)
+        least = least_scale(format.dtype_name(grid.scale))
+        self.scale = mx.maximum(grid.scale, least).astype(mx.float32 if self.dtype else grid.scale.dtype)
         if grid.zero is not None:
-            domain = self.config.zero_point_domain
-            self.zero_point = grid.zero.astype(mx.float32) if domain == "int" else grid.zero
+            wide = self.dtype or self.config.zero_point_domain == "int"
+            self.zero_point = grid.zero.astype(mx.float32) if wide else grid.zero
         if not self.config.range_learning:
             self.freeze()
 
     def grid(self, w: mx.array) -> Grid:
         """The grid of w now: from w itself, or the static or learned one."""
         if not self.is_static:
-            grid = numerics.choose(MlxArrays, mx.stop_gradient(w), self.config)
+            grid = numerics.choose(MlxArrays, mx.stop_gradient(w), self.config, self.dtype)
             return Grid(*(None if a is None else mx.stop_gradient(a) for a in (grid.scale, grid.zero)))
-        scale = mx.clip(self.scale, LEARNED_EPS, None)
+        storage = self.storage(w)
+        least = least_scale(storage)
+        scale = mx.clip(self.scale, least, None)
+        if self.config.zero_point_domain == "float":  # a stored grid may count from its largest weight down
+            scale = mx.where(self.scale < 0, mx.clip(self.scale, None, -least), scale)
+        scale = MlxArrays.cast(scale, storage)
         if self.config.is_symmetric:
             return Grid(scale)
         zero = self.zero_point
@@ -123,15 +130,26 @@ class FakeQuantizer(nn.Module):
             zero = zero + mx.stop_gradient(mx.clip(mx.round(zero), low, high) - zero)
         return Grid(scale, zero)
 
+    def storage(self, w: mx.array) -> str:
+        """The dtype in which scales and biases of w are stored."""
+        return numerics.storage_of(self.config, self.dtype or format.dtype_name(w))
+
+    def hold(self, dtype: str) -> None:
+        """Give values in this dtype from float32 weights and learned ranges."""
+        self.dtype = dtype
+        if not self._is_float8:
+            self._function = _weight_function(self.config, dtype)
+        for name in ("scale", "zero_point"):
+            if name in self:
+                self[name] = self[name].astype(mx.float32)
+
     def _bias(self, grid: Grid, w: mx.array) -> mx.array:
-        storage = numerics.storage_of(self.config, format.dtype_name(w))
-        return numerics.bias_of(MlxArrays, grid, self.config, storage)
+        return numerics.bias_of(MlxArrays, grid, self.config, self.storage(w))
 
     def __call__(self, x: mx.array) -> mx.array:
-        if not self.enabled:
-            return x
-        if self._is_float8:
-            return self._function(x)
+        if not self.enabled or self._is_float8:
+            x = MlxArrays.cast(x, self.dtype) if self.dtype else x
+            return self._function(x) if self.enabled else x
         grid = self.grid(x)
         return self._function(x, grid.scale, self._bias(grid, x))
 
@@ -188,6 +206,13 @@ def _around(cls, layer: nn.Module, drop: tuple[str, ...] = ()):
 _QUANTIZERS = ("activation_fake_quantizer", "weight_fake_quantizer")
 
 
+def stored_bias(layer) -> mx.array | None:
+    """The layer's bias, in the dtype that its values are in."""
+    quantizer, bias = layer.weight_fake_quantizer, layer.get("bias")
+    held = bias is not None and quantizer is not None and quantizer.dtype is not None
+    return MlxArrays.cast(bias, quantizer.dtype) if held else bias
+
+
 def _weight(layer) -> mx.array:
     """The weight that the layer computes with: fake-quantized where it has a quantizer."""
     quantizer = layer.weight_fake_quantizer
@@ -205,7 +230,7 @@ class FakeQuantizedLinear(nn.Linear):
         if self.activation_fake_quantizer is not None:
             x = self.activation_fake_quantizer(x)
         w = _weight(self)
-        return mx.addmm(self["bias"], x, w.T) if "bias" in self else x @ w.T
+        return mx.addmm(stored_bias(self), x, w.T) if "bias" in self else x @ w.T
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, activation_config=None, weight_config=None):
@@ -226,9 +251,9 @@ class FakeQuantizedEmbedding(nn.Embedding):
 
     def __call__(self, ids: mx.array) -> mx.array:
         quantizer = self.weight_fake_quantizer
-        if quantizer is None or not quantizer.enabled:
+        if quantizer is None:
             return self["weight"][ids]
-        if quantizer.is_static:  # its ranges belong to rows of the table
+        if quantizer.is_static and quantizer.enabled:  # its ranges belong to rows of the table
             return quantizer(self["weight"])[ids]
         rows = self["weight"][ids]
         return quantizer(rows.reshape(-1, rows.shape[-1])).reshape(rows.shape)
@@ -254,7 +279,7 @@ class FakeQuantizedSwitchLinear(SwitchLinear):
             x = self.activation_fake_quantizer(x)
         w = _weight(self)
         y = mx.gather_mm(x, w.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices)
-        return y + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else y
+        return y + mx.expand_dims(stored_bias(self)[indices], -2) if "bias" in self else y
 
     @classmethod
     def from_linear(cls, experts: SwitchLinear, activation_config=None, weight_config=None):
@@ -265,6 +290,22 @@ class FakeQuantizedSwitchLinear(SwitchLinear):
 
 
 FAKE_LAYERS = (FakeQuantizedLinear, FakeQuantizedEmbedding, FakeQuantizedSwitchLinear)
+
+
+def hold_in_float32(model: nn.Module) -> None:
+    """Fake-quantized weights of 16-bit models as float32 arrays, with their biases and learned ranges.
+
+    Values, stored scales and what convert makes of it stay in the dtype that the weights had. Without it a
+    weight moves in steps of its own 16 bits, which at 8 bits are as coarse as its codes.
+    """
+    for layer in model.modules():
+        if not isinstance(layer, FAKE_LAYERS) or layer.weight_fake_quantizer is None:
+            continue
+        if layer["weight"].dtype != mx.float32:
+            layer.weight_fake_quantizer.hold(format.dtype_name(layer["weight"]))
+            for name in ("weight", "bias"):
+                if name in layer:
+                    layer[name] = layer[name].astype(mx.float32)
 
 
 def packed_weight(layer) -> Packed:

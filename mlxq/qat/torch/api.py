@@ -71,13 +71,15 @@ class _Torch(steps.Framework):
             if layer.max_norm is not None:
                 raise ValueError("max_norm rewrites rows, and packed rows cannot be rewritten")
             table = QuantizedEmbedding.from_packed(packed)
-            if layer.weight.dtype != table.scales.dtype:  # what follows computes in the weight's
-                table.rows_dtype = layer.weight.dtype
+            if layer.weight_dtype != table.scales.dtype:  # what follows computes in the weight's
+                table.rows_dtype = layer.weight_dtype
             return table
-        config = _Torch.activation_config(layer)
+        config, bias = _Torch.activation_config(layer), layer.bias
+        if bias is not None and layer.weight_dtype != layer.weight.dtype:
+            bias = bias.detach().to(layer.weight_dtype)
         if config is None:
-            return QuantizedLinear.from_packed(packed, layer.bias)
-        new = QuantizedActivationLinear.from_packed(packed, layer.bias)
+            return QuantizedLinear.from_packed(packed, bias)
+        new = QuantizedActivationLinear.from_packed(packed, bias)
         new.activation_quantizer = ActivationFakeQuantizer(config)
         return new
 

@@ -16,7 +16,7 @@ from mlxq.qat.config import (
     check_activation,
     check_weight,
 )
-from mlxq.qat.numerics import LEARNED_EPS, Grid, has_zero_point
+from mlxq.qat.numerics import Grid, has_zero_point, least_scale
 
 
 class TorchArrays:
@@ -44,10 +44,10 @@ class TorchArrays:
 
 
 class _FakeWeight(torch.autograd.Function):
-    """w (N, K) on the grid (scale, bias): the value of its codes, with the gradients of numerics."""
+    """w (N, K) on the grid (scale, bias): the value of its codes in dtype, with the gradients of numerics."""
 
     @staticmethod
-    def forward(ctx, w, scale, bias, config):
+    def forward(ctx, w, scale, bias, config, dtype):
         grid = Grid(scale, bias if has_zero_point(config) else None)
         coded = numerics.encode(TorchArrays, w, config, grid, bias)
         ctx.learns = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
@@ -55,15 +55,15 @@ class _FakeWeight(torch.autograd.Function):
             ctx.save_for_backward(w, *(getattr(coded, name) for name in ("codes", "inside", "scale", "bias")))
         else:
             ctx.save_for_backward(coded.inside)
-        return numerics.decode(TorchArrays, coded, format.dtype_name(w))
+        return numerics.decode(TorchArrays, coded, dtype)
 
     @staticmethod
     def backward(ctx, g):
         if ctx.learns:
             w, *coded = ctx.saved_tensors
-            return *numerics.gradients(TorchArrays, g, w, numerics.Coded(*coded)), None
+            return *numerics.gradients(TorchArrays, g, w, numerics.Coded(*coded)), None, None
         (inside,) = ctx.saved_tensors
-        return g * inside.reshape(g.shape), None, None, None
+        return g * inside.reshape(g.shape), None, None, None, None
 
 
 class _FakeActivation(torch.autograd.Function):
@@ -90,11 +90,12 @@ class _FakeFloat8(torch.autograd.Function):
 
 
 class FakeQuantizer(nn.Module):
-    """A tensor rounded to its quantized numbers and back, in its own dtype; `enabled` off gives it untouched.
+    """A tensor rounded to its quantized numbers and back; `enabled` off gives it without rounding to codes.
 
     config   one of mlxq.qat's fake quantizers
     weight   the weight that it will quantize; needed where scales are learned or static, which then are
              parameters or buffers `scale` and `zero_point` from the start, for the optimiser to find
+    dtype    the name of the values' dtype; None: the weight's own. See hold_in_float32
 
     A dynamic one has no state. Made for a weight on the meta device, a learned one must be given its ranges
     by initialize_fake_quantizers once the weight is there, and raises ValueError until then.
@@ -102,7 +103,7 @@ class FakeQuantizer(nn.Module):
 
     def __init__(self, config: FakeQuantizeConfigBase, weight: torch.Tensor | None = None):
         super().__init__()
-        self.config, self.enabled = config, True
+        self.config, self.enabled, self.dtype = config, True, None
         self.ready = True
         self.is_static = isinstance(config, IntxFakeQuantizeConfig) and not config.is_dynamic
         if self.is_static:
@@ -113,11 +114,13 @@ class FakeQuantizer(nn.Module):
     def initialize(self, weight: torch.Tensor) -> None:
         """Choose the static or learned ranges from this weight."""
         with torch.no_grad():
-            grid = numerics.choose(TorchArrays, weight, self.config)
-            scale = grid.scale.clamp(min=LEARNED_EPS)
+            grid = numerics.choose(TorchArrays, weight, self.config, self.dtype)
+            scale = grid.scale.clamp(min=least_scale(format.dtype_name(grid.scale)))
             zero = grid.zero
             if zero is not None and self.config.zero_point_domain == "int":
                 zero = zero.float()
+            if self.dtype is not None:
+                scale, zero = scale.float(), None if zero is None else zero.float()
         self.ready = weight.device.type != "meta"
         for name, value in (("scale", scale), ("zero_point", zero)):
             if value is None:
@@ -133,13 +136,18 @@ class FakeQuantizer(nn.Module):
         """The grid of w now: from w itself, or the static or learned one."""
         if not self.is_static:
             with torch.no_grad():
-                return numerics.choose(TorchArrays, w, self.config)
+                return numerics.choose(TorchArrays, w, self.config, self.dtype)
         if not self.ready:
             raise ValueError(
                 "FakeQuantizer: its ranges were made on the meta device; "
                 "call initialize_fake_quantizers(model)"
             )
-        scale = self.scale.clamp(min=LEARNED_EPS)
+        storage = self.storage(w)
+        least = least_scale(storage)
+        scale = self.scale.clamp(min=least)
+        if self.config.zero_point_domain == "float":  # a stored grid may count from its largest weight down
+            scale = torch.where(self.scale < 0, self.scale.clamp(max=-least), scale)
+        scale = TorchArrays.cast(scale, storage)
         if self.config.is_symmetric:
             return Grid(scale)
         zero = self.zero_point
@@ -149,16 +157,20 @@ class FakeQuantizer(nn.Module):
         return Grid(scale, zero)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dtype = self.dtype or format.dtype_name(x)
         if not self.enabled:
-            return x
+            return TorchArrays.cast(x, dtype)
         if isinstance(self.config, Float8FakeQuantizeConfig):
-            return _FakeFloat8.apply(x, self.config)
+            return _FakeFloat8.apply(TorchArrays.cast(x, dtype), self.config)
         grid = self.grid(x)
-        return _FakeWeight.apply(x, grid.scale, self._bias(grid, x), self.config)
+        return _FakeWeight.apply(x, grid.scale, self._bias(grid, x), self.config, dtype)
+
+    def storage(self, w: torch.Tensor) -> str:
+        """The dtype in which scales and biases of w are stored."""
+        return numerics.storage_of(self.config, self.dtype or format.dtype_name(w))
 
     def _bias(self, grid: Grid, w: torch.Tensor) -> torch.Tensor:
-        storage = numerics.storage_of(self.config, format.dtype_name(w))
-        return numerics.bias_of(TorchArrays, grid, self.config, storage)
+        return numerics.bias_of(TorchArrays, grid, self.config, self.storage(w))
 
     @torch.no_grad()
     def coded(self, w: torch.Tensor) -> numerics.Coded:
@@ -218,7 +230,10 @@ class FakeQuantizedLinear(nn.Linear):
         if self.activation_fake_quantizer is not None:
             x = self.activation_fake_quantizer(x)
         w = self.weight if self.weight_fake_quantizer is None else self.weight_fake_quantizer(self.weight)
-        return F.linear(x, w, self.bias)
+        held = self.bias is not None and self.bias.dtype != self.weight_dtype
+        return F.linear(x, w, self.bias.to(self.weight_dtype) if held else self.bias)
+
+    weight_dtype = property(lambda self: _weight_dtype(self), doc="What the layer computes with.")
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, activation_config=None, weight_config=None):
@@ -252,9 +267,11 @@ class FakeQuantizedEmbedding(nn.Embedding):
             # Static ranges belong to rows of the table, so the whole table is quantized.
             return self._lookup(ids, quantizer(self.weight))
         rows = self._lookup(ids, self.weight)
-        if quantizer is None or not quantizer.enabled:
+        if quantizer is None:
             return rows
         return quantizer(rows.reshape(-1, self.embedding_dim)).reshape(rows.shape)
+
+    weight_dtype = property(lambda self: _weight_dtype(self), doc="What the layer computes with.")
 
     def _lookup(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         return F.embedding(
@@ -293,6 +310,41 @@ class FakeQuantizedEmbedding(nn.Embedding):
 
 
 FAKE_LAYERS = (FakeQuantizedLinear, FakeQuantizedEmbedding)
+
+
+def _weight_dtype(layer) -> torch.dtype:
+    quantizer = layer.weight_fake_quantizer
+    held = quantizer is not None and quantizer.dtype is not None
+    return getattr(torch, quantizer.dtype) if held else layer.weight.dtype
+
+
+@torch.no_grad()
+def hold_in_float32(model: nn.Module) -> None:
+    """Fake-quantized weights of 16-bit models as float32 parameters, with their biases and learned ranges.
+
+    Values, stored scales and what convert makes of it stay in the dtype that the weights had. Without it a
+    weight moves in steps of its own 16 bits, which at 8 bits are as coarse as its codes.
+    """
+    made: dict[int, nn.Parameter] = {}
+
+    def held(parameter):
+        if id(parameter) not in made:
+            made[id(parameter)] = nn.Parameter(parameter.float(), parameter.requires_grad)
+        return made[id(parameter)]
+
+    for layer in model.modules():
+        if not isinstance(layer, FAKE_LAYERS) or layer.weight_fake_quantizer is None:
+            continue
+        if layer.weight.dtype == torch.float32:
+            continue
+        quantizer = layer.weight_fake_quantizer
+        if quantizer.dtype is None:
+            quantizer.dtype = format.dtype_name(layer.weight)
+            for name, parameter in list(quantizer.named_parameters()):
+                setattr(quantizer, name, held(parameter))
+        layer.weight = held(layer.weight)
+        if getattr(layer, "bias", None) is not None:
+            layer.bias = held(layer.bias)
 
 
 def packed_weight(layer: FakeQuantizedLinear | FakeQuantizedEmbedding) -> Packed:

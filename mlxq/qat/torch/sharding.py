@@ -10,20 +10,25 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from mlxq.qat.torch.fake import FAKE_LAYERS
+
 
 def shard(model: nn.Module) -> torch.device:
     """Cut every parameter into as many parts as there are processes; returns the device of this process.
 
-    Each layer of a ModuleList is gathered when it computes, and what is outside of them with the model.
-    Gradients are averaged in float32. Buffers, the words of packed layers among them, stay whole in every
-    process: fully_shard cuts parameters, which have to be float.
+    Each layer of a ModuleList is gathered when it computes, and what is outside of them with the model;
+    fake-quantized layers that are held in float32 are gathered one by one. Gradients are averaged in float32.
+    Buffers, the words of packed layers among them, stay whole in every process: fully_shard cuts parameters,
+    which have to be float.
 
     Raises ValueError without a group of several processes, for parameters of two dtypes that train, and for
     parameters that are one number.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         raise ValueError("distil: a sharded model wants several processes; start them with torchrun")
-    dtypes = {str(p.dtype) for p in model.parameters() if p.requires_grad}
+    held = _held(model)
+    alone = {id(p) for layers in held for layer in layers for p in layer.parameters()}
+    dtypes = {str(p.dtype) for p in model.parameters() if p.requires_grad and id(p) not in alone}
     if len(dtypes) > 1:
         raise ValueError(
             f"distil: fully_shard trains parameters of one dtype, and these are {', '.join(sorted(dtypes))}; "
@@ -37,10 +42,21 @@ def shard(model: nn.Module) -> torch.device:
     for module in model.modules():
         if hasattr(module, "borrowed"):
             module.borrowed = True
+    for layers in held:
+        fully_shard(layers if len(layers) > 1 else layers[0], **settings)
     for block in _blocks(model):
         fully_shard(block, **settings)
     fully_shard(model, **settings)
     return next(model.parameters()).device
+
+
+def _held(model: nn.Module) -> list[list[nn.Module]]:
+    """Layers that are float32 in a model of another dtype; those that share a weight together."""
+    groups: dict[int, list[nn.Module]] = {}
+    for layer in model.modules():
+        if isinstance(layer, FAKE_LAYERS) and layer.weight.dtype != layer.weight_dtype:
+            groups.setdefault(id(layer.weight), []).append(layer)
+    return list(groups.values())
 
 
 def _blocks(module: nn.Module):
