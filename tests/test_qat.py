@@ -1,5 +1,7 @@
 """Configurations of quantization-aware training: what exists is accepted, everything else is refused."""
 
+import math
+
 import pytest
 
 from mlxq import qat
@@ -16,8 +18,11 @@ from mlxq.qat import (
     PerToken,
     QATConfig,
 )
-from mlxq.qat.config import INT_BOUNDS, check_activation, check_weight
+from mlxq.qat.config import INT_BOUNDS, BaseConfig, check_activation, check_weight
 from mlxq.qat.numerics import group_size_of, stored_format
+from mlxq.qat.steps import Int4WeightOnlyQATQuantizer, Int8DynActInt4WeightQATQuantizer
+
+ZEROS = {"group_size": 32, "is_symmetric": False}
 
 
 @pytest.mark.parametrize(
@@ -74,6 +79,18 @@ from mlxq.qat.numerics import group_size_of, stored_format
         ({"dtype": "int8", "granularity": "per_token", "is_dynamic": False}, "dynamic"),
         ({"dtype": "int4", "group_size": 32, "scale_precision": "float64"}, "float64"),
         ({"dtype": "int4", "group_size": 32, "eps": 0.0}, "eps"),
+        ({"dtype": "int4", "group_size": 32, "eps": math.inf}, "eps=inf; wanted a number above 0"),
+        ({"dtype": "int4", "group_size": 32, "eps": math.nan}, "eps=nan"),
+        ({"dtype": "int4", "group_size": 32, "eps": "x"}, "eps='x'; wanted a number above 0"),
+        ({"dtype": "int4", "group_size": 32, "eps": True}, "eps=True"),
+        ({"dtype": "int4", "group_size": 32, "eps": 1e39}, "more than a scale can be"),
+        ({"dtype": "int4", "group_size": 32, "eps": 1e5, "scale_precision": "float16"}, "32768 at most"),
+        ({"dtype": "int4", "group_size": 32, "is_dynamic": None}, "is_dynamic=None"),
+        ({"dtype": "int4", "group_size": 32, "zero_point_precision": "bool"}, "'bool' are not built"),
+        ({"dtype": "int4", "group_size": 32, "zero_point_precision": "foo"}, "'foo' are not built"),
+        ({"dtype": "uint8", **ZEROS, "zero_point_precision": "bool"}, "wanted int8, uint8, int16"),
+        ({"dtype": "uint8", **ZEROS, "zero_point_precision": "int8"}, "hold the codes 0 .. 255 of uint8"),
+        ({"dtype": "int8", **ZEROS, "zero_point_precision": "uint8"}, "hold the codes -128 .. 127"),
         ({"dtype": "int4", "group_size": 1}, "2 or more"),
     ],
 )
@@ -90,6 +107,32 @@ def test_integer_configurations_that_do_not_exist_are_refused(arguments, says):
         (lambda: Float8FakeQuantizeConfig(granularity=PerGroup(32)), "PerGroup"),
         (lambda: Float8FakeQuantizeConfig(granularity=PerRow), "class PerRow"),
         (lambda: Float8FakeQuantizeConfig(hp_value_lb=2.0, hp_value_ub=1.0), "above"),
+        (lambda: Float8FakeQuantizeConfig(hp_value_ub=math.nan), "hp_value_ub=nan; wanted a number above 0"),
+        (lambda: Float8FakeQuantizeConfig(hp_value_ub=-1), "hp_value_ub=-1"),
+        (lambda: Float8FakeQuantizeConfig(hp_value_ub=0), "hp_value_ub=0"),
+        (lambda: Float8FakeQuantizeConfig(hp_value_ub="x"), "hp_value_ub='x'"),
+        (lambda: Float8FakeQuantizeConfig(hp_value_lb=-5), "hp_value_lb=-5"),
+        (lambda: Float8FakeQuantizeConfig(hp_value_lb=math.inf), "hp_value_lb=inf"),
+        (lambda: IntxWeightOnlyConfig("int9"), "IntxWeightOnlyConfig: dtype 'int9' is not built"),
+        (lambda: IntxWeightOnlyConfig("uint4"), "IntxWeightOnlyConfig: symmetric codes have a sign"),
+        (lambda: IntxWeightOnlyConfig("int4", PerToken()), "IntxWeightOnlyConfig: weights have no tokens"),
+        (lambda: IntxWeightOnlyConfig("int4", PerRow()), "PerRow() is not built"),
+        (lambda: IntxWeightOnlyConfig("int4", scale_dtype="int8"), "scales in int8"),
+        (
+            lambda: qat.Int8DynamicActivationIntxWeightConfig("int4", PerToken()),
+            "Int8DynamicActivationIntxWeightConfig: weights have no tokens",
+        ),
+        (lambda: qat.Int4WeightOnlyConfig(0), "Int4WeightOnlyConfig: groups of 0 do not exist"),
+        (lambda: qat.Int4WeightOnlyConfig(64, "int8"), "Int4WeightOnlyConfig: scales in int8"),
+        (lambda: qat.Float8DynamicActivationInt4WeightConfig(1), "groups of 1 do not exist"),
+        (lambda: qat.Float8DynamicActivationFloat8WeightConfig("int8"), "dtype 'int8' is not built"),
+        (
+            lambda: qat.Float8DynamicActivationFloat8WeightConfig(activation_value_ub=-1.0),
+            "Float8DynamicActivationFloat8WeightConfig: hp_value_ub=-1.0",
+        ),
+        (lambda: QATConfig(OwnBase()), "OwnBase: weights have no tokens"),
+        (lambda: Int8DynActInt4WeightQATQuantizer(precision="foo"), "precision 'foo' is not built"),
+        (lambda: Int4WeightOnlyQATQuantizer(precision="int8"), "precision 'int8' is not built"),
         (lambda: Int4WeightFakeQuantizeConfig(activation_dtype="float16"), "float16"),
         (lambda: Int4WeightFakeQuantizeConfig(0), "do not exist"),
         (lambda: Int4WeightFakeQuantizeConfig(scale_precision="int8"), "int8"),
@@ -115,8 +158,24 @@ def test_other_configurations_that_do_not_exist_are_refused(make, says):
     assert says in str(error.value)
 
 
+class OwnBase(BaseConfig):
+    """Not a dataclass: nothing checks it when it is made."""
+
+    def fake_quantizers(self):
+        return None, INT8_TOKENS
+
+
 INT4 = IntxFakeQuantizeConfig("int4", group_size=32)
 INT8_TOKENS = IntxFakeQuantizeConfig("int8", "per_token", is_symmetric=False)
+
+
+def test_zero_points_fit_in_every_dtype_that_holds_the_codes():
+    for precision in ("uint8", "int16", "int32", "int64", "float32", "float16", "bfloat16"):
+        config = IntxFakeQuantizeConfig("uint8", **ZEROS, zero_point_precision=precision)
+        assert config.zero_point_precision == precision
+    assert IntxFakeQuantizeConfig("int8", **ZEROS, zero_point_precision="int8").bounds == (-128, 127)
+    assert Float8FakeQuantizeConfig(hp_value_lb=0, hp_value_ub=1).hp_value_ub == 1
+    assert Float8FakeQuantizeConfig(hp_value_lb=1e-12).hp_value_lb == 1e-12
 
 
 def test_every_dtype_has_the_bounds_of_its_width():

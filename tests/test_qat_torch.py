@@ -213,6 +213,21 @@ def test_small_bfloat16_weights_keep_their_levels():
     assert sqnr(w, prepared(linear(torch.bfloat16, 4096, 64), floored)[0].weight_fake_quantizer(w)) < 15
 
 
+@pytest.mark.parametrize("weights, scales", [("float16", None), ("float32", "float16")])
+@pytest.mark.parametrize("symmetric, domain", [(True, "int"), (False, "int"), (False, "float")])
+def test_groups_of_zeros_stay_zero_in_float16_whatever_eps_says(weights, scales, domain, symmetric):
+    for eps in (None, 1e-30):
+        model = linear(getattr(torch, weights))
+        with torch.no_grad():
+            model[0].weight[1:3, :64] = 0
+        dtype = "int4" if symmetric else "uint4"
+        kind = {"is_symmetric": symmetric, "zero_point_domain": domain, "scale_precision": scales}
+        prepared(model, IntxFakeQuantizeConfig(dtype, group_size=64, eps=eps, **kind))
+        value = model[0].weight_fake_quantizer(model[0].weight)
+        assert value.isfinite().all() and value[1:3, :64].abs().max() < 1e-5
+        assert sqnr(model[0].weight, value) > 15
+
+
 @pytest.mark.parametrize("dtype", ["uint4", "int4", "uint8", "int8"])
 def test_asymmetric_groups_in_the_integer_domain_decode_to_what_was_encoded(torchao, dtype):
     from torchao.quantization.quant_primitives import (

@@ -7,8 +7,11 @@ converted right is refused here, when the configuration is made.
 
 from __future__ import annotations
 
+import math
+import re
 import warnings
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from mlxq.format import STORAGE
@@ -18,6 +21,11 @@ INT_BOUNDS = {f"int{b}": (-(1 << (b - 1)), (1 << (b - 1)) - 1) for b in range(1,
 }
 # Mantissa bits, least exponent and largest value.
 FLOAT8 = {"float8_e4m3fn": (3, -6, 448.0), "float8_e5m2": (2, -14, 57344.0)}
+# The codes that each dtype of a zero point holds exactly.
+ZEROS = {"int8": (-128, 127), "uint8": (0, 255)} | {
+    name: (-256, 256) for name in ("int16", "int32", "int64", *STORAGE)
+}
+LARGEST_EPS = {None: 2.0**15, "float16": 2.0**15, "bfloat16": 2.0**127, "float32": 2.0**127}
 SYMMETRIC, ASYMMETRIC = "symmetric", "asymmetric"
 DOMAINS = ("int", "float", "none")
 STEPS = ("prepare", "convert")
@@ -28,6 +36,10 @@ def dtype_name(dtype: Any) -> str:
     if isinstance(dtype, type):
         return dtype.__name__
     return str(getattr(dtype, "name", dtype)).rpartition(".")[2].lower()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _listed(values) -> str:
@@ -112,7 +124,8 @@ class IntxFakeQuantizeConfig(FakeQuantizeConfigBase):
                           "per_group" (with group_size), or None with group_size
     mapping_type          "symmetric" (default), "asymmetric"; or is_symmetric
     scale_precision       dtype in which scales are stored: float32, float16, bfloat16; None: the weight's own
-    zero_point_precision  None: int32 in domain "int", scale_precision in domain "float"
+    zero_point_precision  None: int32 in domain "int", scale_precision in domain "float"; else a dtype that
+                          holds every code, and in domain "float" a float one
     zero_point_domain     "int": the zero point is a code. "float": it is a weight, as in tinygemm
     is_dynamic            False: scales are chosen once and stay
     range_learning        scales (and zero points) are parameters: LSQ (Esser et al. 2020), no 1/sqrt(n)
@@ -120,8 +133,9 @@ class IntxFakeQuantizeConfig(FakeQuantizeConfigBase):
                           domain "float"), never machine epsilon, which in bfloat16 is 2^-7
 
     Raises ValueError for combinations that do not exist: two sources of granularity or symmetry, symmetric
-    codes without a sign, asymmetric float zero points on signed codes or in an integer dtype, learned ranges
-    that are dynamic or per token.
+    codes without a sign, asymmetric float zero points on signed codes or in an integer dtype, integer zero
+    points in a dtype that cannot hold them, learned ranges that are dynamic or per token, an eps that is no
+    number above 0 or that the scales' dtype cannot hold.
     """
 
     dtype: str
@@ -196,6 +210,10 @@ class IntxFakeQuantizeConfig(FakeQuantizeConfigBase):
             raise ValueError(f"{what}: asymmetric codes need a zero point; wanted domain 'int' or 'float'")
         if domain == "float" and signed:
             raise ValueError(f"{what}: a float zero point goes with unsigned codes; wanted u{self.dtype}")
+        for name in ("is_dynamic", "range_learning"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{what}: {name}={getattr(self, name)!r}; wanted True or False")
+        self._check_zeros(what, domain)
         if domain == "float" and self.zero_point_precision not in (None, *STORAGE):
             raise ValueError(
                 f"{what}: a float zero point in {self.zero_point_precision} loses its fraction; "
@@ -207,8 +225,27 @@ class IntxFakeQuantizeConfig(FakeQuantizeConfigBase):
             raise ValueError(f"{what}: learned ranges are not dynamic; give is_dynamic=False")
         if not self.is_dynamic and isinstance(self.granularity, PerToken):
             raise ValueError(f"{what}: scales per token are dynamic: other tokens have other scales")
-        if self.eps is not None and not self.eps > 0:
-            raise ValueError(f"{what}: eps={self.eps}; wanted a number above 0")
+        if self.eps is not None and not (_is_number(self.eps) and self.eps > 0):
+            raise ValueError(f"{what}: eps={self.eps!r}; wanted a number above 0")
+        largest = LARGEST_EPS[self.scale_precision]
+        if self.eps is not None and self.eps > largest:
+            raise ValueError(
+                f"{what}: eps={self.eps!r} is more than a scale can be; wanted {largest:g} at most"
+            )
+
+    def _check_zeros(self, what: str, domain: str) -> None:
+        low, high = ZEROS.get(self.zero_point_precision or "int32", (1, 0))
+        if low > high:
+            raise ValueError(
+                f"{what}: zero points in {self.zero_point_precision!r} are not built; wanted {_listed(ZEROS)}"
+            )
+        least, most = self.bounds
+        if domain == "int" and not self.is_symmetric and not low <= least <= most <= high:
+            fits = [name for name, (a, b) in ZEROS.items() if a <= least and most <= b]
+            raise ValueError(
+                f"{what}: {self.zero_point_precision} does not hold the codes {least} .. {most} of "
+                f"{self.dtype}; wanted {_listed(fits)}"
+            )
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Assigning group_size or is_symmetric sets the granularity or the mapping type."""
@@ -255,6 +292,8 @@ class Float8FakeQuantizeConfig(FakeQuantizeConfigBase):
     """Float8 values under one float32 scale for each row, or for everything.
 
     hp_value_lb, hp_value_ub   bounds of the largest magnitude before it becomes the scale
+
+    Raises ValueError for other dtypes and granularities, and for bounds that are no magnitudes.
     """
 
     dtype: Any = "float8_e4m3fn"
@@ -271,6 +310,10 @@ class Float8FakeQuantizeConfig(FakeQuantizeConfigBase):
             self, "granularity", _granularity(what, self.granularity, None, (PerRow, PerTensor))
         )
         low, high = self.hp_value_lb, self.hp_value_ub
+        if low is not None and not (_is_number(low) and low >= 0):
+            raise ValueError(f"{what}: hp_value_lb={low!r}; wanted a number, 0 or more")
+        if high is not None and not (_is_number(high) and high > 0):
+            raise ValueError(f"{what}: hp_value_ub={high!r}; wanted a number above 0")
         if low is not None and high is not None and low > high:
             raise ValueError(f"{what}: hp_value_lb={low} is above hp_value_ub={high}")
 
@@ -314,7 +357,22 @@ class BaseConfig:
     """What a model is to become; says how to train for it.
 
     fake_quantizers()   configurations of (activations or None, weights)
+
+    Raises ValueError, under its own name, for what its fake quantizers refuse.
     """
+
+    def __post_init__(self):
+        self.check()
+
+    def check(self) -> None:
+        try:
+            activation, weight = self.fake_quantizers()
+            if activation is not None:
+                check_activation(activation)
+            check_weight(weight)
+        except ValueError as error:
+            said = re.sub(r"^\w+: ", "", str(error))
+            raise ValueError(f"{type(self).__name__}: {said}") from None
 
     def fake_quantizers(self) -> tuple[FakeQuantizeConfigBase | None, FakeQuantizeConfigBase]:
         raise NotImplementedError
@@ -428,6 +486,8 @@ class QATConfig:
             raise ValueError("QATConfig: nothing to prepare for; give base_config or weight_config")
         if step == "convert" and explicit:
             raise ValueError("QATConfig: convert takes the fake quantizers that prepare put in; give none")
+        if self.base_config is not None:
+            self.base_config.check()
         for config in (self.activation_config, self.weight_config):
             if config is not None and not isinstance(config, FakeQuantizeConfigBase):
                 raise ValueError(f"QATConfig: {config!r} is no fake quantizer's configuration")

@@ -46,6 +46,7 @@ from mlxq.qat.config import (
 )
 
 SMALLEST_NORMAL = {"float32": 2.0**-126, "float16": 2.0**-14, "bfloat16": 2.0**-126}
+LEAST = SMALLEST_NORMAL | {"float16": 2.0**-24}  # the least scale that is not 0
 FLOAT_DOMAIN_EPS = 1e-6  # torchao's floor for scales of tinygemm and of its int4 kernels
 LEARNED_EPS = 1e-9  # the least scale that learning may start from, in float32
 
@@ -159,11 +160,12 @@ def choose(xp: Arrays, w, config, dtype: str | None = None) -> Grid:
     storage, grouped = config.scale_precision or name, _grouped(w, group_size_of(config, w.shape[-1]))
     least, most = xp.min(grouped), xp.max(grouped)
     if config.zero_point_domain == "float":
-        eps = FLOAT_DOMAIN_EPS if config.eps is None else config.eps
+        eps = max(FLOAT_DOMAIN_EPS if config.eps is None else config.eps, LEAST[storage])
         scale = xp.clip((most - least) / float(hi - lo), eps, None)
         zero = least + scale * float((hi + lo + 1) / 2)
         return Grid(xp.cast(scale, storage), xp.cast(zero, config.zero_point_precision or storage))
-    eps = SMALLEST_NORMAL[name] if config.eps is None else config.eps
+    # Below the smallest normal number of float16 a scale has no reciprocal there.
+    eps = max(config.eps or 0.0, SMALLEST_NORMAL[name], SMALLEST_NORMAL[storage])
     least, most = xp.clip(least, None, 0.0), xp.clip(most, 0.0, None)
     if config.is_symmetric:
         largest = xp.where(-least > most, -least, most)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from mlxq.format import STORAGE
 from mlxq.qat.config import (
     Float8FakeQuantizeConfig,
     IntxFakeQuantizeConfig,
@@ -213,6 +214,12 @@ class TwoStepQuantizer:
         return self.weight_config
 
 
+def _check_precision(quantizer, precision) -> None:
+    if dtype_name(precision) not in STORAGE:
+        kinds = ", ".join(STORAGE)
+        raise ValueError(f"{type(quantizer).__name__}: precision {precision!r} is not built; wanted {kinds}")
+
+
 class Int8DynActInt4WeightQATQuantizer(TwoStepQuantizer):
     """8da4w: int8 activations, asymmetric per token, symmetric int4 weights in groups.
 
@@ -225,7 +232,7 @@ class Int8DynActInt4WeightQATQuantizer(TwoStepQuantizer):
             raise ValueError(
                 "Int8DynActInt4WeightQATQuantizer: padding is not built; choose a group that divides K"
             )
-        dtype_name(precision)
+        _check_precision(self, precision)
         self.groupsize = groupsize
         self.activation_config = IntxFakeQuantizeConfig(
             "int8", "per_token", is_symmetric=False, eps=2.0**-23, zero_point_precision="float32"
@@ -246,7 +253,7 @@ class Int4WeightOnlyQATQuantizer(TwoStepQuantizer):
             raise ValueError(f"Int4WeightOnlyQATQuantizer: groups of {groupsize}; wanted 32, 64, 128 or 256")
         if inner_k_tiles not in (2, 4, 8):
             raise ValueError(f"Int4WeightOnlyQATQuantizer: inner_k_tiles={inner_k_tiles}; wanted 2, 4 or 8")
-        dtype_name(precision)
+        _check_precision(self, precision)
         self.groupsize = groupsize
         self.weight_config = IntxFakeQuantizeConfig(
             "uint4",
