@@ -7,7 +7,7 @@ from mlxq.ptq import Operations, Statistics
 from mlxq.ptq.tensors import quantize_params
 from mlxq.rules import QuantizationRule, RuleSet
 
-qwix = pytest.importorskip("qwix", reason="needs the package qwix 0.1.8 (pip install qwix jax flax)")
+qwix = pytest.importorskip("qwix", reason="needs the package qwix: pip install 'mlxq[qwix]'")
 import jax  # noqa: E402
 from flax import linen  # noqa: E402
 from jax import numpy as jnp  # noqa: E402

@@ -70,7 +70,7 @@ def test_codes_scales_and_values_are_those_of_qwix(kind):
 
 
 def test_the_stored_values_are_what_qwix_computes_here():
-    pytest.importorskip("qwix", reason="needs the package qwix 0.1.8 (pip install qwix jax flax)")
+    pytest.importorskip("qwix", reason="needs the package qwix: pip install 'mlxq[qwix]'")
     live = make_qwix.compute()
     assert live.keys() == GOLDEN.keys()
     for name, value in live.items():
@@ -88,6 +88,41 @@ def test_the_relative_error_of_each_type_is_bounded(qtype, error):
     how = HowToQuantize(qtype=qtype, channelwise_axes=(0,), tiled_axes={1: QTYPES[qtype].tile or 16})
     got = np.linalg.norm(dequantize(quantize(x, how)) - x) / np.linalg.norm(x)
     assert error / 2 < got < error
+
+
+@pytest.mark.parametrize("kind", ["mlx", "torch"])
+@pytest.mark.parametrize("number, case", list(enumerate(make_qwix.errors())), ids=str)
+def test_the_relative_errors_are_those_that_qwix_lists(number, case, kind):
+    """Of its own test's random bfloat16 numbers, mean |x - got| / mean |x|, each rounded to bfloat16."""
+    bits = GOLDEN["drawn." + "x".join(map(str, case["shape"]))]
+    assert bits.shape == case["shape"]
+    how = HowToQuantize(**{k: v for k, v in case.items() if k not in ("shape", "error")})
+    shift = 1 if how.calibration_method == "minmax" else 0
+    if kind == "mlx":
+        array = mx.array(bits).view(mx.bfloat16) + shift
+        difference = mx.abs(array - dequantize(quantize(array, how)))
+    else:
+        array = torch.from_numpy(bits).view(torch.bfloat16) + shift
+        difference = (array - dequantize(quantize(array, how))).abs()
+    means = [as_bfloat16(np.abs(as_numpy(a)).mean(dtype=np.float64)) for a in (difference, array)]
+    got, live = as_bfloat16(means[0] / means[1]), GOLDEN[f"error.{number}"]
+    assert abs(got - case["error"]) < 1e-6 and got == live
+
+
+def as_bfloat16(number: float) -> float:
+    return torch.tensor(number, dtype=torch.float64).to(torch.bfloat16).item()
+
+
+@pytest.mark.parametrize("kind", FROM)
+@pytest.mark.parametrize("error", [0, 1e-7])
+def test_steps_of_1_255_become_the_codes_from_minus_128_to_127(kind, error):
+    """qwix's own exact grid, and with a little noise on it."""
+    x = np.arange(256, dtype=np.float32) / np.float32(255)
+    x += np.random.default_rng(42).uniform(-error, error, 256).astype(np.float32)
+    got = quantize(FROM[kind](x), HowToQuantize(qtype="int8", calibration_method="minmax"))
+    assert as_numpy(got.zero_point).item() == -128
+    np.testing.assert_array_equal(as_numpy(got.qvalue), np.arange(-128, 128))
+    np.testing.assert_allclose(as_numpy(dequantize(got)), x, rtol=1e-5, atol=1e-6 if error else 1e-8)
 
 
 @pytest.mark.parametrize("qtype", QTYPES)

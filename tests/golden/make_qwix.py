@@ -1,5 +1,5 @@
-"""Golden values from qwix 0.1.8: run as  python tests/golden/make_qwix.py  where `pip install qwix==0.1.8
-jax==0.10.2 flax` was done; it writes qwix.npz beside itself.
+"""Golden values from qwix 0.1.8: run as  python tests/golden/make_qwix.py  where `pip install 'mlxq[qwix]'`
+was done; it writes qwix.npz beside itself.
 
 Every value in the file is what qwix returned for the input that lies beside it. tests/test_qarray.py and
 tests/test_ptq_functional.py compare with the file always, and with qwix itself where it can be imported.
@@ -113,14 +113,92 @@ def convolution_operands() -> tuple[np.ndarray, np.ndarray]:
     )
 
 
+def errors() -> list[dict]:
+    """The cases of qwix's own test of relative errors, and the figures that are written there (but one)."""
+    wide, tall = (10, 256, 16), (10, 128, 64)
+    found = []
+    for shape, qtype, channelwise, tiled, method, error in (
+        (wide, "int8", [0], {}, "absmax", 0.00765991),
+        (wide, "int4", [0], {}, "absmax", 0.122559),
+        (wide, "int4", [0], {1: 32}, "absmax", 0.122559),
+        (wide, "int8", [0], {}, "minmax", 0.00521851),
+        (wide, "int8", [0], {1: 32}, "minmax", 0.00521851),
+        (wide, "nf4", [0], {1: 32}, "absmax", 0.0986328),
+        (wide, "int8", [0], {1: 1 / 8}, "rms,7", 0.017334),
+        (wide, "int8", [0], {}, "fixed,3", 0.00765991),
+        (tall, "mxfp8", [0, 1], {2: 32}, "absmax", 0.0223389),
+        (tall, "mxfp4", [0, 1], {2: 32}, "absmax", 0.10791),  # 0.1.8 here; a later test of qwix's: 0.106445
+        (tall, "nvfp4", [0, 1], {2: 16}, "absmax", 0.0893555),
+    ):
+        how = {"channelwise_axes": channelwise, "tiled_axes": tiled, "calibration_method": method}
+        found.append({"shape": shape, "qtype": qtype, "error": error, **how})
+    return found
+
+
+def models() -> list[dict]:
+    """Rules for the whole model down(relu(up(x))), as arguments of QuantizationRule."""
+    int8 = {"weight_qtype": "int8", "act_qtype": "int8", "act_calibration_method": "absmax"}
+    return [
+        int8,
+        int8 | {"weight_qtype": "int4", "tile_size": 32},
+        int8 | {"act_calibration_method": "minmax"},
+        {"weight_qtype": "int4", "tile_size": 32, "weight_calibration_method": "rms,3"},
+        {"weight_qtype": "nf4", "tile_size": 16},
+        {"weight_qtype": "float8_e4m3fn", "act_qtype": "float8_e4m3fn"},
+        {"weight_qtype": "mxfp4", "tile_size": 32},
+        {"weight_qtype": "int8", "weight_calibration_method": "absmax,0.8", "module_path": "up"},
+    ]
+
+
+def model_operands() -> dict[str, np.ndarray]:
+    """Weights as torch and MLX keep them, (outputs, inputs), biases, and the input x."""
+    rng = np.random.default_rng(300)
+    shapes = {"up.weight": (96, 64), "up.bias": (96,), "down.weight": (16, 96), "down.bias": (16,)}
+    return {name: rng.standard_normal(shape, dtype=np.float32) / 8 for name, shape in shapes.items()} | {
+        "x": rng.standard_normal((2, 8, 64), dtype=np.float32)
+    }
+
+
+def run_models() -> dict[str, np.ndarray]:
+    """The outputs of the models by qwix's PtqProvider."""
+    import jax
+    import qwix
+    from flax import linen
+    from jax import numpy as jnp
+
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return linen.Dense(16, name="down")(linen.relu(linen.Dense(96, name="up")(x)))
+
+    made = {name: jnp.asarray(a) for name, a in model_operands().items()}
+    x = made.pop("x")
+    params = {
+        path: {"kernel": made[f"{path}.weight"].T, "bias": made[f"{path}.bias"]} for path in ("up", "down")
+    }
+    found = {}
+    for number, settings in enumerate(models()):
+        native = ("int4", "int8", "float8_e4m3fn", "float8_e5m2")
+        rule = {
+            name: getattr(jnp, value) if name.endswith("qtype") and value in native else value
+            for name, value in settings.items()
+        }
+        model = qwix.quantize_model(Net(), qwix.PtqProvider([qwix.QuantizationRule(**rule)]))
+        template = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+        quantized = qwix.quantize_params(params, template)
+        found[f"model.{number}"] = np.asarray(model.apply({"params": quantized}, x))
+    return found
+
+
 def compute() -> dict[str, np.ndarray]:
     """All of it, by qwix."""
     import jax
     from jax import numpy as jnp
     from qwix._src.core import conv_general, einsum, qarray
 
+    arrays = run_models()
     jax.config.update("jax_enable_x64", True)
-    arrays = {f"input.{name}": value for name, value in inputs().items()}
+    arrays |= {f"input.{name}": value for name, value in inputs().items()}
 
     def qtype_of(name):
         native = ("int4", "int8", "float8_e4m3fn", "float8_e5m2")
@@ -145,6 +223,18 @@ def compute() -> dict[str, np.ndarray]:
         array = jnp.asarray(arrays[f"input.{case.pop('input')}"]).astype(case.pop("dtype", "float32"))
         case["qtype"] = qtype_of(case["qtype"])
         put(f"quantize.{number}", qarray.quantize(array, qarray.HowToQuantize(**case)))
+
+    jax.config.update("jax_threefry_partitionable", False)  # as qwix's test draws its numbers
+    for number, case in enumerate(errors()):
+        array = jax.random.normal(jax.random.key(42), case["shape"], jnp.bfloat16)
+        key = "drawn." + "x".join(map(str, case["shape"]))
+        arrays[key] = np.asarray(array).view(np.uint16)
+        array = array + (1 if case["calibration_method"] == "minmax" else 0)
+        how = {k: v for k, v in case.items() if k not in ("shape", "error", "qtype")}
+        how = qarray.HowToQuantize(qtype=qtype_of(case["qtype"]), **how)
+        values = qarray.dequantize(qarray.quantize(array, how))
+        error = jnp.abs(array - values).mean() / jnp.abs(array).mean()
+        arrays[f"error.{number}"] = np.asarray(error).astype(np.float64)
 
     for number, case in enumerate(products()):
         lhs, rhs = (jnp.asarray(a) for a in operands(case))
