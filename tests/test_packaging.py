@@ -101,7 +101,7 @@ def test_mlx_is_pinned_exactly_and_mlx_lm_to_a_minor(wheel):
         low, high = (int(bounds[sign].split(".")[1]) for sign in (">=", "<"))
         assert high == low + 1, requirement
     extras = re.findall(r"^Provides-Extra: (.*)$", metadata, re.M)
-    assert sorted(extras) == ["cuda", "dev", "gguf", "plot", "test", "torch"]
+    assert sorted(extras) == ["cuda", "dev", "gguf", "plot", "qwix", "test", "torch"]
 
 
 # Quantize, multiply, differentiate; the answer of each against float64.
