@@ -430,6 +430,39 @@ def test_an_answer_of_float32_arithmetic_is_right_and_one_of_float16_is_not():
     assert np.std(noise / answer.deviation) == pytest.approx(1 / math.sqrt(32), rel=0.2)
 
 
+def in_pairs(a):
+    """(high, low): what two bfloat16 keep of float32, to the nearest."""
+    torch = pytest.importorskip("torch", reason="needs the package torch")
+    whole = torch.from_numpy(a)
+    high = whole.bfloat16().float()
+    return high.numpy().astype(np.float64), (whole - high).bfloat16().float().numpy().astype(np.float64)
+
+
+def test_pairs_of_bfloat16_are_right_for_amx_alone_and_near_their_bound():
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((64, 512)).astype(np.float32)
+    packed = mlxq.format.quantize(w, mlxq.format.Format(4, 64))
+    x = rng.standard_normal((16, 512)).astype(np.float32)
+    answer = bounds.product(packed, x, "float32")
+    (w_high, w_low), (x_high, x_low) = in_pairs(mlxq.format.dequantize(packed)), in_pairs(x)
+    y = (x_high @ w_high.T + x_low @ w_high.T + x_high @ w_low.T).astype(np.float32)
+    assert not answer.compare(y)["ok"]
+    assert 0.3 < answer.compare(y, split=True)["share"] <= 1
+    assert not answer.compare((x_high @ w_high.T).astype(np.float32), split=True)["ok"]
+    assert backends.splits("amx", "float32") and not backends.splits("avx512", "float32")
+    assert not backends.splits("amx", "float16") and not backends.splits(None, "float32")
+
+
+def test_logits_of_amx_have_a_bound_of_their_own(folders):
+    reference = reference_of(folders["4"])
+    run = backends.mlx_backend("amx", reference.model, mx.cpu, "float32")
+    run.split = True
+    found = parity.examine(reference, run, len(IDS) - 1)
+    assert not found["faults"]
+    # K = 64: typically 2^-24 sqrt(64 / 96) s without pairs, with them 6e-6 sqrt(sum (w x)^2), up to 2 s
+    assert 3 < found["bounds"]["max"] / reference.bounds["max"] < 260
+
+
 def test_differences_and_choices_by_hand():
     theirs = np.log(np.array([[0.5, 0.25, 0.25], [0.6, 0.3, 0.1], [0.34, 0.33, 0.33], [0.5, 0.3, 0.2]]))
     ours = theirs.copy()

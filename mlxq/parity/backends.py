@@ -19,6 +19,7 @@ from mlxq.checkpoint import q8 as q8_files
 from mlxq.format import KERNEL_BITS, Format, Packed, dtype_name
 from mlxq.nn.q8 import EPS, HIGH, activation_codes
 from mlxq.nn.q8.mlx import Q8Linear
+from mlxq.ops import native
 from mlxq.parity import bounds
 
 LINEAR, HEAD, EMBEDDING, W8A8 = "linear", "head", "embedding", "w8a8"
@@ -38,6 +39,7 @@ class Backend:
     only         the layers that it runs, (path, kind); None: all
     rows         how many of a layer's last rows it is given; None: all
     note         what the report says of it
+    split        several rows of float32 go through AMX, as pairs of bfloat16
     """
 
     name: str
@@ -46,6 +48,7 @@ class Backend:
     only: list[tuple[str, str]] | None = None
     rows: int | None = None
     note: str = ""
+    split: bool = False
 
 
 def kinds(model: nn.Module) -> dict[str, str]:
@@ -174,7 +177,13 @@ def mlx_backend(name: str, model: nn.Module, device: mx.Device, dtype: str, fami
             return np.array(logits)
 
     rows = SLOW_ROWS if family == "scalar" else None
-    return Backend(name, layer, forward, rows=rows, note=f"MLX {mx.__version__}")
+    note = f"MLX {mx.__version__}"
+    return Backend(name, layer, forward, rows=rows, note=note, split=splits(family, dtype))
+
+
+def splits(family: str | None, dtype: str) -> bool:
+    """Whether this family of CPU kernels multiplies pairs of bfloat16 where x is of this dtype."""
+    return family is not None and family.startswith("amx") and dtype == "float32"
 
 
 def cpu_backends(model: nn.Module, dtype: str) -> dict[str, Callable[[], Backend]]:
@@ -283,4 +292,5 @@ def torch_backend(name: str, folder: Path, device: str, dtype: str) -> Backend:
         model = on_torch.TorchModel(folder, device, dtype)
     except ValueError as error:  # mlxq.load took the folder: this is about what transformers has
         raise Absent(str(error)) from error
-    return Backend(name, model.layer, model.forward, note=model.note)
+    family = native.machine()["isa"] if device == "cpu" else None
+    return Backend(name, model.layer, model.forward, note=model.note, split=splits(family, dtype))

@@ -21,6 +21,12 @@ LANES or more chains of K / LANES additions, whose partial sums walk randomly, h
 With 16-bit activations the fast CPU kernels round one operand of each multiplication to the precision of x
 (integers of x's own width, or weights in bfloat16): r^2 / 3 sum_k (w_k x_k)^2 is added to both variances.
 
+AMX has bfloat16 tiles only, so its kernels take float32 x and weights as pairs of bfloat16
+(metal/cpu/amx.cpp) and leave out the product of the smaller parts. A part is off by at most 2^-9 of it,
+evenly spread, a pair by 2^-17; so to both variances of such a kernel SPLIT^2 sum_k (w_k x_k)^2 is added, with
+
+    SPLIT^2 = 2 * (2^-17)^2 / 3 + ((2^-9)^2 / 3)^2
+
 One product with 8-bit activations.  Sums over a group are exact, K is the number of groups G, plus the three
 roundings of the scales; a_k and b_k are the terms of the groups. Where a row of weights or of activations has
 more than one scale, LANES chains hold parts of each group: s^2 is that of single products if that is larger,
@@ -47,6 +53,7 @@ plausible.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -57,6 +64,7 @@ from mlxq.nn.q8 import is_per_row
 
 UNIT = 2.0**-24
 ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+SPLIT = math.sqrt(2 * 2.0**-34 / 3 + (2.0**-18 / 3) ** 2)
 LANES = 16
 LOGITS = 3.0
 _ROWS = 4096  # of a weight that are decoded to float64 at a time
@@ -70,6 +78,7 @@ class Answer:
     deviation   float32   (T, N)   root mean square of the error of a chain before it is rounded to dtype
     typical     float32   (T, N)   that of a fast kernel
     rounded     float64   (T, N)   what is rounded to dtype, in size: |y|, with a bias |y - bias| too
+    split       float32   (T, N)   what pairs of bfloat16 add to deviation and typical, in squares; or 0
     """
 
     y: np.ndarray
@@ -77,25 +86,32 @@ class Answer:
     typical: np.ndarray
     rounded: np.ndarray
     dtype: str
+    split: np.ndarray | float = 0.0
 
     def plus(self, bias: np.ndarray) -> Answer:
         """The answer of a layer that adds a bias (N,) afterwards."""
         y = self.y + bias
-        return Answer(y, self.deviation, self.typical, self.rounded + np.abs(y), self.dtype)
+        return dataclasses.replace(self, y=y, rounded=self.rounded + np.abs(y))
 
-    def noise(self, rng: np.random.Generator) -> np.ndarray:
-        """float32 (T, N): errors as a right answer typically has."""
+    def noise(self, rng: np.random.Generator, split: bool = False) -> np.ndarray:
+        """float32 (T, N): errors as a right answer typically has; split: one of pairs of bfloat16."""
         rounding = ROUNDING[self.dtype] / math.sqrt(3) * self.rounded
-        size = np.sqrt(self.typical.astype(np.float64) ** 2 + rounding**2)
+        pairs = self.split if split else 0.0
+        size = np.sqrt(self.typical.astype(np.float64) ** 2 + pairs + rounding**2)
         return (size * rng.standard_normal(self.y.shape)).astype(np.float32)
 
-    def compare(self, y: np.ndarray) -> dict:
+    def compare(self, y: np.ndarray, split: bool = False) -> dict:
         """How far y (T', N) is from the answer's last T' rows, and from its bounds.
+
+        split: y is of a kernel that takes float32 as pairs of bfloat16.
 
         {"max": largest error, "mean": mean error, "mean_y": mean |y|, "share": the larger of error / bound
         over all outputs and of their mean, "ok"}
         """
         want, deviation = self.y[-len(y) :], self.deviation[-len(y) :]
+        if split:
+            pairs = self.split[-len(y) :] if isinstance(self.split, np.ndarray) else self.split
+            deviation = np.sqrt(deviation.astype(np.float64) ** 2 + pairs)
         with np.errstate(invalid="ignore", over="ignore"):
             error = np.abs(y.astype(np.float64) - want)
         tail = math.sqrt(2 * math.log(max(want.size, 2)))
@@ -115,32 +131,35 @@ class Answer:
         }
 
 
-def _answer(y, additions: int, size, operands, dtype: str) -> Answer:
-    """size: s^2; operands: sum_k (w_k x_k)^2 where a kernel may round one of the two, 0 where none does."""
-    chain = UNIT**2 * additions / 3 * size
-    operands = ROUNDING[dtype] ** 2 / 3 * operands
+def _answer(y, additions: int, size, dtype: str, products=None) -> Answer:
+    """size: s^2; products: sum_k (w_k x_k)^2 where a kernel may round or split an operand, else None."""
+    chain, operands, split = UNIT**2 * additions / 3 * size, 0.0, 0.0
+    if products is not None and dtype == "float32":
+        split = (SPLIT**2 * products).astype(np.float32)
+    elif products is not None:
+        operands = ROUNDING[dtype] ** 2 / 3 * products
     deviation, typical = np.sqrt(chain + operands), np.sqrt(chain / (2 * LANES) + operands)
-    return Answer(y, deviation.astype(np.float32), typical.astype(np.float32), np.abs(y), dtype)
+    return Answer(y, deviation.astype(np.float32), typical.astype(np.float32), np.abs(y), dtype, split)
 
 
 def product(packed: format.Packed, x: np.ndarray, dtype: str) -> Answer:
     """x @ W.T: x (T, K)."""
     wide = x.astype(np.float64)
-    square, ys, sizes, operands = wide**2, [], [], []
+    square, ys, sizes, products = wide**2, [], [], []
     for scaled, biases in _decoded(packed):
         w = scaled + biases
         ys.append(wide @ w.T)
         sizes.append(square @ (scaled**2 + biases**2).T)
-        operands.append(square @ (w**2).T if dtype != "float32" else np.zeros_like(sizes[-1]))
-    y, size, operands = (np.concatenate(column, axis=1) for column in (ys, sizes, operands))
-    return _answer(y, packed.K, size, operands, dtype)
+        products.append(square @ (w**2).T)
+    y, size, products = (np.concatenate(column, axis=1) for column in (ys, sizes, products))
+    return _answer(y, packed.K, size, dtype, products)
 
 
 def embedding(packed: format.Packed, ids: np.ndarray, dtype: str) -> Answer:
     """Rows of the table: ids (T,)."""
     rows = (bridge.to_numpy(a)[ids] for a in (packed.words, packed.scales, packed.biases))
     scaled, biases = next(_decoded(format.Packed(*rows, packed.format), len(ids)))
-    return _answer(scaled + biases, 2, scaled**2 + biases**2, 0, dtype)
+    return _answer(scaled + biases, 2, scaled**2 + biases**2, dtype)
 
 
 def product_of_codes(packed: format.Packed, codes: np.ndarray, scales: np.ndarray, dtype: str) -> Answer:
@@ -168,7 +187,7 @@ def product_of_codes(packed: format.Packed, codes: np.ndarray, scales: np.ndarra
         sizes.append(np.maximum(np.maximum(size, single), y**2))
     y, size = np.concatenate(ys, axis=1), np.concatenate(sizes, axis=1)
     additions = grouped.shape[1] + 3 + (0 if whole else 1 + int(math.log2(LANES)))
-    return _answer(y, additions, size, 0, dtype)
+    return _answer(y, additions, size, dtype)
 
 
 def _slices(N: int):

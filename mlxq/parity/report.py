@@ -24,7 +24,8 @@ def show(found: dict, console: Console) -> None:
         table.add_column(name, justify="left" if name in ("back end", "") else "right", no_wrap=True)
     for name, backend in found["backends"].items():
         logits = backend.get("logits")
-        cells = [_share(logits[k], bounds[k]) for k in ("max", "mean", "kl")] if logits else ["-"] * 3
+        limits = backend.get("bounds", bounds)
+        cells = [_share(logits[k], limits[k]) for k in ("max", "mean", "kl")] if logits else ["-"] * 3
         if logits:
             left = backend["divergence"]
             cells += [f"{100 * backend['agreement']:.1f} %", "same" if left is None else f"leaves at {left}"]
