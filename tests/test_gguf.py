@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+import types
 
 import gguf
 import mlx.core as mx
@@ -187,6 +189,20 @@ def test_smollm2_keeps_its_own_widths_and_stock_mlx_lm_answers_with_paris(conver
         mlx_lm.generate(model, tokenizer, prompt, max_tokens=8).strip() == "The capital of France is Paris."
     )
     assert tokenizer.eos_token_ids == {0, 2}
+
+
+def test_the_tokenizer_is_also_made_where_older_transformers_keep_the_converter(smollm2, tmp_path, monkeypatch):
+    from transformers.integrations.gguf import gguf_tokenizer_mapping as now
+
+    GgufCheckpoint(smollm2).write_tokenizer(tmp_path)
+    wanted = (tmp_path / "tokenizer.json").read_bytes()
+    before = types.ModuleType("transformers.integrations.ggml")
+    before.convert_gguf_tokenizer = now.convert_gguf_tokenizer
+    monkeypatch.setitem(sys.modules, before.__name__, before)
+    monkeypatch.delattr(now, "convert_gguf_tokenizer")
+    (tmp_path / "tokenizer.json").unlink()
+    GgufCheckpoint(smollm2).write_tokenizer(tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == wanted
 
 
 def test_smollm2_tokenizer_is_the_one_that_transformers_reads_from_the_gguf(smollm2, converted):

@@ -608,7 +608,10 @@ class GgufCheckpoint:
 
     def _backend_tokenizer(self):
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
+        try:
+            from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
+        except ImportError:  # transformers 5.17 has it there
+            from transformers.integrations.ggml import convert_gguf_tokenizer
 
         metadata = self.file.metadata
         keys = {
