@@ -191,7 +191,7 @@ def test_smollm2_keeps_its_own_widths_and_stock_mlx_lm_answers_with_paris(conver
     assert tokenizer.eos_token_ids == {0, 2}
 
 
-def test_the_tokenizer_is_also_made_where_older_transformers_keep_the_converter(smollm2, tmp_path, monkeypatch):
+def test_the_tokenizer_is_made_where_older_transformers_keep_the_converter(smollm2, tmp_path, monkeypatch):
     from transformers.integrations.gguf import gguf_tokenizer_mapping as now
 
     GgufCheckpoint(smollm2).write_tokenizer(tmp_path)

@@ -75,7 +75,7 @@ def apply(best: list[dict]) -> None:
     from mlxq.ops import cuda
 
     chosen = {(b["bits"], b["N"], b["K"], b["M"]): (b["kernel"], tuple(b["tuning"])) for b in best}
-    qmv, stream = cuda._qmv, cuda._stream
+    qmv, stream, alone = cuda._qmv, cuda._stream, cuda.rows_best_alone
 
     def of(fmt, N, K, M):
         return chosen.get((fmt.bits, N, K, M)) if fmt.group_size == bench.GROUP_SIZE else None
@@ -88,13 +88,14 @@ def apply(best: list[dict]) -> None:
     def _stream(device, pointers, M, N, K, fmt, *rest):
         found = of(fmt, N, K, M)
         if found is None:
-            return None if M <= 2 else stream(device, pointers, M, N, K, fmt, *rest)
+            tiles = -(-N // 16), cuda._device(device)["multiprocessors"]
+            return None if M <= alone(fmt.bits, *tiles) else stream(device, pointers, M, N, K, fmt, *rest)
         if found[0] == "qmv":
             return None
         with forced(*found):
             return stream(device, pointers, M, N, K, fmt, *rest)
 
-    cuda._qmv, cuda._stream, cuda.ROWS_BEST_ALONE = _qmv, _stream, 0
+    cuda._qmv, cuda._stream, cuda.rows_best_alone = _qmv, _stream, lambda *a: 0
 
 
 def compile_all(cells, gpu: dict) -> None:
@@ -170,11 +171,11 @@ def main() -> int:
                 if "launch failure" in str(error) or "illegal" in str(error):
                     raise
         every += rows
-        now = "qmv" if M <= cuda.ROWS_BEST_ALONE else "qmv_stream"
-        table = (
-            cuda.qmv_tuning(bits, M, -(-N // 16), gpu["multiprocessors"]) if now == "qmv"
-            else cuda.stream_tuning(bits, K * bits // 8)
-        )  # fmt: skip
+        tiles = -(-N // 16), gpu["multiprocessors"]
+        if M <= cuda.rows_best_alone(bits, *tiles):
+            now, table = "qmv", cuda.qmv_tuning(bits, M, *tiles)
+        else:
+            now, table = "qmv_stream", cuda.stream_tuning(bits, K * bits // 8, *tiles)
         same = [r for r in rows if r["kernel"] == now and tuple(r["tuning"]) == tuple(table)]
         good = [r for r in rows if r["us"] is not None]
         if not good:

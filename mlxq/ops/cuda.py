@@ -437,20 +437,36 @@ def _check_product(op: str, x_shape, x_type: str, w: format.Packed, transpose: b
         raise ValueError(f"{op}: x has {name}={got} but w holds {name}={inner}")
 
 
+def rows_best_alone(bits: int, tiles: int, multiprocessors: int) -> int:
+    """Up to how many rows (of 16-bit x, in groups of 64) qmv.cu was faster than qmv_stream.cu on an H200.
+
+    tiles: of 16 outputs. docs/kernels-cuda.md has the times.
+    """
+    small, large = tiles <= 2 * multiprocessors, tiles > 8 * multiprocessors
+    if bits == 2:
+        return 4
+    if bits == 4:
+        return 4 if small else int(large)
+    return int(small)
+
+
 def qmv_tuning(bits: int, columns: int, tiles: int, multiprocessors: int) -> tuple[int, int, int, int]:
-    """(warps, blocks that fit a multiprocessor, chunk bytes, log2 of warps a tile) that were best on an H100.
+    """(warps, blocks that fit a multiprocessor, chunk bytes, log2 of warps a tile) that were best on an H200.
 
     Two blocks that fit let the next product's block begin, and load its weights, beside the last one's.
     """
-    if columns >= 4:
+    small, large = tiles <= 2 * multiprocessors, tiles > 8 * multiprocessors
+    if columns >= 8:
         return (8, 1, 256, 2) if bits == 2 else (16, 1, 128, 2)
-    if tiles <= 2 * multiprocessors:
-        return (16, 1, 256, 2) if bits == 8 else (8, 2, 128, 2)
-    if bits == 4:
+    if bits == 8:
         return 16, 1, 256, 2
-    if tiles <= 8 * multiprocessors:
-        return (8, 2, 256, 3) if bits == 2 else (8, 1, 256, 2)
-    return (16, 1, 256, 3) if bits == 2 else (16, 1, 256, 2)
+    if small:
+        return 8, 2, 256 if columns == 1 else 128, 2
+    if columns == 4 and large:
+        return 16, 1, 128, 2
+    if bits == 2 and columns < 4 and not large:
+        return 8, 2, 256, 2
+    return 16, 1, 256, 2
 
 
 def qmv_shape(M: int, N: int, K: int, fmt: format.Format, x_type: str, s_type: str, gpu: dict) -> dict | None:
@@ -530,9 +546,14 @@ STREAM_BUFFERS = 2  # of qmv_stream.cu
 STREAM_REGISTERS = 64  # that a thread may fill with x
 
 
-def stream_tuning(bits: int, row_bytes: int) -> tuple[int, int, int]:
-    """(warps, bytes of a row in a warp's part of a stage, stages at most) that were best on an H100."""
-    return (16, 64, 12) if row_bytes <= 1024 else (16, 128, 4)
+def stream_tuning(bits: int, row_bytes: int, tiles: int, multiprocessors: int) -> tuple[int, int, int]:
+    """(warps, bytes of a row in a warp's part of a stage, stages at most) that were best on an H200.
+
+    96 KB asked for at once are enough where a multiprocessor has few tiles or words are soon used up.
+    """
+    if bits == 8:
+        return (16, 128, 3) if tiles <= 2 * multiprocessors else (16, 64, 12)
+    return (16, 128, 3) if row_bytes == 2048 else (16, 64, 6)
 
 
 def stream_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict) -> dict | None:
@@ -541,7 +562,8 @@ def stream_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict) -> dict | No
     defines, grid_x, threads, shared (bytes).
     """
     row_bytes, s_bytes = K * fmt.bits // 8, SIZES[s_type]
-    warps, segment, most = stream_tuning(fmt.bits, row_bytes)
+    tiles = -(-N // 16)
+    warps, segment, most = stream_tuning(fmt.bits, row_bytes, tiles, gpu["multiprocessors"])
     scale_bytes = K // fmt.group_size * s_bytes
     unit = min(fmt.group_size, segment * 8 // fmt.bits)  # codes of one scale
     stages = -(-row_bytes // (warps * segment))
@@ -557,7 +579,7 @@ def stream_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict) -> dict | No
         return None
     columns = next(c for c in (1, 2, 4, 8) if c >= M)
     units = segment * 8 // fmt.bits // unit
-    tiles, scale_columns = -(-N // 16), -(-scale_bytes // 128)
+    scale_columns = -(-scale_bytes // 128)
     rounds = -(-tiles // gpu["multiprocessors"])
     for depth in range(min(most, max(2, rounds * stages)), 1, -1):
         scale_depth = -(-(depth - 1) // stages) + 1
@@ -893,8 +915,10 @@ class _Product:
         if not self.empty:
             about = N, K, w.format, self.x_type, format.dtype_name(w.scales)
             with side.on(device):
-                if transpose and ROWS_BEST_ALONE < M <= ROWS_BEST_IN_QMV:
-                    self.launch = _stream(device, self.pointers, M, *about)
+                if transpose and M <= ROWS_BEST_IN_QMV:
+                    alone = rows_best_alone(w.format.bits, -(-N // 16), _device(device)["multiprocessors"])
+                    if M > alone:
+                        self.launch = _stream(device, self.pointers, M, *about)
                 if not transpose or M > ROWS_BEST_IN_QMV:
                     many = device, self.pointers, M, *about, transpose
                     self.launch = _many_streamed(*many) or _many(*many)
@@ -1017,7 +1041,6 @@ def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpos
     return y
 
 
-ROWS_BEST_ALONE = 2  # so few rows qmv.cu takes faster than qmv_stream.cu
 ROWS_BEST_IN_QMV = 8
 ROWS_BEST_IN_QMV_OF_EXPERTS = 32
 # Where qmm.cu does not serve: qmv reads the weights once for every eight rows; beyond, a copy is faster.
