@@ -266,7 +266,8 @@ def test_the_kernels_of_a_cuda_run_are_known_before_it():
         cell = bench_cuda.Cell(op, bits, N, K, rows, ())
         return [file for file, _ in bench_cuda.instances(torch, [cell], bench_cuda.H200)]
 
-    assert files("qmm", (1,)) == ["qmv.cu"] and files("qmm", (8,)) == ["qmv_stream.cu"]
+    assert files("qmm", (1,)) == ["qmv_stream.cu"] == files("qmm", (8,))
+    assert files("qmm", (1,), N=4096) == ["qmv.cu"] == files("qmm", (4,), bits=2)
     assert files("qmm", (64,)) == ["qmm_stream.cu"] == files("qmm", (2048,))
     assert len(files("qmm", (1, 2, 4, 8))) == 4
     assert set(files("qmm_n", (128,))) == {"qmm_stream.cu"}
