@@ -27,9 +27,8 @@
 namespace mlxq {
 namespace {
 
-// Rows that fill two tiles. tools/amx_device_check.sh times both families: from where this one is faster, and whether it
-// may go without by_name_only below.
-constexpr int q8_from_rows = 32;
+// From this many rows on this family is faster than avx512_vnni (tools/results/amx-*.json, one thread of a Xeon).
+constexpr int q8_from_rows = 16;
 
 constexpr int tile_bytes = 1024;
 constexpr int groups_aside = 4;  // 16 KB of sums
@@ -285,6 +284,6 @@ bool runs_here() {
 }  // namespace
 
 extern const Family amx_int8_family;
-const Family amx_int8_family{"amx_int8", runs_here, kernels, 1, nullptr, true};
+const Family amx_int8_family{"amx_int8", runs_here, kernels, 1};
 
 }  // namespace mlxq

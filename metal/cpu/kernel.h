@@ -73,7 +73,6 @@ struct Family {
   int count;
   // A row of codes_of_rows: x's K elements from `at` on. Null: an earlier family's serves.
   void (*codes_of_row)(const void* x, DType x_dtype, int64_t at, int64_t K, int8_t* codes, float* scale) = nullptr;
-  bool by_name_only = false;  // runs where MLXQ_ISA or set_level names it: not yet timed on hardware that has it
 };
 
 // Every family compiled into this build, worst first; the last that runs here and is allowed serves.

@@ -67,7 +67,7 @@ int best_here() {
   static const int best = [] {
     int index = 0;
     for (int i = 0; i < family_count; ++i) {
-      if (families[i]->runs_here() && !families[i]->by_name_only) {
+      if (families[i]->runs_here()) {
         index = i;
       }
     }
