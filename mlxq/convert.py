@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Container, Iterable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,10 +18,10 @@ from mlxq.checkpoint import journal
 from mlxq.checkpoint.gguf import GgufCheckpoint
 from mlxq.checkpoint.huggingface import HuggingFaceCheckpoint, resolve
 from mlxq.checkpoint.journal import Journal, identity
-from mlxq.checkpoint.memory import Watch, anonymous_bytes, parse_bytes
+from mlxq.checkpoint.memory import MemoryExceededError, Watch, anonymous_bytes, parse_bytes
 from mlxq.checkpoint.partial import check_destination
-from mlxq.checkpoint.ranks import Ranks, check_others, from_environment, share, shared_folder
-from mlxq.checkpoint.safetensors import STORED, Planned, Writer, as_stored
+from mlxq.checkpoint.ranks import OtherRankError, Ranks, check_others, from_environment, share, shared_folder
+from mlxq.checkpoint.safetensors import SHARD_BYTES, STORED, Planned, Writer, as_stored
 from mlxq.checkpoint.skeleton import Skeleton
 from mlxq.checkpoint.summary import ACTIVATIONS, Estimate, Layer, Summary, human_bytes, inputs_shown, inspect
 from mlxq.checkpoint.tensors import ArrayTensor
@@ -44,7 +44,6 @@ DEFAULT = Format(4, 64)
 GGUF_DEFAULT = Format(4, 32)
 STATISTICS = "activation_statistics.npz"  # beside a model with static scales: what Statistics.save writes
 RANGING = "measuring ranges"
-SHARD_BYTES = 5 << 30  # mlx-lm's
 SLAB_WEIGHTS = 1 << 18  # weights in float32 at once: 1 MB, and about five times that with every temporary
 SLAB_BYTES = 48  # of memory for a weight of a slab, at most: float32 and float64 copies, codes as bits
 MEMORY_MARGIN = 96 << 20  # for imports, headers and the report
@@ -186,13 +185,17 @@ def convert(
     limit = parse_bytes(max_memory) if max_memory is not None else None
     if limit is not None and anonymous_bytes() is None:
         raise ValueError("convert: this system does not tell how much memory is anonymous; omit max_memory")
-    digest = identity(src, arguments)
+    digest = identity(src, arguments | {"text": documents})
     checkpoint = _open(src)
     group = Ranks() if dry_run else from_environment()
     wanted = digest if resume else None
     place = TemporaryDirectory() if dry_run else shared_folder(group, dst, overwrite, wanted)
-    with place as folder, Watch(limit) as memory:
+    with place as folder, Watch(limit) as memory, ExitStack() as stack:
         folder = Path(folder)
+        done = journal.read(folder, digest) or {}
+        group.gather("")  # nobody writes a journal before everybody has read them
+        log = stack.enter_context(closing(Journal(folder, digest, group.rank)))
+        found = folder / journal.FOUND
         workspace = folder / f"workspace-{group.rank}"
         shutil.rmtree(workspace, ignore_errors=True)
         checkpoint.prepare(workspace, values=not dry_run)
@@ -203,30 +206,32 @@ def convert(
         broken = planner.nonfinite_layers() if allow_nonfinite else {}
         steps = planner.steps(report, broken)
         windows = _calibration_windows(checkpoint, documents, workspace) if documents else None
+        slab = _slab_weights(steps, limit)
+        how = "gptq" if method == "auto" else method
+        if (method != "rtn" or target_bpw is not None) and not dry_run:
+            _check_calibration(_Calibrated.of(planner, steps, broken, windows, how), limit)
         measuring = time.monotonic()
         if target_bpw is not None:
-            formats = _spend(planner, steps, target_bpw, windows, broken, costs, progress, group.rank == 0)
+            given = (windows, broken, costs, found, group, memory, progress)
+            formats = _spend(planner, steps, target_bpw, *given)
             if plan is not None and group.rank == 0:
                 text = json.dumps(plan_rules(formats), indent=1)
                 Path(plan).expanduser().write_text(text + "\n", encoding="utf-8")
         measuring = time.monotonic() - measuring
-        how = "gptq" if method == "auto" else method
         calibrated = _Calibrated.of(planner, steps, broken, windows, how) if method != "rtn" else None
         if calibrated is not None and not dry_run:
-            _calibrate(planner, steps, windows, workspace, how, report, broken, progress)
+            spool = Spool(found / f"solved-{group.rank}")
+            _calibrate(planner, steps, windows, spool, how, report, broken, memory, progress)
         if planner.static and not dry_run:
-            stats = _static_ranges(planner, steps, windows, report, progress)
+            stats = _static_ranges(planner, steps, windows, report, memory, progress)
         stored = [planned for step in steps for planned in step.planned()]
         writer = Writer(folder, stored, max_shard_bytes, parameters=sum(_size(step) for step in steps))
-        slab = _slab_weights(steps, limit)
         if dry_run:
             return _estimated(report, steps, writer, slab, calibrated, measuring)
         _check_space(folder, writer.file_bytes)
-        done = journal.read(folder, digest) or {}
-        group.gather("")  # nobody writes a journal before everybody has read them
         bar = _progress_bar(writer.parameters) if progress and group.rank == 0 else nullcontext()
         # nullcontext gives None
-        with closing(Journal(folder, digest, group.rank)) as log, writer, bar as bar:
+        with writer, bar as bar:
             mine = share(group, {s.name: _size(s) for s in steps}, writer.weight_map)
             lines = _write_steps(steps, done, mine, writer, log, slab, memory, broken, bar)
         for text in group.gather(json.dumps(lines)):
@@ -267,7 +272,9 @@ def _calibration_windows(checkpoint, documents: list[str], workspace: Path) -> n
 
 
 @contextmanager
-def _streaming(planner: _Planner, steps: list[Step], wanted, what: str, progress: bool, changes=None):
+def _streaming(
+    planner: _Planner, steps: list[Step], wanted, what: str, memory: Watch, progress: bool, changes=None
+):
     """(model without weights, reader of its float32 parameters, progress function) for a pass over blocks.
 
     changes   what to do to parameters that are read, by name
@@ -289,11 +296,14 @@ def _streaming(planner: _Planner, steps: list[Step], wanted, what: str, progress
     with bar as bar:
 
         def advance(count: int) -> None:
+            memory.check()
             if bar is not None:
                 bar.advance(bar.task_ids[0], count)
 
         try:
             yield skeleton.model, read, advance
+        except (MemoryExceededError, OtherRankError):
+            raise
         except ValueError as error:
             kind = planner.checkpoint.config.get("model_type")
             way_out = "dynamic scales do" if what == RANGING else "--method rtn does"
@@ -301,27 +311,48 @@ def _streaming(planner: _Planner, steps: list[Step], wanted, what: str, progress
 
 
 def _spend(
-    planner: _Planner, steps: list[Step], target_bpw: float, windows: np.ndarray, broken, file, progress,
-    write: bool,
+    planner: _Planner, steps: list[Step], target_bpw: float, windows: np.ndarray, broken, file, found: Path,
+    group: Ranks, memory: Watch, progress,
 ) -> dict[str, Format]:  # fmt: skip
     """Give the layers that no rule names formats that fit the target, by measured KL; all formats by path.
 
-    file    of the costs, or None; it is written where there is none and `write` says so
+    file    of the costs, or None; it is written where there is none
+    found   folder that keeps them for a run that goes on with this one; each process measures some layers
     """
     named = planner.named_by_rules
     free = {s.path: s for s in _solvable(steps, broken) if s.path not in named and _size(s)}
     fixed = sum(p.nbytes for s in steps if s.path not in free for p in s.planned())
     budget = target_bpw * sum(_size(step) for step in steps) - 8 * fixed
-    file = None if file is None else Path(file).expanduser()
-    if file is not None and file.exists():
-        costs = read_costs(file, {path: (_size(step), step.tensor.K) for path, step in free.items()})
-    else:
+    sizes = {path: _size(step) for path, step in free.items()}
+    shapes = {path: (sizes[path], step.tensor.K) for path, step in free.items()}
+    kept, file = found / "costs.json", None if file is None else Path(file).expanduser()
+    first = group.rank == 0
+    if first:
+        found.mkdir(exist_ok=True)
+        if file is not None and file.exists():
+            write_costs(read_costs(file, shapes), kept)
+    group.gather("")
+    if not kept.exists():
         chosen, fit = pieces(windows)
-        dtypes = {path: step.dtype for path, step in free.items()}
-        with _streaming(planner, steps, free, "measuring", progress) as (model, read, advance):
+        mine = share(group, sizes, {path: path for path in sizes})
+        dtypes = {path: step.dtype for path, step in free.items() if path in mine}
+        with _streaming(planner, steps, dtypes, "measuring", memory, progress and first) as streaming:
+            model, read, advance = streaming
             costs = sensitivities(model, read, chosen, dtypes, fit, advance=advance)
-        if file is not None and write:
-            write_costs(costs, file)
+        half = found / f"costs-{group.rank}.part"
+        write_costs(costs, half)
+        group.gather("")
+        if first:
+            measured = [path for path in found.glob("costs-*.part")]
+            lines = [json.loads(path.read_text(encoding="utf-8")) for path in measured]
+            merged = {name: line for some in lines for name, line in some.items()}
+            text = json.dumps({path: merged[path] for path in free}, indent=1) + "\n"
+            half.write_text(text, encoding="utf-8")
+            half.replace(kept)
+        group.gather("")
+    costs = read_costs(kept, shapes)
+    if file is not None and first and not file.exists():
+        write_costs(costs, file)
     try:
         formats = allocate(costs, budget)
     except ValueError as error:
@@ -332,13 +363,15 @@ def _spend(
 
 
 def _calibrate(
-    planner: _Planner, steps: list[Step], windows: np.ndarray, workspace: Path, method: str, report, broken,
-    progress,
+    planner: _Planner, steps: list[Step], windows: np.ndarray, spool: Spool, method: str, report, broken,
+    memory: Watch, progress,
 ) -> None:  # fmt: skip
-    """Solve the layers of the blocks on calibration text, and make their steps take over what was found."""
+    """Solve the layers of the blocks on calibration text, and make their steps take over what was found.
+
+    What the spool's folder holds of an earlier run is not solved again.
+    """
     wanted = {step.path: (step.format, step.dtype) for step in _solvable(steps, broken)}
-    spool = Spool(workspace / "solved")
-    with _streaming(planner, steps, wanted, "calibrating", progress) as (model, read, advance):
+    with _streaming(planner, steps, wanted, "calibrating", memory, progress) as (model, read, advance):
         solved, remarks = quantize_blocks(
             model, read, windows, wanted, spool, method=method, rule=planner.grid, storage=planner.dtype,
             advance=advance,
@@ -357,12 +390,14 @@ def _calibrate(
     )
 
 
-def _static_ranges(planner: _Planner, steps: list[Step], windows: np.ndarray, report, progress) -> Statistics:
+def _static_ranges(
+    planner: _Planner, steps: list[Step], windows: np.ndarray, report, memory: Watch, progress
+) -> Statistics:
     """Ranges of inputs with a static scale in the float model, with what awq did to it; notes the scales."""
     changes = {step.name: change for step in steps if (change := getattr(step.tensor, "change", None))}
     sites = planner.static
     wanted = [site.path.replace("/", ".") for site in sites.values()]
-    with _streaming(planner, steps, wanted, RANGING, progress, changes) as (model, read, advance):
+    with _streaming(planner, steps, wanted, RANGING, memory, progress, changes) as (model, read, advance):
         stats = calibrate_blocks(model, read, windows, sites, advance)
     for path, site in sites.items():
         scale = input_tensors(site, stats, windows.astype(np.float32))["scale_a"]
@@ -388,6 +423,19 @@ def _slab_weights(steps: list[Step], limit: int | None) -> int:
         short = f"{human_bytes(limit)} of memory are too little, {human_bytes(needed)} are needed"
         raise ValueError(f"convert: {short}: {what}")
     return min(SLAB_WEIGHTS, room // SLAB_BYTES)
+
+
+def _check_calibration(calibrated: _Calibrated, limit: int | None) -> None:
+    """Raises ValueError when the limit is below what calibration is expected to hold."""
+    if limit is None:
+        return
+    needed = (anonymous_bytes() or 0) + MEMORY_MARGIN + calibrated.bytes
+    if needed > limit:
+        short = f"{human_bytes(limit)} of memory are too little, about {human_bytes(needed)} are needed"
+        raise ValueError(
+            f"convert: {short}: the largest block and what stands outside of the blocks in float32, states "
+            f"of {calibrated.tokens} tokens, and the Hessian of an input; --method rtn needs less"
+        )
 
 
 def _held(step: Step) -> int:

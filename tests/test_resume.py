@@ -20,8 +20,10 @@ from mlxq.checkpoint.memory import Watch, anonymous_bytes, parse_bytes
 from mlxq.checkpoint.partial import kept_folder, partial_folder
 from mlxq.checkpoint.ranks import Ranks, share
 from mlxq.convert import convert
-from mlxq.format import Format
+from mlxq.format import Format, quantize
 from mlxq.ptq import estimate
+from mlxq.ptq.awq import Change
+from mlxq.ptq.calibrated import Spool
 
 # Converts argv[1] to argv[2]; is killed after the tensor argv[3], whose line is in the journal by then.
 KILLED = """
@@ -190,9 +192,88 @@ def test_a_kept_folder_is_found_again_by_the_same_conversion_only(tmp_path):
     with pytest.raises(ValueError, match="bad"), kept_folder(dst, "tune", "b"):
         raise ValueError("bad")
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(KeyboardInterrupt, match="nothing is kept"), kept_folder(dst, "tune", "b"):
+    with pytest.raises(KeyboardInterrupt, match="nothing was done yet"), kept_folder(dst, "tune", "b"):
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+
+
+# Converts argv[1] to argv[2] with measured bits, tells each thing that it does, and is killed at one.
+CALIBRATED = """
+    import os, signal, sys
+    import mlxq.convert
+    from mlxq.checkpoint import journal
+    from mlxq.ptq import calibrated
+
+    journal.FLUSH_BYTES = 0
+    calibrated.KEEP_SECONDS = 0
+
+    def telling(owner, name, words):
+        function = getattr(owner, name)
+
+        def told(*args, **options):
+            said = words(*args)
+            made = function(*args, **options)
+            print(said, flush=True)
+            if said == sys.argv[4]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return made
+
+        setattr(owner, name, told)
+
+    telling(mlxq.convert, "sensitivities", lambda *args: "measured")
+    telling(calibrated.Spool, "save", lambda spool, path, packed: path)
+    telling(mlxq.convert, "_write", lambda step, *args: step.name)
+    mlxq.convert.convert(sys.argv[1], sys.argv[2], calibration=sys.argv[3], **OPTIONS)
+"""
+MEASURED = {"method": "awq+gptq", "target_bpw": 4.2, "max_shard_bytes": 60_000, "progress": False}
+
+
+def test_a_conversion_on_text_that_is_killed_thrice_measures_and_solves_once(llama, tmp_path):
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text(" ".join(str(n * n) for n in range(400)))
+    code = textwrap.dedent(CALIBRATED).replace("OPTIONS", repr(MEASURED))
+
+    def told(place="") -> list[str]:
+        command = [sys.executable, "-c", code, *map(str, (llama, out / "q", text, place))]
+        done = subprocess.run(command, capture_output=True, text=True)
+        said = done.stdout.split()
+        assert (done.returncode != 0 and said[-1] == place) if place else done.returncode == 0, done.stderr
+        return said
+
+    assert told("measured") == ["measured"]
+    assert told("model.layers.1.self_attn.v_proj")[0] == "measured"  # killed before they were on the disk
+    third = told("model.layers.0.mlp.up_proj.weight")
+    assert "measured" not in third and not any(p.startswith("model.layers.0") for p in third[:7])
+    assert len([path for path in third if not path.endswith("weight")]) == 7  # of the second block
+    fourth = told()
+    assert all(path.endswith("weight") for path in fourth)
+    assert {*fourth} & {*third} == {third[-1]}  # was not in the journal yet
+    convert(llama, tmp_path / "whole", calibration=text, **MEASURED)
+    assert contents(out / "q") == contents(tmp_path / "whole")
+    assert [path.name for path in out.iterdir()] == ["q"]
+
+
+def test_a_spool_of_other_settings_or_with_a_damaged_layer_is_not_gone_on_with(tmp_path):
+    spool = Spool(tmp_path)
+    packed = quantize(np.ones((4, 64), np.float32), Format(4, 64))
+    spool.resume("a")
+    spool.save("x", packed)
+    spool.solved.append("x")
+    spool.changes["x"] = Change(columns=np.arange(3.0), rows=None, offset=np.ones(2))
+    spool.skipped = {"why": ["y"]}
+    states = [[np.full((1, 2, 3), 10 * i + w, np.float32) for w in range(12)] for i in range(2)]
+    spool.keep(7, states, last=True)
+    assert Spool(tmp_path).resume("b") == (0, False, [])
+    other = Spool(tmp_path)
+    block, last, found = other.resume("a")
+    assert (block, last, other.solved, other.skipped) == (7, True, ["x"], {"why": ["y"]})
+    assert np.array_equal(found, states) and other.changes["x"].rows is None
+    assert np.array_equal(other.changes["x"].columns, np.arange(3.0))
+    os.truncate(tmp_path / "x.words.npy", 100)
+    assert Spool(tmp_path).resume("a") == (0, False, [])
+    spool.save("x", packed)
+    os.truncate(tmp_path / "progress.npz", 300)
+    assert Spool(tmp_path).resume("a") == (0, False, [])
 
 
 # ---- memory
@@ -264,6 +345,37 @@ def test_a_limit_that_is_too_low_is_refused_and_a_high_one_is_kept(llama, tmp_pa
     assert 0 < report.peak_memory < 4e9
     convert(llama, tmp_path / "free", progress=False)
     assert contents(tmp_path / "q") == contents(tmp_path / "free")
+
+
+@needs_proc
+def test_calibration_is_refused_before_it_begins_and_stopped_while_it_goes_on(llama, tmp_path, monkeypatch):
+    import mlxq.convert
+
+    begun = []
+
+    def note(name: str) -> None:
+        function = getattr(mlxq.convert, name)
+
+        def noted(*args, **options):
+            begun.append(name)
+            return function(*args, **options)
+
+        monkeypatch.setattr(mlxq.convert, name, noted)
+
+    note("quantize_blocks")
+    note("sensitivities")
+    monkeypatch.setattr(mlxq.convert, "anonymous_bytes", lambda: 0)  # as if the process were small
+    common = {"max_memory": "104MB", "progress": False}  # rounding would do
+    for options in ({"method": "gptq"}, {"method": "awq"}, {"method": "rtn", "target_bpw": 4}):
+        with pytest.raises(ValueError, match="^convert: 104 MB .* too little, about .* are needed"):
+            convert(llama, tmp_path / "q", **common, **options)
+    assert not begun
+    monkeypatch.setattr(mlxq.convert, "_check_calibration", lambda *args: None)
+    for options, what in (({"method": "gptq"}, "quantize_blocks"), ({"target_bpw": 4}, "sensitivities")):
+        with pytest.raises(ValueError, match="^[0-9.]+ GB of anonymous memory were in use, more than"):
+            convert(llama, tmp_path / "q", **common, **options)
+        assert begun.pop() == what and not begun
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
 # ---- dry run
@@ -385,6 +497,41 @@ def test_two_processes_write_what_one_writes(kind, llama, tmp_path):
         _, said = process.communicate(timeout=120)
         assert process.returncode == 0, said
     convert(llama, tmp_path / "one", max_shard_bytes=60_000, progress=False)
+    assert contents(out / "q") == contents(tmp_path / "one")
+    assert [path.name for path in out.iterdir()] == ["q"]
+
+
+MEASURER = """
+    import sys
+    import mlxq.convert
+    measure = mlxq.convert.sensitivities
+
+    def counted(model, read, windows, wanted, *args, **options):
+        print(*wanted, sep="\\n", flush=True)
+        return measure(model, read, windows, wanted, *args, **options)
+
+    mlxq.convert.sensitivities = counted
+    mlxq.convert.convert(sys.argv[1], sys.argv[2], calibration=sys.argv[3], **OPTIONS)
+"""
+
+
+def test_two_processes_share_the_measuring_and_write_what_one_writes(llama, tmp_path):
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text(" ".join(str(n * n) for n in range(300)))
+    options = {"method": "gptq", "target_bpw": 4.2, "progress": False}
+    code = textwrap.dedent(MEASURER).replace("OPTIONS", repr(options))
+    command = [sys.executable, "-c", code, str(llama), str(out / "q"), str(text)]
+    processes = [
+        subprocess.Popen(command, env=os.environ | added, stdout=subprocess.PIPE, text=True)
+        for added in environments("mlx", tmp_path, 2)
+    ]
+    measured = [process.communicate(timeout=300)[0].split() for process in processes]
+    assert not any(process.returncode for process in processes)
+    assert not {*measured[0]} & {*measured[1]} and 5 < len(measured[0]) < 11
+    assert sorted(measured[0] + measured[1]) == sorted(
+        path.removesuffix(".weight") for path in tiny_models.tensor_shapes("llama") if "norm" not in path
+    )
+    convert(llama, tmp_path / "one", calibration=text, **options)
     assert contents(out / "q") == contents(tmp_path / "one")
     assert [path.name for path in out.iterdir()] == ["q"]
 

@@ -2,7 +2,7 @@
 
 The first line says what is being converted, and how; a folder whose first line differs is not gone on with.
 Each further line is a tensor whose bytes are on the disk, not only in the system's memory, with its line of
-the report.
+the report. The folder FOUND beside it holds what calibration has found: measured costs, solved layers.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
 FLUSH_BYTES = 64 << 20  # what a power cut may cost at most, with FLUSH_SECONDS; a kill costs less
 FLUSH_SECONDS = 5.0
+FOUND = "found"  # folder of what calibration has found so far, in the partial folder
 
 
 def identity(src: Path, arguments: dict) -> str:
@@ -78,7 +80,15 @@ def read(folder: Path, digest: str) -> dict[str, dict] | None:
     return done if files else None
 
 
+def begun(folder: Path, digest: str) -> bool:
+    """Whether a partial folder is one of this conversion and holds something to go on with."""
+    done = read(folder, digest)
+    found = (path for path in (folder / FOUND).rglob("*") if path.suffix in (".json", ".npz"))
+    return done is not None and (bool(done) or any(found))
+
+
 def remove(folder: Path) -> None:
-    """Remove the journals of a conversion that is complete."""
+    """Remove the journals of a conversion that is complete, and what calibration found."""
+    shutil.rmtree(folder / FOUND, ignore_errors=True)
     for file in folder.glob("journal-*.jsonl"):
         file.unlink()

@@ -54,11 +54,15 @@ def _darwin() -> int | None:
     return words[6] + words[15]
 
 
+class MemoryExceededError(ValueError):
+    """More memory was in use than is allowed."""
+
+
 class Watch:
     """The highest anonymous memory while the block runs, looked at a hundred times a second.
 
     peak    bytes, None where the system does not tell
-    check() raises ValueError once the limit was exceeded
+    check() raises MemoryExceededError once the limit was exceeded
     """
 
     def __init__(self, limit: int | None = None):
@@ -71,9 +75,9 @@ class Watch:
             self.peak = max(self.peak, anonymous_bytes() or 0)
 
     def check(self) -> None:
-        """Raises ValueError if more than the limit was in use."""
+        """Raises MemoryExceededError if more than the limit was in use."""
         if self.limit is not None and self.peak is not None and self.peak > self.limit:
-            raise ValueError(
+            raise MemoryExceededError(
                 f"{self.peak / 1e9:.3g} GB of anonymous memory were in use, more than the limit of "
                 f"{self.limit / 1e9:.3g} GB (--max-memory)"
             )

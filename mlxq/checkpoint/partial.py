@@ -13,6 +13,7 @@ from pathlib import Path
 from mlxq.checkpoint import journal
 
 _GOES_ON = "interrupted; the same command goes on where it stopped ({} holds what is done)"
+_NOTHING_KEPT = "interrupted; nothing was done yet that could be kept"
 
 
 @contextlib.contextmanager
@@ -44,9 +45,9 @@ def partial_folder(dst: Path, overwrite: bool = False, digest: str | None = None
         _publish(folder, dst, overwrite)
         _sync(dst.parent)
     except KeyboardInterrupt:
-        if keep := digest is not None and bool(journal.read(folder, digest)):
+        if keep := digest is not None and journal.begun(folder, digest):
             raise KeyboardInterrupt(_GOES_ON.format(folder)) from None
-        raise
+        raise KeyboardInterrupt(_NOTHING_KEPT) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -83,7 +84,7 @@ def kept_folder(dst: Path, purpose: str, digest: str, resume: bool = True) -> It
     except KeyboardInterrupt:
         if keep := len(list(folder.iterdir())) > 1:
             raise KeyboardInterrupt(_GOES_ON.format(folder)) from None
-        raise KeyboardInterrupt("interrupted; nothing was done yet, and nothing is kept") from None
+        raise KeyboardInterrupt(_NOTHING_KEPT) from None
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
@@ -115,7 +116,7 @@ def _take_over(dst: Path, target: Path, digest: str | None) -> int | None:
         except OSError:
             os.close(lock)
             continue  # its owner lives
-        if taken is None and digest is not None and journal.read(folder, digest):
+        if taken is None and digest is not None and journal.begun(folder, digest):
             if folder != target:
                 os.rename(folder, target)
             taken = lock

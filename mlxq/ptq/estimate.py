@@ -54,7 +54,7 @@ def seconds(tasks: Iterable[Task], tokens: int, method: str, experts_used: int =
     experts_used   experts of a mixture that a token goes through
     """
     tasks = list(tasks)
-    if not tasks or (method == "gptq" and all(task.format.bits > SEARCHED_BITS for task in tasks)):
+    if _nothing(tasks, method):
         return 0.0
     typical = max(tasks, key=lambda task: task.weights).format
     product = _product_seconds()
@@ -86,7 +86,7 @@ def peak_bytes(
     width           of a state
     """
     tasks = [task for block in blocks for task in block]
-    if not tasks:
+    if _nothing(tasks, method):
         return 0
     held = 4 * (block_weights + sum(outer))
     states = 2 * 4 * tokens * width
@@ -99,6 +99,10 @@ def peak_bytes(
         refit = min(REFIT_BYTES, 32 * N * G * G) if "gptq" in method else 0
         largest = max(largest, SOLVER_BYTES * N * K + (SQUARE_BYTES + 8 * experts) * K * K + refit)
     return int(held + max(COPIES_BYTES * max(outer, default=0), states + inputs + largest))
+
+
+def _nothing(tasks: list[Task], method: str) -> bool:
+    return not tasks or (method == "gptq" and all(task.format.bits > SEARCHED_BITS for task in tasks))
 
 
 def _timed(call: Callable[[], object]) -> float:

@@ -87,13 +87,14 @@ class Stream:
         """Take the quantized stream's first states from the outer layers as they are now."""
         _, self.states = self._enter()
 
-    def stages(self, prepare: Callable[[int, dict], None] | None = None) -> Iterator[Stage]:
-        """Each stage of each block, in the order of computation, until the last.
+    def stages(self, prepare: Callable[[int, dict], None] | None = None, first: int = 0) -> Iterator[Stage]:
+        """Each stage of each block from `first` on, in the order of computation, until the last.
 
         Before asking for the next stage, `put_weight` the quantized weights: what follows sees their errors.
-        prepare(number, layers by path) is called when a block is loaded, and may change it.
+        prepare(number, layers by path) is called when a block is loaded, and may change it. states and
+        float_states are those that enter the block `first`.
         """
-        for number in range(len(self.blocks)):
+        for number in range(first, len(self.blocks)):
             layers = self.enter(number)
             with host_products():
                 if prepare is not None:
@@ -347,9 +348,7 @@ class _Sums:
 
     def statistics(self) -> Statistics:
         count = np.float32(max(self.rows, 1))
-        return Statistics(
-            self.hessian / count, None if self.cross is None else self.cross / count, self.rows
-        )
+        return Statistics(self.hessian / count, None if self.cross is None else self.cross / count, self.rows)
 
 
 class _ExpertSums:
@@ -367,8 +366,7 @@ class _ExpertSums:
         common = total / np.float32(max(rows, 1))
         borrowed = np.float32(BORROWED * len(common))
         return [
-            Statistics((s.hessian + borrowed * common) / (s.rows + borrowed), None, s.rows)
-            for s in self.sums
+            Statistics((s.hessian + borrowed * common) / (s.rows + borrowed), None, s.rows) for s in self.sums
         ]
 
 
