@@ -184,10 +184,16 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         help="write float weights under Hugging Face's names instead, for transformers; takes --dtype",
     )
     parser.add_argument(
-        "--max-memory", metavar="SIZE", help="anonymous memory to stay below, like 3GB: slower, or refused"
+        "--max-memory",
+        metavar="SIZE",
+        help="anonymous memory to stay below, like 3GB: slower, or refused; not for tune and train",
     )
     parser.add_argument(
         "--no-resume", action="store_true", help="start anew where an interrupted run of the same left off"
+    )
+    parser.epilog = (
+        "Under mlx.launch or torchrun several processes share the writing and the measuring of --target-bpw. "
+        "They do not share gptq and awq: each solves every layer. tune and train run in one process."
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print sizes and estimates of time and memory; write nothing"
