@@ -24,6 +24,7 @@ BYTES = {
     "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
 STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32"}
+SHARD_BYTES = 5 << 30  # mlx-lm's
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 
 
