@@ -26,6 +26,7 @@ from mlxq.checkpoint.skeleton import Skeleton
 from mlxq.checkpoint.summary import ACTIVATIONS, Estimate, Layer, Summary, human_bytes, inputs_shown, inspect
 from mlxq.checkpoint.tensors import ArrayTensor
 from mlxq.format import Format, Packed
+from mlxq.progress import progress as telling
 from mlxq.ptq import METHODS, Statistics, qarray
 from mlxq.ptq.calibrate import calibrate_blocks
 from mlxq.ptq.calibrated import Changed, Solved, Spool, quantize_blocks
@@ -229,7 +230,7 @@ def convert(
         if dry_run:
             return _estimated(report, steps, writer, slab, calibrated, measuring)
         _check_space(folder, writer.file_bytes)
-        bar = _progress_bar(writer.parameters) if progress and group.rank == 0 else nullcontext()
+        bar = telling("converting", writer.parameters) if progress and group.rank == 0 else nullcontext()
         # nullcontext gives None
         with writer, bar as bar:
             mine = share(group, {s.name: _size(s) for s in steps}, writer.weight_map)
@@ -292,13 +293,13 @@ def _streaming(
         return values
 
     sizes = {step.path: _size(step) for step in steps}
-    bar = _progress_bar(sum(sizes[path] for path in wanted), what) if progress else nullcontext()
+    bar = telling(what, sum(sizes[path] for path in wanted)) if progress else nullcontext()
     with bar as bar:
 
         def advance(count: int) -> None:
             memory.check()
             if bar is not None:
-                bar.advance(bar.task_ids[0], count)
+                bar.advance(count)
 
         try:
             yield skeleton.model, read, advance
@@ -538,7 +539,7 @@ def _write_steps(steps, done, mine, writer: Writer, log: Journal, slab, memory, 
             for name in names:
                 writer.skip(name)
             if bar is not None:
-                bar.advance(bar.task_ids[0], _size(step))
+                bar.advance(_size(step))
     except KeyboardInterrupt:
         log.flush(writer.files.values())
         raise
@@ -842,7 +843,7 @@ def _write(step: Step, writer: Writer, broken: Container[str], bar, slab: int, m
             error += float(np.dot(difference, difference))
             norm += float(np.dot(values.reshape(-1), values.reshape(-1)))
         if bar is not None:
-            bar.advance(bar.task_ids[0], values.size)
+            bar.advance(values.size)
     tensor.release()
     if step.name not in broken:
         layer.error, layer.norm = (error / norm) ** 0.5 if norm else 0.0, norm**0.5
@@ -970,23 +971,3 @@ def _check_space(folder: Path, wanted: int) -> None:
     wanted -= sum(512 * file.stat().st_blocks for file in folder.glob("model*.safetensors"))
     if wanted > free:
         raise OSError(f"{folder.parent}: {human_bytes(wanted)} are needed and {human_bytes(free)} are free")
-
-
-def _progress_bar(total: int, what: str = "converting"):
-    """A bar on stderr with rate and remaining time; silent when that is not a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    class Rate(TextColumn):
-        def render(self, task):
-            from rich.text import Text
-
-            return Text(f"{(task.speed or 0) / 1e6:.1f} M weights/s")
-
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn(what), BarColumn(), TaskProgressColumn(), Rate(""), TimeRemainingColumn(),
-        console=console, disable=not console.is_terminal, transient=True,
-    )  # fmt: skip
-    bar.add_task(what, total=total)
-    return bar

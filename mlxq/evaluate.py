@@ -14,7 +14,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from mlxq.checkpoint.huggingface import HuggingFaceCheckpoint, read_json, resolv
 from mlxq.checkpoint.plain import dequantize
 from mlxq.checkpoint.sources import method_of
 from mlxq.checkpoint.summary import human_bytes, inspect
+from mlxq.progress import Progress, progress
 from mlxq.ptq.host import host, host_products
 from mlxq.ptq.text import EVALUATION, LENGTH, token_windows
 
@@ -82,7 +83,7 @@ def evaluate(
     windows: int = WINDOWS,
     length: int = LENGTH,
     decode: bool = True,
-    progress: Callable[[str], None] = lambda line: None,
+    shown: Progress | None = None,
 ) -> list[Measured]:
     """One row for each model, the float one first when there is one.
 
@@ -92,6 +93,7 @@ def evaluate(
     texts    documents by domain (default: the set that comes with mlxq)
     windows  of `length` tokens, altogether, split evenly over the domains
     decode   also time an answer of 32 tokens
+    shown    is told of each model, and of every window
 
     The float model's log-probabilities lie in a temporary file meanwhile, two bytes each. Raises ValueError
     and FileNotFoundError with one sentence; also when a model has another vocabulary than the float one.
@@ -102,31 +104,32 @@ def evaluate(
     if not texts:
         raise ValueError("eval: there is no text to measure on")
     rows: list[Measured] = []
-    models = list(models)
+    models, shown = list(models), shown or Progress("", 0)
     names = _names(models if against is None else [against, *models])
     with tempfile.TemporaryDirectory(prefix="mlxq-eval-") as work:
-        places = [_opened(path, Path(work) / f"floats-{n}", progress) for n, path in enumerate(models)]
-        first = places[0] if against is None else _opened(against, Path(work) / "floats", progress)
+        places = [_opened(path, Path(work) / f"floats-{n}", shown) for n, path in enumerate(models)]
+        first = places[0] if against is None else _opened(against, Path(work) / "floats", shown)
         model, tokenizer = _load(first)
         each = max(1, windows // len(texts))
         cut = {
             domain: token_windows(documents, lambda text: tokenizer.encode(text, verbose=False), each, length)
             for domain, documents in texts.items()
         }
+        shown.expect(len(names) * sum(windows.size for windows in cut.values()))
         truth = None
         if against is not None:
-            progress(f"float model {against}")
+            shown.describe(f"measuring {names[0]}")
             truth = _Truth(Path(work), cut)
             size = _size(resolve(against), first)
-            rows.append(_measure(size, names.pop(0), model, cut, truth.record, False, None))
+            rows.append(_measure(size, names.pop(0), model, cut, truth.record, False, None, shown))
         del model
         for path, place, name in zip(models, places, names, strict=True):
-            progress(f"{path}")
+            shown.describe(f"measuring {name}")
             model, tokenizer = _load(place)
             score, compared = (truth.compare, True) if truth else (_alone, False)
             talks = tokenizer if decode else None
             size = _size(resolve(path), place)
-            rows.append(_measure(size, name, model, cut, score, compared, talks))
+            rows.append(_measure(size, name, model, cut, score, compared, talks, shown))
     return rows
 
 
@@ -136,7 +139,7 @@ def _names(paths: list) -> list[str]:
     return [str(path) if last.count(name) > 1 else name for path, name in zip(paths, last, strict=True)]
 
 
-def _opened(path: str | Path, work: Path, progress: Callable[[str], None]) -> Path:
+def _opened(path: str | Path, work: Path, shown: Progress) -> Path:
     """The folder to load for a model: itself, or floats written to `work` for what no framework here runs.
 
     Raises FileNotFoundError and ValueError as convert does.
@@ -150,7 +153,7 @@ def _opened(path: str | Path, work: Path, progress: Callable[[str], None]) -> Pa
             return src
         if method is not None and method.name in ("MLX", "mxfp4"):  # mlx-lm's own
             return src
-    progress(f"{path}: its weights are written as floats to a temporary folder")
+    shown.describe(f"writing {path} as floats")
     dequantize(src, work, dtype="float32")  # which they compute in: 16 bits would round some types
     return work
 
@@ -232,7 +235,9 @@ def _size(src: Path, place: Path) -> tuple[int, float]:
     return count, 8 * count / weights
 
 
-def _measure(size: tuple[int, float], name: str, model, cut, score, compared: bool, tokenizer) -> Measured:
+def _measure(
+    size: tuple[int, float], name: str, model, cut, score, compared: bool, tokenizer, shown: Progress
+) -> Measured:
     seconds, tokens, domains = 0.0, 0, {}
     with host_products():
         for domain, windows in cut.items():
@@ -243,6 +248,7 @@ def _measure(size: tuple[int, float], name: str, model, cut, score, compared: bo
                 seconds += time.monotonic() - begin
                 tokens += len(window)
                 domains[domain].add(score(domain, number, logp, window[1:]))
+                shown.advance(len(window))
     total = Domain()
     for one in domains.values():
         total.add(one)
@@ -418,15 +424,15 @@ def run(args: argparse.Namespace) -> int:
         domain, equals, file = text.partition("=")
         path = Path(file if equals else text).expanduser()
         texts.setdefault(domain if equals else path.stem, []).append(path.read_text(encoding="utf-8"))
-    errors = Console(stderr=True, highlight=False)
-    rows = evaluate(
-        [args.model, *args.compare],
-        args.against,
-        texts or None,
-        windows=WINDOWS if args.windows is None else args.windows,
-        length=LENGTH if args.length is None else args.length,
-        progress=lambda line: errors.is_terminal and errors.print(f"measuring {line}", markup=False),
-    )
+    with progress("reading the models", unit="tokens", size=1) as shown:
+        rows = evaluate(
+            [args.model, *args.compare],
+            args.against,
+            texts or None,
+            windows=WINDOWS if args.windows is None else args.windows,
+            length=LENGTH if args.length is None else args.length,
+            shown=shown,
+        )
     Console(highlight=False).print(table(rows))
     for path in reports:
         write_report(rows, path)

@@ -29,14 +29,14 @@ PICTURE = """
     nn  optim
     ops  rules
     bridge
-    format  cache
+    format  cache  progress
 """
 LAYER = {unit: depth for depth, line in enumerate(PICTURE.split("\n")) for unit in line.split()}
 
 FROM_NN_UP = ("nn", "optim", "qat.mlx", "ptq", "checkpoint", "load", "torch_model", "convert", "chat")
 FROM_NN_UP += ("autotune", "evaluate", "parity", "train", "sampled", "doctor")
 TERMINAL = ("checkpoint.summary", "convert", "chat", "autotune", "evaluate", "parity", "train")
-TERMINAL += ("sampled", "doctor", "cli")
+TERMINAL += ("sampled", "doctor", "cli", "progress")
 # Which third-party modules may be imported, and where. Besides these, files named for torch may import torch.
 MAY_IMPORT = {
     "numpy": ("",),

@@ -111,6 +111,7 @@ def main() -> int:
 def measured(args, texts: dict[str, list[str]], work: Path) -> dict:
     """rows, missing and replay of the result."""
     from mlxq.evaluate import evaluate
+    from mlxq.progress import progress
 
     teacher = permuted_teacher(work / f"teacher-{args.seed}", args.seed)
     common = ["--method", args.method] + (["--calibration", args.calibration] if args.calibration else [])
@@ -166,10 +167,11 @@ def measured(args, texts: dict[str, list[str]], work: Path) -> dict:
             again = pool.submit(run, "replayed")
         names = [name for name in commands if name in seconds and name not in failed]
         folders = [commands[name][0] for name in names]
-        found = evaluate(
-            folders, teacher, texts or None, windows=args.windows, length=args.length, decode=False,
-            progress=lambda line: print(f"measuring {line}", flush=True),
-        )  # fmt: skip
+        with progress("reading the models", unit="tokens", size=1) as shown:
+            found = evaluate(
+                folders, teacher, texts or None, windows=args.windows, length=args.length, decode=False,
+                shown=shown,
+            )  # fmt: skip
         if "replayed" in commands:
             again.result()
             replay = same_files(commands[twin][0], commands["replayed"][0])
