@@ -248,9 +248,10 @@ def convert(
             if planner.static:
                 stats.save(folder / STATISTICS)
             report.notices += checkpoint.write_tokenizer(folder)
-            text = "the set that comes with mlxq" if calibration is None else Path(calibration).name
-            tokens = 0 if windows is None else windows.size
-            _write_card(report, src, method, f"{tokens} tokens of {text}" if tokens else "", folder)
+            if windows is not None:
+                text = "the set that comes with mlxq" if calibration is None else Path(calibration).name
+                report.text = f"{windows.size} tokens of {text}"
+            write_card(report, src, method, folder)
     return report
 
 
@@ -934,13 +935,43 @@ def _settings(fmt: Format | MxFormat) -> dict[str, object]:
     return {"group_size": fmt.group_size, "bits": fmt.bits, "mode": mode}
 
 
-def _write_card(report: Summary, src: Path, method: str, calibration: str, folder: Path) -> None:
-    """README.md: what was done, how, and what is known of the result."""
+def stored_errors(src: Path, folder: Path, trust_remote_code: bool = False) -> dict[str, tuple[float, float]]:
+    """(relative Frobenius error of what a model folder stores, norm) of src's float parameters, by name."""
+    with TemporaryDirectory() as work:
+        weights = []
+        for path in (src, folder):
+            checkpoint = _open(path)
+            checkpoint.prepare(Path(work) / f"{len(weights)}", values=True)
+            planner = _Planner(checkpoint, None, None, "float32", (), None, trust_remote_code)
+            weights.append(planner._load()[1])
+        found = {}
+        for name, tensor in weights[0].items():
+            if not _is_float(tensor.dtype):
+                continue
+            error = norm = 0.0
+            for start, stop in _bounds(tensor, SLAB_WEIGHTS):
+                wanted = tensor.read(start, stop).reshape(-1)
+                difference = weights[1][name].read(start, stop).reshape(-1) - wanted
+                error += float(np.dot(difference, difference))
+                norm += float(np.dot(wanted, wanted))
+            found[name] = ((error / norm) ** 0.5 if norm else 0.0, norm**0.5)
+            tensor.release()
+            weights[1][name].release()
+        return found
+
+
+def write_card(report: Summary, src: Path, method: str, folder: Path, trained: Iterable[str] = ()) -> None:
+    """README.md: what was done, how, and what is known of the result.
+
+    trained   what came after the codes, in words that tell the KL it came to
+    """
+    calibration, trained = report.text, list(trained)
     lines = [
         "---", "library_name: mlx", "tags: [mlx, mlxq]", "---", "", f"# {report.path.name}", "",
         f"{src.name}, quantized to MLX format by mlxq {__version__} in {report.seconds:.0f} s. It loads in "
         "mlx-lm and in mlxq.", "",
-        f"Method: {_METHOD_WORDS[method]}" + (f", on {calibration}." if calibration else "."), "",
+        f"Method: {_METHOD_WORDS[method]}" + (f", on {calibration}." if calibration else "."),
+        *(f"Then: {words}." for words in trained), "",
         f"{human_bytes(report.total_bytes)}: {report.bits_per_weight:.3f} bits per weight, all included.", "",
         "| layers | count | stored | weights | relative weight error |",
         "| --- | ---: | --- | ---: | ---: |",
@@ -948,11 +979,12 @@ def _write_card(report: Summary, src: Path, method: str, calibration: str, folde
     for pattern, count, stored, weights, _, error in report.groups():
         shown = "-" if error is None else f"{error:.4f}"
         lines.append(f"| `{pattern}` | {count} | {stored} | {weights} | {shown} |")
-    lines += ["", *(f"- {notice}" for notice in report.notices)]
+    lines += ["", *(f"- {notice}" for notice in report.notices if notice not in trained)]
     if calibration:
         lines += ["", "A method that keeps outputs may well change weights more than rounding does."]
     measure = f"mlxq eval {report.path.name} --against FLOAT --card"
-    lines += ["", f"Nothing else was measured: `{measure}` does it."]
+    known = "Nothing else was measured" if not trained else "Beside that KL nothing was measured"
+    lines += ["", f"{known}: `{measure}` does it."]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -19,6 +19,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -30,7 +31,7 @@ from mlxq.checkpoint.journal import identity
 from mlxq.checkpoint.partial import check_destination, kept_folder, partial_folder
 from mlxq.checkpoint.safetensors import Planned, header_of
 from mlxq.checkpoint.summary import Layer, Summary
-from mlxq.convert import Report, convert
+from mlxq.convert import Report, convert, stored_errors, write_card
 from mlxq.train import Settings, train
 
 LEAST_MINUTES = 1.0  # below it auto does not train, and tune trains for it
@@ -151,16 +152,23 @@ def convert_and_tune(
                 f"towards the float model: KL {trained['start']:.4f} before, {trained['best']:.4f} after, on "
                 "text of the calibration set that was not trained on"
             )
-        else:
-            said = [plan.why_not]
-        card = made / "README.md"
-        card.write_text(card.read_text(encoding="utf-8") + f"\nThen: {'; '.join(said)}.\n", encoding="utf-8")
-        report.notices += said
+            _measure(report, stored_errors(src, made, options.get("trust_remote_code", False)))
+        report.notices += [plan.why_not] if plan.why_not else said
         report.path, report.seconds = dst, max(seconds, time.monotonic() - begin)
+        write_card(report, src, "gptq", made, said)
         with partial_folder(dst, overwrite) as folder:
-            for path in list(made.iterdir()):
-                path.rename(folder / path.name)
+            # as links: a kill leaves what was made where the next run finds it
+            shutil.copytree(made, folder, copy_function=os.link, dirs_exist_ok=True)
     return report
+
+
+def _measure(report: Report, errors: dict[str, tuple[float, float]]) -> None:
+    """Give the report's layers the errors that they have now."""
+    for layer in report.layers:
+        name = layer.path.replace("/", ".")
+        found = errors.get(f"{name}.weight") or errors.get(name)
+        if layer.error is not None and found is not None:
+            layer.error, layer.norm = found
 
 
 def _digest_of(calibration: str | Path | None) -> str | None:

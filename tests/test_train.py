@@ -328,6 +328,23 @@ def test_qat_begins_with_the_codes_of_a_start_and_ends_no_worse(models, tmp_path
         train(replace(given, bits=4), tmp_path / "other", progress=False)
 
 
+def test_the_card_says_what_was_trained_from_what_on_which_text_and_what_came_of_it(models, tmp_path):
+    source, quantized, text = models
+    given = settings(quantized, text, teacher=str(source), steps=2, backend="mlx")
+    outcome = train(given, tmp_path / "better", progress=False)
+    card = " ".join((tmp_path / "better" / "README.md").read_text().split())
+    assert "# better w2, trained by mlxq" in card and "rounded to the nearest" not in card
+    for words in (
+        "scales and biases, in 2 steps of 2 x 24 tokens",
+        "KL divergence from the predictions of float",
+        "Text: text.txt; held out: every tenth row of it",
+        f"Held-out loss: {outcome.start:.4f} before, {outcome.best:.4f} after",
+        "bits per weight, all included",
+    ):
+        assert words in card, card
+    assert not list((tmp_path / "better").glob("*.part"))
+
+
 def test_a_tied_model_keeps_one_table(models, tmp_path):
     make_hf_model("qwen3", tmp_path / "float")
     for backend in BACKENDS:

@@ -108,6 +108,20 @@ def test_training_moves_scales_and_biases_only_and_ends_nearer(sources, tmp_path
     for folder, words in (("tuned", "trained for 12 steps"), ("auto", "less than a minute is left")):
         assert words in (tmp_path / folder / "README.md").read_text()
     assert report.path == tmp_path / "tuned" and "KL" in report.notices[-1]
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("auto", "tuned")]
+    assert "Nothing else was measured" in cards[0] and "Nothing else was measured" not in cards[1]
+    assert "Beside that KL nothing was measured" in cards[1] and cards[1].count("trained for 12 steps") == 1
+    assert f"in {report.seconds:.0f} s" in cards[1] and cards[1].index("trained for") < cards[1].index(
+        "| --- |"
+    )
+    name, errors = "model.layers.1.mlp.up_proj", []
+    wanted = np.array(mx.load(str(source / "model.safetensors"))[f"{name}.weight"], np.float64)
+    for weights in (before, after):
+        w = mx.dequantize(*(weights[f"{name}.{part}"] for part in ("weight", "scales", "biases")), 32, 2)
+        errors.append(np.linalg.norm(np.array(w, np.float64) - wanted) / np.linalg.norm(wanted))
+    told = next(layer.error for layer in report.layers if layer.path == name.replace(".", "/"))
+    assert abs(told - errors[1]) < 0.3 * abs(told - errors[0])  # of the trained scales, not of gptq's
+    assert f"{report.groups()[1][5]:.4f}" in cards[1]
     whole, _ = mlx_lm.utils.load_model(source)
     _, tokenizer = mlx_lm.load(str(tmp_path / "auto"))
     tokens = mx.array(tokenizer.encode(" ".join(str(n * n) for n in range(800, 840))))[None]

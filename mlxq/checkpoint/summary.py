@@ -48,6 +48,7 @@ class Summary:
     """Layers of a model, their sizes, and remarks for the user.
 
     kept_float   layers that could be quantized and are not, with the reason
+    text         what calibration read, in words
     peak_memory  anonymous bytes that the conversion had in use at most, None where nobody knows
     planned      what is still to be done: estimated seconds, bytes of memory and of files; None when it is
                  done
@@ -58,6 +59,7 @@ class Summary:
     layers: list[Layer] = field(default_factory=list)
     kept_float: dict[str, str] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
+    text: str = ""
     seconds: float | None = None
     peak_memory: int | None = None
     planned: Estimate | None = None

@@ -173,9 +173,42 @@ def train(
                 "seconds": outcome.seconds,
             }
             write_model(dst, model, session.finished(model, settings), report, overwrite)
+            _write_card(dst, settings, outcome)
             _remove(folder)
         outcome.student = model.module
         return outcome
+
+
+def _write_card(dst: Path, settings: Settings, outcome) -> None:
+    """README.md, in the source's place: what was trained, from what, on which text, and what came of it."""
+    from mlxq import __version__
+    from mlxq.checkpoint.summary import human_bytes, inspect
+
+    stored, source = inspect(dst), Path(settings.model).name
+    trained = settings.train or ("all" if settings.qat else "scales")
+    what = "scales and biases" if trained == "scales" else "weights, scales and biases"
+    if settings.qat:
+        what = f"weights for the codes that they now have ({settings.ranges} ranges)"
+    text = ", ".join(Path(name).name for name in settings.data) or "the text that comes with mlxq"
+    held = ", ".join(Path(name).name for name in settings.eval_data) or "every tenth row of it"
+    teacher = Path(settings.teacher or settings.model).name
+    loss = "cross-entropy of the text"
+    if settings.loss == "teacher":
+        loss = f"KL divergence from the predictions of {teacher}"
+    steps, tokens = len(outcome.losses), f"{settings.batch} x {settings.length} tokens"
+    lines = [
+        "---", "library_name: mlx", "tags: [mlx, mlxq]", "---", "", f"# {dst.name}", "",
+        f"{source}, trained by mlxq {__version__}: {what}, in {steps} steps of {tokens} and "
+        f"{outcome.seconds:.0f} s. It loads in mlx-lm and in mlxq.", "",
+        f"{human_bytes(stored.total_bytes)}: {stored.bits_per_weight:.3f} bits per weight, all included.", "",
+        f"Loss: {loss}, in nats per token. Text: {text}; held out: {held}.", "",
+        f"Held-out loss: {outcome.start:.4f} before, {outcome.best:.4f} after. `training.json` has every "
+        "loss and setting.", "",
+        f"Nothing else was measured: `mlxq eval {dst.name} --against FLOAT --card` does it.",
+    ]  # fmt: skip
+    half = dst / "README.md.part"
+    half.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    half.replace(dst / "README.md")
 
 
 def _check_model(settings: Settings, model) -> None:
