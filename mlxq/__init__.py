@@ -13,4 +13,8 @@ def __getattr__(name):
         from mlxq.torch_model import load_torch
 
         return load_torch
+    if name == "save":
+        from mlxq.checkpoint.trained import save
+
+        return save
     raise AttributeError(f"module 'mlxq' has no attribute {name!r}")

@@ -15,7 +15,7 @@ from mlx_lm import utils
 from safetensors import SafetensorError, safe_open
 
 from mlxq import ops
-from mlxq.checkpoint import q8
+from mlxq.checkpoint import q8, trained
 from mlxq.checkpoint.huggingface import is_hub_id, read_weight_map
 from mlxq.checkpoint.skeleton import CONFIG_LIES
 from mlxq.nn.mlx import adopt
@@ -35,7 +35,8 @@ def load(
 
     path is a folder that mlxq convert or mlx_lm.convert wrote, or a hub id when there is a network; the other
     arguments are those of mlx_lm.load. Affine layers run on mlxq.ops, those with 8-bit activations
-    (mlxq.checkpoint.q8) as Q8Linear, and layers of other modes stay mlx-lm's.
+    (mlxq.checkpoint.q8) as Q8Linear, those that trained with rounded inputs round them
+    (mlxq.checkpoint.trained), and layers of other modes stay mlx-lm's.
 
     Raises FileNotFoundError when the model or a file that it needs is not there, and ValueError for anything
     else that keeps it from loading: float weights (convert them first), an architecture that mlx-lm lacks,
@@ -58,6 +59,7 @@ def load(
         ) from error
     adopt(model)
     q8.restore(model, config, folder)
+    trained.restore(model, config, folder)
     if adapter_path is not None:
         model = utils.load_adapters(model, str(adapter_path))
         model.eval()

@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlxq import bridge
-from mlxq.checkpoint import q8
+from mlxq.checkpoint import q8, trained
 from mlxq.checkpoint.skeleton import Skeleton
 from mlxq.format import Format, Packed
 from mlxq.load import checked_config, in_one_line, model_folder
@@ -33,7 +33,8 @@ def load_torch(path: str | Path, device=None, dtype=None, revision: str | None =
 
     The architecture is transformers' own, by model_type; linear layers and embeddings are mlxq.nn.torch's on
     the packed bytes, and no float copy of a packed weight is made. On the CPU torch and MLX share the memory.
-    Layers with 8-bit activations (mlxq.checkpoint.q8) become Q8Linear.
+    Layers with 8-bit activations (mlxq.checkpoint.q8) become Q8Linear; those that trained with rounded inputs
+    round them (mlxq.checkpoint.trained).
 
     Raises ImportError without torch, and as mlxq.load does for the folder. Raises ValueError when
     transformers lacks the architecture, when mlx-lm arranges its tensors in another way than transformers
@@ -61,6 +62,7 @@ def load_torch(path: str | Path, device=None, dtype=None, revision: str | None =
         bias = take(f"{path_of}.bias") if f"{path_of}.bias" in arrays else None
         model.set_submodule(path_of, _layer(folder, model.get_submodule(path_of), path_of, weight, bias))
     _restore_q8(folder, config, model)
+    trained.restore(model, config, folder)
     if tied is not None:
         table = model.get_submodule(tied)
         if isinstance(table, QuantizedEmbedding):
@@ -93,7 +95,7 @@ class _WeightsOnMeta(TorchFunctionMode):
 
 
 def _empty_model(folder: Path, config: dict) -> nn.Module:
-    ours = ("quantization", "quantization_config", q8.KEY)
+    ours = ("quantization", "quantization_config", q8.KEY, trained.KEY)
     own = {key: value for key, value in config.items() if key not in ours}
     name = own.pop("model_type")
     if name not in transformers.CONFIG_MAPPING:

@@ -516,6 +516,32 @@ def check_activation(config: FakeQuantizeConfigBase) -> None:
             raise ValueError("float zero points are for weights; activations take domain 'int'")
 
 
+def activation_to_json(config: FakeQuantizeConfigBase) -> dict[str, Any]:
+    """How activations are rounded as a JSON object, for activation_from_json."""
+    names = {value: name for name, value in _BY_NAME.items()}
+    if isinstance(config, Float8FakeQuantizeConfig):
+        said = {name: getattr(config, name) for name in ("dtype", "hp_value_lb", "hp_value_ub")}
+        return said | {"granularity": names[config.granularity]}
+    own = ("dtype", "mapping_type", "scale_precision", "zero_point_precision", "zero_point_domain", "eps")
+    said = {name: getattr(config, name) for name in own}
+    if isinstance(config.granularity, PerGroup):
+        return said | {"group_size": config.group_size}
+    return said | {"granularity": names[config.granularity]}
+
+
+def activation_from_json(said: Any) -> FakeQuantizeConfigBase:
+    """The configuration that activation_to_json wrote. Raises ValueError for anything else."""
+    if not isinstance(said, dict):
+        raise ValueError(f"{said!r} says no rounding; wanted an object")
+    kind = Float8FakeQuantizeConfig if said.get("dtype") in FLOAT8 else IntxFakeQuantizeConfig
+    try:
+        config = kind(**said)
+    except TypeError as error:
+        raise ValueError(f"{said} says no rounding: {error}") from None
+    check_activation(config)
+    return config
+
+
 def check_weight(config: FakeQuantizeConfigBase) -> None:
     """Raises ValueError for a configuration that weights cannot have."""
     if isinstance(config, IntxFakeQuantizeConfig) and isinstance(config.granularity, PerToken):

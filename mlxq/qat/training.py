@@ -329,7 +329,7 @@ def trainer_for(student, teacher, trainable: str = "scales", **options) -> Train
     """
     if trainable not in TRAINABLE:
         raise ValueError(f"distil: trainable={trainable!r}; wanted {', '.join(TRAINABLE)}")
-    kinds = {_framework(model) for model in (student, teacher) if model is not None}
+    kinds = {framework_of(model) for model in (student, teacher) if model is not None}
     if len(kinds) > 1:
         raise ValueError("distil: student and teacher are of two frameworks; load both in one")
     if kinds == {"torch"}:
@@ -343,9 +343,10 @@ def trainer_for(student, teacher, trainable: str = "scales", **options) -> Train
     return MlxTrainer(student, teacher, trainable)
 
 
-def _framework(model) -> str:
+def framework_of(model) -> str:
+    """ "torch" or "mlx". Raises ValueError for a model of neither."""
     for base in type(model).__mro__:
         name = base.__module__.split(".")[0]
         if name in ("torch", "mlx"):
             return name
-    raise ValueError(f"distil: a {type(model).__name__} is neither a torch nor an MLX model")
+    raise ValueError(f"a {type(model).__name__} is neither a torch nor an MLX model")

@@ -8,18 +8,16 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
-from mlx.utils import tree_flatten
 
 from mlxq import ops, qat
 from mlxq.checkpoint.huggingface import read_config
 from mlxq.format import Format
 from mlxq.load import load
-from mlxq.nn.mlx import QuantizedEmbedding, QuantizedLinear, QuantizedSwitchLinear
 from mlxq.qat import mlx as qm
+from mlxq.qat.mlx.api import stored
 from mlxq.train.files import Loaded, weight_config
 
 CELL = 0.45  # of a scale, from a code's value: within its cell after rounding to 16 bits too
-PACKED = (QuantizedLinear, QuantizedEmbedding, QuantizedSwitchLinear)
 
 
 def best_device() -> str:
@@ -84,14 +82,7 @@ class Session:
         module = model.module
         if settings.qat:
             qm.quantize_(module, qat.QATConfig(step="convert"))
-        written = set()
-        for path, layer in module.named_modules():
-            if isinstance(layer, PACKED):
-                yield path, layer.packed
-                written |= {f"{path}.{part}" for part in ("weight", "scales", "biases")}
-        for name, array in tree_flatten(module.parameters()):
-            if name not in written:
-                yield name, array
+        yield from stored(module)
 
 
 def start_from_affine(module: nn.Module) -> None:

@@ -8,7 +8,6 @@ import os
 import sys
 from pathlib import Path
 
-import mlx.core as mx
 import torch
 import torch.distributed as dist
 import transformers
@@ -17,10 +16,10 @@ from torch import nn
 from mlxq import ops, qat
 from mlxq.checkpoint.huggingface import read_config
 from mlxq.checkpoint.safetensors import read_header
-from mlxq.checkpoint.skeleton import Skeleton
+from mlxq.checkpoint.trained import stores_as_transformers
 from mlxq.format import Format, Packed
-from mlxq.nn.torch import QuantizedEmbedding, QuantizedLinear
 from mlxq.qat import torch as qt
+from mlxq.qat.torch.api import stored
 from mlxq.torch_model import load_torch
 from mlxq.train.files import Loaded, weight_config
 
@@ -160,18 +159,7 @@ class Session:
         module = model.module
         if settings.qat:
             qt.quantize_(module, qat.QATConfig(step="convert"))
-        tied = model.config.get("tie_word_embeddings", False)
-        head = module.get_output_embeddings()
-        written = set()
-        for path, layer in module.named_modules():
-            if isinstance(layer, (QuantizedLinear, QuantizedEmbedding)) and not (tied and layer is head):
-                parts = (getattr(layer.packed, name).detach() for name in ("words", "scales", "biases"))
-                yield path, Packed(*parts, layer.packed.format)
-                written |= {f"{path}.{part}" for part in ("weight", "scales", "biases")}
-        for name, parameter in module.named_parameters():
-            of_head = tied and head is not None and module.get_submodule(name.rpartition(".")[0]) is head
-            if name not in written and not of_head:
-                yield name, parameter.detach()
+        yield from stored(module, model.config.get("tie_word_embeddings", False))
 
 
 def start_from_affine(module: nn.Module) -> None:
@@ -233,9 +221,8 @@ def _check_names(folder: Path, config: dict) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"train: transformers does not load {folder}: {str(error)[:300]}") from None
     tied = set(model.all_tied_weights_keys) if config.get("tie_word_embeddings") else set()
-    zeros = {n: mx.zeros(tuple(v.shape)) for n, v in model.named_parameters() if n not in tied}
-    kept = Skeleton(config, folder).sanitize(dict(zeros))
-    if set(kept) != set(zeros) or any(kept[name] is not zeros[name] for name in zeros):
+    shapes = {n: tuple(v.shape) for n, v in model.named_parameters() if n not in tied}
+    if not stores_as_transformers(config, folder, shapes):
         raise ValueError(
             f"train: mlx-lm stores tensors of {folder} otherwise than transformers; add --backend mlx"
         )

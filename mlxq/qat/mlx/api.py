@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from mlxq.nn.mlx import QuantizedEmbedding, QuantizedLinear, QuantizedSwitchLinear
+from mlxq.nn.mlx import MPQLinear, Q8Linear, QuantizedEmbedding, QuantizedLinear, QuantizedSwitchLinear
 from mlxq.qat import steps
+from mlxq.qat.config import IntxFakeQuantizeConfig, check_activation
 from mlxq.qat.mlx.fake import (
     FAKE_LAYERS,
     ActivationFakeQuantizer,
@@ -18,6 +21,7 @@ from mlxq.qat.mlx.fake import (
     packed_weight,
     stored_bias,
 )
+from mlxq.qat.numerics import group_size_of
 from mlxq.qat.steps import ComposableQATQuantizer, Report
 
 __all__ = ["ComposableQATQuantizer", "quantize_"]
@@ -86,14 +90,55 @@ class _Mlx(steps.Framework):
     def converted(layer, packed):
         if isinstance(layer, FakeQuantizedEmbedding):
             return QuantizedEmbedding.from_packed(packed)
-        config, experts = _Mlx.activation_config(layer), isinstance(layer, SwitchLinear)
-        kinds = (QuantizedLinear, QuantizedActivationLinear)
-        if experts:
-            kinds = (QuantizedSwitchLinear, QuantizedActivationSwitchLinear)
-        new = kinds[config is not None].from_packed(packed, stored_bias(layer))
-        if config is not None:
-            new.activation_quantizer = ActivationFakeQuantizer(config)
-        return new
+        kind = QuantizedSwitchLinear if isinstance(layer, SwitchLinear) else QuantizedLinear
+        config, new = _Mlx.activation_config(layer), kind.from_packed(packed, stored_bias(layer))
+        return new if config is None else with_activation(new, config)
+
+
+replace = _Mlx.replace
+_ROUNDING = {
+    QuantizedLinear: QuantizedActivationLinear,
+    QuantizedSwitchLinear: QuantizedActivationSwitchLinear,
+}
+
+
+def with_activation(layer: nn.Module, config) -> nn.Module:
+    """The layer on the same arrays, its input rounded. Raises ValueError for other layers and widths."""
+    if type(layer) not in _ROUNDING:
+        raise ValueError(f"which is a {type(layer).__name__}; wanted a packed linear layer")
+    check_activation(config)
+    if isinstance(config, IntxFakeQuantizeConfig):
+        group_size_of(config, layer.packed.K)
+    new = _ROUNDING[type(layer)].from_packed(layer.packed, layer.get("bias"))
+    new.activation_quantizer = ActivationFakeQuantizer(config)
+    return new
+
+
+def activations(model: nn.Module) -> dict:
+    """{path: how its inputs are rounded} of a converted model."""
+    found = ((path, getattr(layer, "activation_quantizer", None)) for path, layer in model.named_modules())
+    return {path: quantizer.config for path, quantizer in found if quantizer is not None}
+
+
+def stored(model: nn.Module, tied: bool = False) -> Iterator[tuple]:
+    """(path, Packed) and (name, array) of a converted model, as they lie on the disk.
+
+    tied   as in torch; of MLX's models the head is the table itself
+
+    Raises ValueError for layers that are no weights of such a file.
+    """
+    written = set()
+    for path, layer in model.named_modules():
+        if isinstance(layer, FAKE_LAYERS):
+            raise ValueError(f"save: {path} is fake-quantized still; convert the model first")
+        if isinstance(layer, (Q8Linear, MPQLinear)):
+            raise ValueError(f"save: {path} is a {type(layer).__name__}, which has files of its own kind")
+        if isinstance(layer, (QuantizedLinear, QuantizedEmbedding, QuantizedSwitchLinear)):
+            yield path, layer.packed
+            written |= {f"{path}.{part}" for part in ("weight", "scales", "biases")}
+    for name, array in tree_flatten(model.parameters()):
+        if name not in written:
+            yield name, array
 
 
 def quantize_(model: nn.Module, config, filter_fn=None) -> Report:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 
-from mlxq.nn.torch import QuantizedEmbedding, QuantizedLinear
+from mlxq.format import Packed
+from mlxq.nn.torch import MPQLinear, Q8Linear, QuantizedEmbedding, QuantizedLinear, TiedHead
 from mlxq.qat import steps
+from mlxq.qat.config import IntxFakeQuantizeConfig, check_activation
+from mlxq.qat.numerics import group_size_of
 from mlxq.qat.steps import ComposableQATQuantizer, Report
 from mlxq.qat.torch.fake import (
     FAKE_LAYERS,
@@ -77,11 +82,62 @@ class _Torch(steps.Framework):
         config, bias = _Torch.activation_config(layer), layer.bias
         if bias is not None and layer.weight_dtype != layer.weight.dtype:
             bias = bias.detach().to(layer.weight_dtype)
-        if config is None:
-            return QuantizedLinear.from_packed(packed, bias)
-        new = QuantizedActivationLinear.from_packed(packed, bias)
-        new.activation_quantizer = ActivationFakeQuantizer(config)
-        return new
+        new = QuantizedLinear.from_packed(packed, bias)
+        return new if config is None else with_activation(new, config)
+
+
+replace = _Torch.replace
+
+
+def with_activation(layer: QuantizedLinear, config) -> QuantizedActivationLinear:
+    """The layer on the same tensors, its input rounded. Raises ValueError for other layers and widths."""
+    if type(layer) is not QuantizedLinear:
+        raise ValueError(f"which is a {type(layer).__name__}; wanted a packed linear layer")
+    check_activation(config)
+    if isinstance(config, IntxFakeQuantizeConfig):
+        group_size_of(config, layer.in_features)
+    packed = layer.packed
+    parts = (a.detach() for a in (packed.words, packed.scales, packed.biases))
+    new = QuantizedActivationLinear.from_packed(Packed(*parts, packed.format), layer.bias)
+    new.activation_quantizer = ActivationFakeQuantizer(config)
+    return new
+
+
+def activations(model: nn.Module) -> dict:
+    """{path: how its inputs are rounded} of a converted model."""
+    found = ((path, getattr(layer, "activation_quantizer", None)) for path, layer in model.named_modules())
+    return {path: quantizer.config for path, quantizer in found if quantizer is not None}
+
+
+def stored(model: nn.Module, tied: bool = False) -> Iterator[tuple]:
+    """(path, Packed) and (name, tensor) of a converted model, as they lie on the disk.
+
+    tied   the output head is the embedding's table and has no tensors of its own there
+
+    Raises ValueError for layers that are no weights of such a file, and for a float head that is tied.
+    """
+    head = model.get_output_embeddings() if tied and hasattr(model, "get_output_embeddings") else None
+    packed_head = isinstance(head, (QuantizedLinear, TiedHead))
+    written = set()
+    for path, layer in model.named_modules():
+        if isinstance(layer, FAKE_LAYERS):
+            raise ValueError(f"save: {path} is fake-quantized still; convert the model first")
+        if isinstance(layer, (Q8Linear, MPQLinear)):
+            raise ValueError(f"save: {path} is a {type(layer).__name__}, which has files of its own kind")
+        if isinstance(layer, QuantizedEmbedding) and head is not None and not packed_head:
+            raise ValueError(
+                f"save: the output head shares the table {path} in the file, but here it is float; "
+                "quantize both, or untie them"
+            )
+        if isinstance(layer, (QuantizedLinear, QuantizedEmbedding)) and layer is not head:
+            packed = layer.packed
+            parts = (a.detach() for a in (packed.words, packed.scales, packed.biases))
+            yield path, Packed(*parts, packed.format)
+            written |= {f"{path}.{part}" for part in ("weight", "scales", "biases")}
+    for name, parameter in model.named_parameters():
+        of_head = head is not None and model.get_submodule(name.rpartition(".")[0]) is head
+        if name not in written and not of_head:
+            yield name, parameter.detach()
 
 
 def quantize_(model: nn.Module, config, filter_fn=None) -> Report:
