@@ -387,15 +387,11 @@ def _write_png(rows: list[Measured], path: Path) -> None:
 
 
 def table(rows: list[Measured]):
-    """A rich Table of the rows."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    compared = any("kl" in row.total for row in rows)
-    out = Table(box=SIMPLE_HEAD, pad_edge=False)
+    """A rich Table of the rows' means."""
+    compared, out = any("kl" in row.total for row in rows), _empty_table()
     out.add_column("model", overflow="fold")
     titles = ["size", "bits", "perplexity"] + (["KL", "top-1"] if compared else []) + ["tokens/s"]
-    for title in titles + [f"KL {d}" for d in rows[0].domains if compared]:
+    for title in titles:
         out.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         cells = [row.name, human_bytes(row.bytes), f"{row.bits_per_weight:.3f}"]
@@ -404,9 +400,28 @@ def table(rows: list[Measured]):
             cells += [_or_dash(row.total, "kl", ".4f"), _or_dash(row.total, "top1", ".1%")]
         rate = row.decode_tokens_per_s
         cells.append("-" if rate is None else f"{rate:.1f}")
-        cells += [_or_dash(row.domains[d], "kl", ".3f") for d in rows[0].domains if compared]
         out.add_row(*cells)
     return out
+
+
+def domains_table(rows: list[Measured]):
+    """A rich Table of the KL divergence in each domain, a row each; None where nothing is compared."""
+    compared, out = [row for row in rows if "kl" in row.total], _empty_table()
+    if not compared:
+        return None
+    out.add_column("KL in", overflow="fold")
+    for row in compared:
+        out.add_column(row.name, justify="right", overflow="fold")
+    for domain in rows[0].domains:
+        out.add_row(domain, *(_or_dash(row.domains[domain], "kl", ".3f") for row in compared))
+    return out
+
+
+def _empty_table():
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    return Table(box=SIMPLE_HEAD, pad_edge=False)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -433,7 +448,10 @@ def run(args: argparse.Namespace) -> int:
             length=LENGTH if args.length is None else args.length,
             shown=shown,
         )
-    Console(highlight=False).print(table(rows))
+    console = Console(highlight=False)
+    console.print(table(rows))
+    if (by_domain := domains_table(rows)) is not None:
+        console.print(by_domain)
     for path in reports:
         write_report(rows, path)
         print(f"{path} is written")
