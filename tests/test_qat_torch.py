@@ -213,6 +213,71 @@ def test_small_bfloat16_weights_keep_their_levels():
     assert sqnr(w, prepared(linear(torch.bfloat16, 4096, 64), floored)[0].weight_fake_quantizer(w)) < 15
 
 
+def least_scale_of_0_12(dtype):
+    """A group of small weights: (ours, 0.12's) scale of a dynamic and of a learned grid, and what it is."""
+    model = linear(dtype)
+    with torch.no_grad():
+        model[0].weight.mul_(0.02)
+    found = []
+    for kind in ({}, {"is_dynamic": False, "range_learning": True}):
+        config = IntxFakeQuantizeConfig("int4", group_size=64, scale_precision=None, **kind)
+        w = model[0].weight.detach()
+        quantizer = prepared(copy.deepcopy(model), config)[0].weight_fake_quantizer
+        theirs = quantizer.grid(w).scale.clamp(min=torch.finfo(dtype).eps)
+        wanted = w.reshape(N, -1, 64).abs().amax(-1) / 7.5
+        found.append((quantizer.grid(w).scale, theirs, wanted))
+    return found
+
+
+def float8_rows_of_0_12(dtype):
+    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(2)).to(dtype)
+    x[3] *= 1e-17  # far below 0.12's floor
+    times = 448 / x.abs().amax(-1, keepdim=True).double().clamp(min=1e-12)
+    theirs = (x * times).clamp(-448, 448).to(torch.float8_e4m3fn).to(dtype) / times.to(dtype)
+    layer = qt.FakeQuantizedLinear(64, 8, activation_config=Float8FakeQuantizeConfig())
+    return [(layer.activation_fake_quantizer(x), theirs, x)]
+
+
+def int4_for_float8_of_0_12(dtype):
+    w = linear(dtype)[0].weight.detach()
+    found = []
+    for config, steps in (
+        (Int4WeightFakeQuantizeConfig(64), 8.0),
+        (qt.Float8ActInt4WeightQATQuantizer(64, str(dtype)[6:]).get_weight_fake_quantize_config(), 7.5),
+    ):
+        scale = prepared(linear(dtype), config)[0].weight_fake_quantizer.coded(w).scale
+        largest = w.reshape(N, -1, 64).abs().amax(-1)
+        found.append((scale, largest / (7.5 if steps == 8 else 8.0), largest / steps))
+    return found
+
+
+def groups_for_float8_of_0_12(dtype):
+    base = qat.Float8DynamicActivationInt4WeightConfig().fake_quantizers()[1].group_size
+    classic = qt.Float8ActInt4WeightQATQuantizer().get_weight_fake_quantize_config().group_size
+    sizes = ((base, 64, 128), (classic, 128, 64))
+    return [tuple(torch.tensor([float(n)]) for n in row) for row in sizes]
+
+
+CASES_OF_0_12 = [
+    (least_scale_of_0_12, torch.bfloat16),  # the epsilon of float32 is no trap
+    *((float8_rows_of_0_12, dtype) for dtype in DTYPES),
+    *((int4_for_float8_of_0_12, dtype) for dtype in DTYPES),
+    (groups_for_float8_of_0_12, torch.float32),
+]
+
+
+@pytest.mark.parametrize(
+    "case, dtype", CASES_OF_0_12, ids=lambda value: getattr(value, "__name__", str(value))
+)
+def test_where_torchao_0_12_does_otherwise(case, dtype):
+    for ours, theirs, wanted in case(dtype):
+        assert not torch.equal(ours, theirs)
+        assert sqnr(wanted, ours) > 25  # 8-bit floats; scales are nearer
+        assert sqnr(wanted, ours) > sqnr(wanted, theirs) - 3
+        if case is float8_rows_of_0_12:
+            assert ours[3].any() and sqnr(wanted[3], ours[3]) > 25 > sqnr(wanted[3], theirs[3])
+
+
 @pytest.mark.parametrize("weights, scales", [("float16", None), ("float32", "float16")])
 @pytest.mark.parametrize("symmetric, domain", [(True, "int"), (False, "int"), (False, "float")])
 def test_groups_of_zeros_stay_zero_in_float16_whatever_eps_says(weights, scales, domain, symmetric):

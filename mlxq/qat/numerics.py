@@ -25,6 +25,17 @@ which for bias = lo * scale is the gradient of LSQ (Esser et al. 2020, eq. 3) wi
 
 Grids that are chosen anew from each weight are computed in its dtype, as torchao does; codes on learned and
 static grids in float32: in bfloat16 (w - bias) / scale has 8 bits, and codes above 128 would be even.
+
+Where torchao 0.12 does otherwise, 0.18 is followed (tests/test_qat_torch.py has each of them):
+
+    least scale         0.12: machine epsilon, 2^-7 in bfloat16. Here: the smallest normal number
+    learned ranges      0.12: begin no lower than that either. Here: LEARNED_EPS, and above 0 as stored
+    float8 rows         0.12: float8(x * m) / m with m = 448 / max(|x|, 1e-12) in float64, the quotient in x's
+                        dtype. Here: scale * float8(x / scale) in float32, no floor but hp_value_lb
+    int4 for float8     0.12: no Int4WeightFakeQuantizeConfig; its weights are "int4", max|w| / 7.5 of the
+                        weight itself. Here that is Float8ActInt4WeightQATQuantizer, and the configuration
+                        has 0.18's: max|w| / 8 of the weight after float8 rows
+    groups for float8   0.12: 64, or per channel, in that quantizer. Its base here has 0.18's 128
 """
 
 from __future__ import annotations
