@@ -170,7 +170,8 @@ def test_ctrl_c_while_training_says_so_and_the_same_command_goes_on(
     with monkeypatch.context() as patched:
         watch(patched.setattr, told, "step 2", signal.SIGINT)
         assert main(command) == 130
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mlxq:")]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mlxq:")]
+    said = [line for line in lines if " s left" not in line]  # on a slow machine there is progress
     assert len(said) == 1 and said[0].startswith("mlxq: interrupted; the same command goes on"), said
     assert told[0] == "solve" and told[-1] == "step 2"
     assert [path.name for path in tmp_path.iterdir()] == [".q.tune"]
