@@ -54,9 +54,15 @@ def save(model, source: str | Path, dst: str | Path, overwrite: bool = False) ->
         )
     config |= {name: quantization_block(formats) for name in ("quantization", "quantization_config")}
     config.pop(KEY, None)
-    if rounded := api.activations(model):
+    if rounded := _activations(model):
         config[KEY] = {path: activation_to_json(settings) for path, settings in rounded.items()}
     write(dst, source, config, weights.items(), overwrite)
+
+
+def _activations(model) -> dict[str, FakeQuantizeConfigBase]:
+    """{path: how its inputs are rounded} of a converted model of either framework."""
+    found = ((path, getattr(layer, "activation_quantizer", None)) for path, layer in model.named_modules())
+    return {path: quantizer.config for path, quantizer in found if quantizer is not None}
 
 
 def write(

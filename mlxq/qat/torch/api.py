@@ -103,12 +103,6 @@ def with_activation(layer: QuantizedLinear, config) -> QuantizedActivationLinear
     return new
 
 
-def activations(model: nn.Module) -> dict:
-    """{path: how its inputs are rounded} of a converted model."""
-    found = ((path, getattr(layer, "activation_quantizer", None)) for path, layer in model.named_modules())
-    return {path: quantizer.config for path, quantizer in found if quantizer is not None}
-
-
 def stored(model: nn.Module, tied: bool = False) -> Iterator[tuple]:
     """(path, Packed) and (name, tensor) of a converted model, as they lie on the disk.
 
