@@ -201,6 +201,7 @@ def _prepare(module: nn.Module, source: nn.Module, folder: Path) -> None:
     for fmt, paths in formats.items():
         config = weight_config(fmt.bits, fmt.group_size, "learned")
         qt.quantize_(module, qat.QATConfig(weight_config=config), lambda layer, path, p=paths: path in p)
+    qt.hold_in_float32(module)
     start_from_folder(module, folder)
 
 
