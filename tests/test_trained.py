@@ -11,6 +11,7 @@ from tiny_models import make_hf_model
 
 import mlxq
 from mlxq import bridge, qat
+from mlxq.checkpoint.summary import inspect
 from mlxq.checkpoint.trained import KEY, save
 from mlxq.qat import mlx as qm
 from mlxq.qat.config import activation_from_json, activation_to_json
@@ -102,6 +103,9 @@ def test_a_converted_model_is_saved_and_runs_in_mlx_lm_and_as_it_trained_in_mlxq
         assert distance(weights_alone, as_trained) > 1e-3
         block = json.loads((tmp_path / "saved" / "config.json").read_text())[KEY]
         assert set(block) >= {"lm_head", "model.layers.1.mlp.down_proj"} and len(block) == ROUNDED[name]
+        shown = {layer.path: layer.stored for layer in inspect(tmp_path / "saved").layers}
+        dtype = block["model.layers.1.mlp.down_proj"]["dtype"]
+        assert shown["model/layers/1/mlp/down_proj"].endswith(f" + {dtype} inputs")
     if framework == "torch":
         there, _ = mlxq.load_torch(tmp_path / "saved")
         assert rounding(there, True) == ROUNDED.get(name, 0)

@@ -13,7 +13,8 @@ from mlxq.checkpoint.huggingface import read_json, read_weight_map
 from mlxq.checkpoint.safetensors import read_header
 from mlxq.format import BITS, GROUP_SIZES
 
-ACTIVATIONS = "activation_quantization"  # of config.json: layers whose inputs are rounded; see checkpoint.q8
+# Keys of config.json: layers whose inputs are rounded; see checkpoint.q8 and checkpoint.trained.
+ACTIVATIONS, TRAINED = "activation_quantization", "activation_fake_quantization"
 
 
 @dataclass
@@ -197,9 +198,12 @@ def inspect(path: str | Path) -> Summary:
     settings = config.get("quantization") or {}
     if not isinstance(settings, dict):
         raise ValueError(f"{path}/config.json: quantization is {settings!r}, not a JSON object")
-    activations = config.get(ACTIVATIONS) or {}
-    if not isinstance(activations, dict):
-        raise ValueError(f"{path}/config.json: {ACTIVATIONS} is {activations!r}, not a JSON object")
+    activations = {}
+    for key in (ACTIVATIONS, TRAINED):
+        given = config.get(key) or {}
+        if not isinstance(given, dict):
+            raise ValueError(f"{path}/config.json: {key} is {given!r}, not a JSON object")
+        activations |= given
     summary = Summary(path, f"{path}: {config.get('model_type', 'unknown architecture')}")
     parts: dict[str, dict] = {}
     for name, entry in entries.items():
@@ -223,9 +227,11 @@ def inspect(path: str | Path) -> Summary:
 
 
 def inputs_shown(settings: object) -> str:
-    """What a layer's entry under ACTIVATIONS says, behind its format: "", " + int8 inputs", ..."""
+    """What a layer's entry under ACTIVATIONS or TRAINED says, behind its format: "", " + int8 inputs", ..."""
     if not isinstance(settings, dict):
         return ""
+    if "dtype" in settings:  # of TRAINED
+        return f" + {settings['dtype']} inputs"
     kind = settings.get("activation")
     return " + int8 inputs" if kind == "token" else f" + int8 {str(kind).replace('_', ' ')} inputs"
 

@@ -22,11 +22,10 @@ from mlxq.checkpoint.huggingface import read_config
 from mlxq.checkpoint.partial import partial_folder
 from mlxq.checkpoint.safetensors import SHARD_BYTES, STORED, Planned, Writer
 from mlxq.checkpoint.skeleton import Skeleton
+from mlxq.checkpoint.summary import TRAINED as KEY
 from mlxq.format import Format, Packed, dtype_name
 from mlxq.qat.config import FakeQuantizeConfigBase, activation_from_json, activation_to_json
 from mlxq.qat.training import framework_of
-
-KEY = "activation_fake_quantization"
 
 
 def save(model, source: str | Path, dst: str | Path, overwrite: bool = False) -> None:
