@@ -320,6 +320,7 @@ def watch(pid: int, peaks: list[float]) -> None:
 def score(model: str, teacher: str, work: str, texts: str, windows: str, out: str) -> None:
     """Means of one model, as JSON in the file `out`; the teacher's distributions lie in work, or are put."""
     from mlxq import evaluate as measure
+    from mlxq.progress import Progress
 
     documents: dict[str, list[str]] = {}
     for text in json.loads(Path(texts).read_text()):
@@ -335,11 +336,11 @@ def score(model: str, teacher: str, work: str, texts: str, windows: str, out: st
     truth = measure._Truth(Path(work), cut)
     size = measure._size(Path(model), Path(model))
     if model == teacher:
-        row = measure._measure(size, model, module, cut, truth.record, False, None)
+        row = measure._measure(size, model, module, cut, truth.record, False, None, Progress("", 0))
         truth.array.flush()
     else:
         truth.array = np.memmap(truth.path, np.float16, "r").reshape(truth.positions, -1)
-        row = measure._measure(size, model, module, cut, truth.compare, True, None)
+        row = measure._measure(size, model, module, cut, truth.compare, True, None, Progress("", 0))
     about = {"bytes": row.bytes, "bits_per_weight": row.bits_per_weight, "domains": row.domains}
     Path(out).write_text(json.dumps(row.total | about))
 
