@@ -148,16 +148,17 @@ if [ "${1:-}" = --stage ]; then
 fi
 gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c ^GPU)
 declare -A ON=([small]=1 [bench]=1 [tune]=1) # which of two GPUs; the others, and all where there is one: 0
-declare -A CORES=() # where there are many; stages without have those from 18 on
-[ "$(nproc)" -ge 32 ] && CORES=([mixed]=0-7 [mpqcpu]=8-15 [smollm2cpu]=12-15 [chat]=16-17 [quality]=0-27)
+declare -A CORES=() # where there are many
+rest=0-$(($(nproc) - 1))
+[ "$(nproc)" -ge 32 ] && rest=20-$(($(nproc) - 1)) &&
+    CORES=([mixed]=0-5 [mpqcpu]=6-13 [smollm2cpu]=14-17 [chat]=18-19 [quality]=0-27)
 one_after_the_other() {
     local stage begun code limit cores
     set -o pipefail
     for stage in "$@"; do
         begun=$SECONDS
         limit=LIMIT_$stage
-        cores=${CORES[$stage]:-0-$(($(nproc) - 1))}
-        [ ${#CORES[@]} -gt 0 ] && cores=${CORES[$stage]:-18-$(($(nproc) - 1))}
+        cores=${CORES[$stage]:-$rest}
         if [ "$gpus" -gt 1 ] && [ "$stage" != nccl ]; then
             export CUDA_VISIBLE_DEVICES=${ON[$stage]:-0}
         else

@@ -27,7 +27,8 @@
 namespace mlxq {
 namespace {
 
-// From this many rows on this family is faster than avx512_vnni (tools/results/amx-*.json, one thread of a Xeon).
+// From this many rows on this family is faster than avx512_vnni (tools/results/amx-*.json: one thread of a busy Xeon, in
+// all cells but one).
 constexpr int q8_from_rows = 16;
 
 constexpr int tile_bytes = 1024;

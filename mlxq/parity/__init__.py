@@ -8,6 +8,7 @@ alone, and each back end computes the logits of the same tokens. bounds.py says 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -254,8 +255,18 @@ class Reference:
         self.not_compared = sorted(packed - {path for path, _ in self.answers})
         self._bounds = bounds
 
-    def noise_differences(self, split: bool = False) -> dict[str, float]:
-        """What noise of the layers' bounds does to the logits; sets `bounds`, with split `split_bounds`."""
+    def noise_differences(self) -> dict[str, float]:
+        """What noise of the layers' bounds does to the logits; sets `bounds`."""
+        noise = self._noisy(split=False)
+        self.bounds = self._bounds.logit_bounds(noise)
+        return noise
+
+    @functools.cached_property
+    def split_bounds(self) -> dict[str, float]:
+        """As `bounds`, where products are of pairs of bfloat16."""
+        return self._bounds.logit_bounds(self._noisy(split=True))
+
+    def _noisy(self, split: bool) -> dict[str, float]:
         import mlx.core as mx
         import numpy as np
 
@@ -272,9 +283,7 @@ class Reference:
 
         with make.tapped(self.model, hook):
             noisy = np.array(self.model(mx.array([self.ids]))[0].astype(mx.float32))
-        noise = self._bounds.differences(noisy, self.logits)
-        setattr(self, "split_bounds" if split else "bounds", self._bounds.logit_bounds(noise))
-        return noise
+        return self._bounds.differences(noisy, self.logits)
 
 
 def examine(reference: Reference, backend, start: int, say=lambda text: None) -> dict[str, Any]:
@@ -286,8 +295,6 @@ def examine(reference: Reference, backend, start: int, say=lambda text: None) ->
     if backend.forward is not None:
         limits = reference.bounds
         if backend.split:
-            if not hasattr(reference, "split_bounds"):
-                reference.noise_differences(split=True)
             limits = found["bounds"] = reference.split_bounds
         logits = backend.forward(reference.ids)
         found["logits"] = bounds.differences(logits, reference.logits)

@@ -110,7 +110,7 @@ class Answer:
         """
         want, deviation = self.y[-len(y) :], self.deviation[-len(y) :]
         if split:
-            pairs = self.split[-len(y) :] if isinstance(self.split, np.ndarray) else self.split
+            pairs = np.broadcast_to(self.split, self.y.shape)[-len(y) :]
             deviation = np.sqrt(deviation.astype(np.float64) ** 2 + pairs)
         with np.errstate(invalid="ignore", over="ignore"):
             error = np.abs(y.astype(np.float64) - want)

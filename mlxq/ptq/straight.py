@@ -60,20 +60,20 @@ def rounded_product(product: Callable, operands: Sequence, roundings: Sequence[R
     if not any(roundings[n] for n in places):
         return product(*operands)
 
-    def run(*arrays):
+    def rounded(arrays) -> list:
         made = list(operands)
         for n, array in zip(places, arrays, strict=True):
             made[n] = roundings[n].quantize(array) if roundings[n] else array
-        return product(*made)
+        return made
+
+    def run(*arrays):
+        return product(*rounded(arrays))
 
     def gradients(arrays, dy):
-        values = list(operands)
-        for n, array in zip(places, arrays, strict=True):
-            values[n] = roundings[n].quantize(array) if roundings[n] else array
         xp = namespace(dy)
         values = [
             dequantize(v.astype("float32")) if isinstance(v, QArray) else xp.cast(v, "float32")
-            for v in values
+            for v in rounded(arrays)
         ]
 
         def of(*chosen):

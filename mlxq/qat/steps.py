@@ -59,6 +59,14 @@ class Framework(Protocol):
     def packed(self, layer): ...
 
 
+def check_storable(path: str, layer, fakes: tuple, others: tuple) -> None:
+    """Raises ValueError for a layer that is fake-quantized still, or of a kind that has other files."""
+    if isinstance(layer, fakes):
+        raise ValueError(f"save: {path} is fake-quantized still; convert the model first")
+    if isinstance(layer, others):
+        raise ValueError(f"save: {path} is a {type(layer).__name__}, which has files of its own kind")
+
+
 def _config_of(layer, name: str):
     quantizer = getattr(layer, name, None)
     return None if quantizer is None else quantizer.config

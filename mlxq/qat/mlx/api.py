@@ -123,10 +123,7 @@ def stored(model: nn.Module, tied: bool = False) -> Iterator[tuple]:
     """
     written = set()
     for path, layer in model.named_modules():
-        if isinstance(layer, FAKE_LAYERS):
-            raise ValueError(f"save: {path} is fake-quantized still; convert the model first")
-        if isinstance(layer, (Q8Linear, MPQLinear)):
-            raise ValueError(f"save: {path} is a {type(layer).__name__}, which has files of its own kind")
+        steps.check_storable(path, layer, FAKE_LAYERS, (Q8Linear, MPQLinear))
         if isinstance(layer, (QuantizedLinear, QuantizedEmbedding, QuantizedSwitchLinear)):
             yield path, layer.packed
             written |= {f"{path}.{part}" for part in ("weight", "scales", "biases")}

@@ -114,10 +114,7 @@ def stored(model: nn.Module, tied: bool = False) -> Iterator[tuple]:
     packed_head = isinstance(head, (QuantizedLinear, TiedHead))
     written = set()
     for path, layer in model.named_modules():
-        if isinstance(layer, FAKE_LAYERS):
-            raise ValueError(f"save: {path} is fake-quantized still; convert the model first")
-        if isinstance(layer, (Q8Linear, MPQLinear)):
-            raise ValueError(f"save: {path} is a {type(layer).__name__}, which has files of its own kind")
+        steps.check_storable(path, layer, FAKE_LAYERS, (Q8Linear, MPQLinear))
         if isinstance(layer, QuantizedEmbedding) and head is not None and not packed_head:
             raise ValueError(
                 f"save: the output head shares the table {path} in the file, but here it is float; "
