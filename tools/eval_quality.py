@@ -42,6 +42,7 @@ SEED = 1
 TUNE_MINUTES = 10.0
 SCORING = 200.0  # seconds of a run with --limit that are kept for scoring the last contender
 FASTER = "1e-4"  # learning rate of mlx_lm.dwq, whose default is 1e-6
+QAT = ("--batch", "16", "--learning-rate", "5e-5")  # of mlxq train --qat at 2 bits on a GPU
 
 
 def permuted_teacher(folder: Path, seed: int) -> Path:
@@ -105,7 +106,9 @@ def permute_channels(folder: Path, seed: int) -> None:
     mx.save_safetensors(str(path), arrays, metadata={"format": "mlx"})
 
 
-def contenders(calibration: Path, peers: bool, minutes: float, gpu: bool) -> dict[str, dict]:
+def contenders(
+    calibration: Path, peers: bool, minutes: float, gpu: bool, gpu_minutes: float | None = None
+) -> dict[str, dict]:
     """{name: {bits, method, cores, flags, after}}, what matters most first; "rtn B" is what ratios refer to.
 
     after   the contender that has to be there first
@@ -117,15 +120,20 @@ def contenders(calibration: Path, peers: bool, minutes: float, gpu: bool) -> dic
         flags = ["--quantization-rule", "mlx"]
         out[f"rtn {bits}"] = {"bits": bits, "method": "rtn", "cores": 1, "flags": flags}
     if gpu:
-        train = ["--method", "train", *timed, *text]
+        on_gpu = ["--minutes", f"{gpu_minutes or minutes:g}"]
+        train = ["--method", "train", *on_gpu, *text]
         out["mlxq train 2"] = {"bits": 2, "method": "train", "cores": 2, "flags": train}
+        distil = [*QAT, "--device", "cuda", *on_gpu, "--data", str(calibration)]
+        out["mlxq 2"] = gptq(2, text)
+        out["mlxq qat 2"] = {"bits": 2, "method": "qat", "cores": 1, "flags": distil, "after": "mlxq 2"}
     for bits in (2, 4):
         tune = ["--method", "tune", "--device", "cpu", *timed, *text]
         out[f"mlxq tune {bits}"] = {"bits": bits, "method": "tune", "cores": 1, "flags": tune}
         out[f"mlxq {bits}"] = gptq(bits, text)
         if peers:
             flags = ["--bits", str(bits)]
-            out[f"mlx_lm.gptq {bits}"] = {"bits": bits, "method": "mlx_lm.gptq", "cores": 1, "flags": flags}
+            cores = 6 if gpu else 1  # all of a text of megabytes, within the minutes that a GPU is lent
+            out[f"mlx_lm.gptq {bits}"] = {"bits": bits, "method": "mlx_lm.gptq", "cores": cores, "flags": flags}
             out[f"mlx_lm.dwq {bits}"] = dwq(bits, timed)
             out[f"mlx_lm.dwq {FASTER} {bits}"] = dwq(bits, [*timed, "--learning-rate", FASTER])
     out |= {f"mlxq {bits}": gptq(bits, text) for bits in (3, 8)}
@@ -238,6 +246,10 @@ class Run:
             words = [sys.executable, str(script), method, teacher, folder, str(self.calibration)]
             start = ["--start", str(self.folder(one["after"]))] if "after" in one else []
             return [*words, *start, *one["flags"]]
+        if one["method"] == "qat":
+            train = [sys.executable, "-m", "mlxq", "train", teacher, folder, "--qat", "--group-size", "64"]
+            train += ["--bits", str(one["bits"]), "--embedding-bits", "8"]
+            return [*train, "--start", str(self.folder(one["after"])), *one["flags"]]
         base = [sys.executable, "-m", "mlxq", "convert", teacher, folder, "--group-size", "64"]
         if one["method"] == "target":
             from mlxq.checkpoint.summary import inspect
@@ -345,7 +357,7 @@ def score(model: str, teacher: str, work: str, texts: str, windows: str, out: st
     Path(out).write_text(json.dumps(row.total | about))
 
 
-def bars_of(rows: dict[str, dict], minutes: float) -> list[dict]:
+def bars_of(rows: dict[str, dict], minutes: float, gpu_minutes: float | None = None) -> list[dict]:
     """The bars of the issue that this run can judge."""
 
     def of(name: str, key: str) -> float | None:
@@ -361,7 +373,7 @@ def bars_of(rows: dict[str, dict], minutes: float) -> list[dict]:
     growth = None
     if "mlxq 4" in rows and "teacher" in rows:
         growth = rows["mlxq 4"]["perplexity"] / rows["teacher"]["perplexity"]
-    tuned = f"{minutes:g} minutes"
+    tuned, on_gpu = f"{minutes:g} minutes", f"{gpu_minutes or minutes:g} minutes"
     return [
         bar("8 bits, KL", of("mlxq 8", "kl"), 0.005, "<="),
         bar("4 bits, KL / rounding", ratio("mlxq 4", "rtn 4"), 0.30, "<="),
@@ -370,9 +382,11 @@ def bars_of(rows: dict[str, dict], minutes: float) -> list[dict]:
         bar("2 bits, KL / rounding, no gradients", ratio("mlxq 2", "rtn 2"), 0.22, "<="),
         bar("2 bits, seconds on one core", of("mlxq 2", "seconds"), 300, "<="),
         bar("2 bits, KL / rounding, tune", ratio("mlxq tune 2", "rtn 2"), 0.14, "<=", tuned),
-        bar("2 bits, KL / rounding, train on a GPU", ratio("mlxq train 2", "rtn 2"), 0.07, "<=", tuned),
+        bar("2 bits, KL / rounding, train on a GPU", ratio("mlxq train 2", "rtn 2"), 0.07, "<=", on_gpu),
+        bar("2 bits, KL / rounding, mlxq train --qat on a GPU", ratio("mlxq qat 2", "rtn 2"), 0.07, "<=", on_gpu),
         bar("4 bits, KL / mlx_lm.gptq", ratio("mlxq 4", "mlx_lm.gptq 4"), 0.40, "<="),
         bar("2 bits, KL / mlx_lm.gptq, tune", ratio("mlxq tune 2", "mlx_lm.gptq 2"), 0.14, "<=", tuned),
+        bar("2 bits, KL / mlx_lm.gptq, qat", ratio("mlxq qat 2", "mlx_lm.gptq 2"), 0.14, "<=", on_gpu),
         bar(
             "4 bits, KL / mlx_lm.dwq",
             ratio("mlxq tune 4", "mlx_lm.dwq 4", f"mlx_lm.dwq {FASTER} 4"),
@@ -402,7 +416,7 @@ def result_of(run: Run, chosen: dict[str, dict], about: dict) -> dict:
     missing = list(run.missing)
     if args.peers and not args.blas:
         missing.append("an OpenBLAS for the peers (--blas): they multiplied with netlib's")
-    return {"machine": about, "bars": bars_of(run.rows, args.minutes), "rows": rows, "missing": missing,
+    return {"machine": about, "bars": bars_of(run.rows, args.minutes, args.gpu_minutes), "rows": rows, "missing": missing,
             "text": [Path(text).name for text in args.text] or ["mlxq's own"],
             "calibration": ", ".join(file.name for file in args.calibration),
             "teacher": {name: teacher[name] for name in ("perplexity", "tokens")}}  # fmt: skip
@@ -418,7 +432,10 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="as in the table, or with - for spaces")
     parser.add_argument("--peers", action="store_true", help="mlx_lm.gptq and mlx_lm.dwq too")
     parser.add_argument("--blas", type=Path, metavar="LIBRARY", help="an OpenBLAS to preload for the peers")
-    parser.add_argument("--gpu", action="store_true", help="--method train too, on the GPU")
+    parser.add_argument(
+        "--gpu", action="store_true", help="on the GPU: --method train, and mlxq train --qat after GPTQ"
+    )
+    parser.add_argument("--gpu-minutes", type=float, help="of those two (default: --minutes)")
     parser.add_argument("--minutes", type=float, default=TUNE_MINUTES, help="of tune, train and mlx_lm.dwq")
     parser.add_argument("--cores", type=int, help="to use at once (default: all)")
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="what is not ready by then is missing")
@@ -431,7 +448,9 @@ def main() -> int:
         run = Run(Path(work), args)
         chosen = {
             name: one
-            for name, one in contenders(run.calibration, args.peers, args.minutes, args.gpu).items()
+            for name, one in contenders(
+                run.calibration, args.peers, args.minutes, args.gpu, args.gpu_minutes
+            ).items()
             if not args.only or {name, name.replace(" ", "-")} & set(args.only)
         }
         path = args.out or result_path("quality", about)

@@ -8,6 +8,7 @@
 #   mpq      tools/train_mpq.py                  smollm2  tools/train_smollm2.py
 #   mpqcpu   tools/train_mpq.py on the CPU, shorter
 #   prepare  compiles what bench needs           quiet    waits until this lane is the only one
+#   after=STAGE  waits until that stage of another lane has ended
 #   start    the start of smollm2, on the CPU, so that it finds it there
 #   parity   tools/parity_smollm2.py: mlxq parity at 4, 2, 8 bits and W8A8, and with a bit flipped
 #   mixed    tools/eval_mixed.py, chat tools/eval_chat.py: on the CPU only; after model
@@ -124,8 +125,12 @@ quality() {
         [ -e "$CARRY/blas.tar.xz" ] && tar -xJf "$CARRY/blas.tar.xz" -C "$WORK/blas"
         blas="--blas $WORK/blas/libopenblas.so.0"
     fi
+    mkdir -p "$WORK/calibration" # a third of the text, which mlx-lm's GPTQ gets through in these minutes
+    for text in "$DATA"/calib.*.txt; do
+        head -c 340000 "$text" | iconv -c -f utf-8 -t utf-8 >"$WORK/calibration/${text##*/}"
+    done
     LD_LIBRARY_PATH=$WORK/blas${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} "$PYTHON" "$REPO/tools/eval_quality.py" \
-        --calibration "$DATA"/calib.*.txt --text "prose=$DATA/heldout_dev.austen_emma.txt" \
+        --calibration "$WORK"/calibration/calib.*.txt --text "prose=$DATA/heldout_dev.austen_emma.txt" \
         --text "jargon=$DATA/heldout_dev.jargon_b.txt" --text "code=$DATA/heldout_dev.pycode2.txt" \
         --peers $blas $([ "$DEVICE" = cuda ] && echo --gpu) --out "$OUT/quality.json" ${QUALITY:---minutes 6 --limit 530 --cores $(($(nproc) - 4))} # GPU lanes need some cores too
 }
@@ -141,7 +146,7 @@ w8a8() {
 }
 
 # seconds that a stage may take (in all the calls of a machine together it is less: LIMIT_stage=...); a call of the device machine ends after 600
-declare -A LIMIT=([setup]=90 [tests]=150 [bench]=270 [small]=480 [model]=90 [mpq]=330 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [sanitize]=210 [tune]=120 [prepare]=150 [quiet]=500 [start]=240 [parity]=150 [mixed]=540 [chat]=480 [amx]=240 [w8a8]=200 [quality]=560)
+declare -A LIMIT=([setup]=90 [tests]=150 [bench]=270 [small]=480 [model]=90 [mpq]=420 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [sanitize]=210 [tune]=120 [prepare]=150 [quiet]=500 [start]=240 [parity]=300 [mixed]=540 [chat]=480 [amx]=240 [w8a8]=200 [quality]=900)
 if [ "${1:-}" = --stage ]; then
     "$2"
     exit
@@ -150,6 +155,7 @@ gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c ^GPU)
 declare -A ON=([small]=1 [bench]=1 [tune]=1) # which of two GPUs; the others, and all where there is one: 0
 declare -A CORES=() # where there are many
 rest=0-$(($(nproc) - 1))
+[ "$(nproc)" -eq 16 ] && CORES=([parity]=0-8 [start]=9-14 [quality]=0-9 [small]=14-15 [smollm2]=10-11 [mpq]=12-13)
 [ "$(nproc)" -ge 32 ] && rest=20-$(($(nproc) - 1)) &&
     CORES=([mixed]=0-5 [mpqcpu]=6-13 [smollm2cpu]=14-17 [chat]=18-19 [quality]=0-27)
 one_after_the_other() {
@@ -157,6 +163,10 @@ one_after_the_other() {
     set -o pipefail
     for stage in "$@"; do
         begun=$SECONDS
+        if [[ "$stage" == after=* ]]; then
+            until grep -q "^${stage#after=}: exit" "$WORK/said"; do sleep 1; done
+            continue
+        fi
         limit=LIMIT_$stage
         cores=${CORES[$stage]:-$rest}
         if [ "$gpus" -gt 1 ] && [ "$stage" != nccl ]; then
@@ -170,7 +180,7 @@ one_after_the_other() {
     done
 }
 for stage in ${*//,/ }; do
-    [[ "$stage" =~ ^(together|begin|collect=[0-9]+)$ ]] || [ -n "${LIMIT[$stage]:-}" ] ||
+    [[ "$stage" =~ ^(together|begin|collect=[0-9]+|after=[a-z0-9]+)$ ]] || [ -n "${LIMIT[$stage]:-}" ] ||
         { echo "gpu_session: no stage $stage; wanted together, begin, collect=SECONDS or ${!LIMIT[*]}" >&2; exit 2; }
 done
 results() { # all that the lanes have written so far, in one file

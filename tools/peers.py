@@ -5,7 +5,7 @@
 
 The commands `mlx_lm.gptq` and `mlx_lm.dwq` compute in the model's dtype, and MLX multiplies bfloat16 without
 a BLAS; here the functions they call get float32 models, and what is stored is bfloat16 as theirs. gptq takes
-the whole text, up to 64 windows of 512 tokens (ours takes 16). dwq takes its text and its number of steps
+the whole text in windows of 512 tokens (ours takes 16 of them). dwq takes its text and its number of steps
 from a Hugging Face data set; here it goes around rows of 512 tokens of TEXT until the minutes are over, and
 validates on a few of them; its student has our layers. Loss, optimiser and what is trained are its own.
 """
@@ -28,7 +28,7 @@ from mlxq.ptq.host import host_products
 from mlxq.ptq.text import read_text, token_windows
 
 LENGTH, BATCH = 513, 2  # one more than is predicted
-GPTQ_WINDOWS = 64  # at most: all of the text that comes with mlxq, which our tune sees all of
+GPTQ_WINDOWS = 4096  # at most: the whole text, which our tune and train see all of
 
 
 def gptq_model(args, teacher, tokenizer, config):

@@ -11,7 +11,8 @@ scales in bfloat16.
     rtn   rounded to nearest by rule "affine"
     qat   from there, weights and ranges trained with fake quantization towards the float model's
           distributions (self-distillation), then converted; measured as packed layers on mlxq.ops. The
-          learning rate is the best of three short runs, and the long run goes on from there
+          learning rate is the best of three short runs, and the long run goes on from there; with
+          --qat-rates 4=3e-5 2=1e-4 nothing is tried
 
 The float model and the widths share --minutes (SHARES). Each keeps the best held-out loss of a tenth of the
 held-out text, which is not what is measured. The result file is written anew after each of them: a run
@@ -210,6 +211,12 @@ def share_bar(rows: list[dict], bits: int) -> dict:
     return bench_common.bar(f"share of rtn's KL removed at {bits} bits", share, SHARE.get(bits, 0.65))
 
 
+def rate_of(text: str) -> tuple[int | None, float]:
+    """(bits or None, rate) of an option."""
+    bits, _, rate = text.rpartition("=")
+    return int(bits) if bits else None, float(rate)
+
+
 def trained(model, bits: int, rows, judge, scored, minutes, rates, autocast, steps) -> tuple[dict, list, str]:
     """(row, curve, what failed or "") of one width: trained, converted, measured.
 
@@ -252,7 +259,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--float-rate", type=float, default=1e-3)
-    parser.add_argument("--qat-rates", type=float, nargs="+", help="of which each width tries all")
+    parser.add_argument(
+        "--qat-rates", type=rate_of, nargs="+", default=[], metavar="[BITS=]RATE", help="a width tries all"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--size", choices=SIZES, default="small", help="tiny also takes little text")
@@ -317,7 +326,7 @@ def main() -> None:
         print(table[-1], flush=True)
     bench_common.write(path, result)
     for bits in args.bits:
-        rates = args.qat_rates or RATES.get(bits, (1e-4,))
+        rates = [rate for width, rate in args.qat_rates if width in (None, bits)] or RATES.get(bits, (1e-4,))
         print(f"{bits} bits", flush=True)
         row, curve, failed = trained(
             model, bits, rows, judge, scored, minutes[bits], rates, autocast, args.steps
