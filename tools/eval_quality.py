@@ -123,9 +123,6 @@ def contenders(
         on_gpu = ["--minutes", f"{gpu_minutes or minutes:g}"]
         train = ["--method", "train", *on_gpu, *text]
         out["mlxq train 2"] = {"bits": 2, "method": "train", "cores": 2, "flags": train}
-        distil = [*QAT, "--device", "cuda", *on_gpu, "--data", str(calibration)]
-        out["mlxq 2"] = gptq(2, text)
-        out["mlxq qat 2"] = {"bits": 2, "method": "qat", "cores": 1, "flags": distil, "after": "mlxq 2"}
     for bits in (2, 4):
         tune = ["--method", "tune", "--device", "cpu", *timed, *text]
         out[f"mlxq tune {bits}"] = {"bits": bits, "method": "tune", "cores": 1, "flags": tune}
@@ -140,6 +137,9 @@ def contenders(
     for bits in (4, 3):
         after = f"rtn {bits}"
         out[f"mlxq target of {bits}"] = {"method": "target", "cores": 2, "flags": text, "after": after}
+    if gpu:  # last, because it waits for its start
+        distil = [*QAT, "--device", "cuda", *on_gpu, "--data", str(calibration)]
+        out["mlxq qat 2"] = {"bits": 2, "method": "qat", "cores": 1, "flags": distil, "after": "mlxq 2"}
     return out
 
 
