@@ -128,9 +128,10 @@ def contenders(
         out[f"mlxq tune {bits}"] = {"bits": bits, "method": "tune", "cores": 1, "flags": tune}
         out[f"mlxq {bits}"] = gptq(bits, text)
         if peers:
-            flags = ["--bits", str(bits)]
-            cores = 6 if gpu else 1  # all of a text of megabytes, within the minutes that a GPU is lent
-            out[f"mlx_lm.gptq {bits}"] = {"bits": bits, "method": "mlx_lm.gptq", "cores": cores, "flags": flags}
+            stock = {"method": "mlx_lm.gptq", "cores": 1, "flags": ["--bits", str(bits)]}
+            if gpu:  # the text has megabytes then, and a GPU is lent by the minute
+                stock["cores"] = 6
+            out[f"mlx_lm.gptq {bits}"] = stock | {"bits": bits}
             out[f"mlx_lm.dwq {bits}"] = dwq(bits, timed)
             out[f"mlx_lm.dwq {FASTER} {bits}"] = dwq(bits, [*timed, "--learning-rate", FASTER])
     out |= {f"mlxq {bits}": gptq(bits, text) for bits in (3, 8)}
@@ -383,7 +384,7 @@ def bars_of(rows: dict[str, dict], minutes: float, gpu_minutes: float | None = N
         bar("2 bits, seconds on one core", of("mlxq 2", "seconds"), 300, "<="),
         bar("2 bits, KL / rounding, tune", ratio("mlxq tune 2", "rtn 2"), 0.14, "<=", tuned),
         bar("2 bits, KL / rounding, train on a GPU", ratio("mlxq train 2", "rtn 2"), 0.07, "<=", on_gpu),
-        bar("2 bits, KL / rounding, mlxq train --qat on a GPU", ratio("mlxq qat 2", "rtn 2"), 0.07, "<=", on_gpu),
+        bar("2 bits, KL / rounding, qat on a GPU", ratio("mlxq qat 2", "rtn 2"), 0.07, "<=", on_gpu),
         bar("4 bits, KL / mlx_lm.gptq", ratio("mlxq 4", "mlx_lm.gptq 4"), 0.40, "<="),
         bar("2 bits, KL / mlx_lm.gptq, tune", ratio("mlxq tune 2", "mlx_lm.gptq 2"), 0.14, "<=", tuned),
         bar("2 bits, KL / mlx_lm.gptq, qat", ratio("mlxq qat 2", "mlx_lm.gptq 2"), 0.14, "<=", on_gpu),
@@ -416,7 +417,8 @@ def result_of(run: Run, chosen: dict[str, dict], about: dict) -> dict:
     missing = list(run.missing)
     if args.peers and not args.blas:
         missing.append("an OpenBLAS for the peers (--blas): they multiplied with netlib's")
-    return {"machine": about, "bars": bars_of(run.rows, args.minutes, args.gpu_minutes), "rows": rows, "missing": missing,
+    bars = bars_of(run.rows, args.minutes, args.gpu_minutes)
+    return {"machine": about, "bars": bars, "rows": rows, "missing": missing,
             "text": [Path(text).name for text in args.text] or ["mlxq's own"],
             "calibration": ", ".join(file.name for file in args.calibration),
             "teacher": {name: teacher[name] for name in ("perplexity", "tokens")}}  # fmt: skip
