@@ -15,7 +15,7 @@ bench_common:
     rows     [{what: start or trained, bits, kl, tokens}]
     data     {sampled_tokens, tokens_per_second (trained on, evaluations included), trains: scales or all}
     curve    [{step, loss}]   on the judging rows            losses   of each step
-    bars     KL below the start, and a GPU's aim for 2 bits; a training that a signal stopped has no trained row
+    bars     KL below the start, on a GPU the aim for 2 bits; a training that was stopped has no trained row
 """
 
 from __future__ import annotations
