@@ -10,11 +10,15 @@ import pytest
 from test_nn_torch import close, float64_weight, linear, normal
 
 torch = pytest.importorskip("torch", reason="needs the package torch")
-from mlxq import format, load_torch, ops  # noqa: E402
+from mlxq import format, load_torch, ops, qat  # noqa: E402
 from mlxq.nn.mpq.torch import MPQLinear, pack_layers  # noqa: E402
 from mlxq.nn.q8.torch import Q8Linear  # noqa: E402
 from mlxq.nn.torch import QuantizedEmbedding, QuantizedLinear  # noqa: E402
 from mlxq.optim.torch import MPQAdamW, MPQSign, clip_grad_norm_  # noqa: E402
+from mlxq.qat import training  # noqa: E402
+from mlxq.qat.torch import quantize_  # noqa: E402
+from mlxq.qat.torch.training import TorchTrainer  # noqa: E402
+from mlxq.train.files import weight_config  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -262,3 +266,58 @@ def test_layers_moved_to_the_gpu_and_back_keep_their_bytes():
     layer.cuda()
     layer.cpu()
     assert all(torch.equal(state[name], t) for name, t in layer.state_dict().items())
+
+
+def small_llama(hidden=64):
+    transformers = pytest.importorskip("transformers", reason="needs the package transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=128, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True, use_cache=False,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).cuda()
+
+
+@pytest.mark.parametrize("kind", ["qat", "scales"])
+def test_training_steps_as_a_cuda_graph_equal_those_without(kind):
+    teacher = small_llama()
+    rows = np.random.default_rng(0).integers(0, 128, (6, 4, 33))
+    batches = [training.Batch(row) for row in rows] + [training.Batch(rows[0][:2])]
+    losses, weights = {}, {}
+    for graphed in (False, True):
+        student = copy.deepcopy(teacher)
+        if kind == "qat":
+            config = weight_config(4, 32, "learned")
+            quantize_(student, qat.QATConfig(weight_config=config))
+        else:
+            for path, layer in list(student.named_modules()):
+                if isinstance(layer, torch.nn.Linear) and path != "lm_head":
+                    packed = ops.quantize(layer.weight.detach(), format.Format(4, 32))
+                    student.set_submodule(path, QuantizedLinear.from_packed(packed))
+        trainer = TorchTrainer(student, teacher, "all" if kind == "qat" else "scales", graphed=graphed)
+        losses[graphed] = [trainer.step(batch, 1e-3) for batch in (*batches, *batches)]
+        assert trainer.graphed == (trainer.graph is not None) == graphed
+        weights[graphed] = trainer.weights()
+    assert losses[True][0] > 0 and len(set(losses[True])) > 7
+    np.testing.assert_allclose(losses[True], losses[False], rtol=1e-4)
+    for name, value in weights[False].items():
+        np.testing.assert_allclose(weights[True][name], value, atol=2e-4, err_msg=name)
+
+
+def test_a_model_that_no_graph_can_hold_is_said_and_trained(capsys):
+    class Peeks(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            out = self.model(ids).logits
+            assert out.sum().item() == out.sum().item()  # waits for the GPU, which a capture refuses
+            return out
+
+    student = Peeks(small_llama())
+    trainer = TorchTrainer(student, None, "all")
+    batch = training.Batch(np.arange(64).reshape(2, 32) % 128)
+    losses = [trainer.step(batch, 1e-2) for _ in range(4)]
+    assert not trainer.graphed and losses[-1] < losses[0]
+    assert "no CUDA graph of this model" in capsys.readouterr().err

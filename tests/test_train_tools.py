@@ -47,27 +47,31 @@ def written(out) -> dict:
     return json.loads(path.read_text())
 
 
-def test_a_tiny_model_is_trained_rounded_and_trained_again(texts, tmp_path, monkeypatch):
-    words = ["--size", "tiny", "--steps", "2", "--bits", "2", "--device", "cpu", "--data", texts]
+@pytest.mark.parametrize("start", ["gptq", "rtn"])
+def test_a_tiny_model_is_trained_rounded_and_trained_again(start, texts, tmp_path, monkeypatch):
+    words = ["--size", "tiny", "--start", start, "--steps", "2", "--bits", "2", "--device", "cpu", "--data", texts]
     words += ["--length", "32", "--batch", "8"]
     result = run(train_small, monkeypatch, tmp_path / "out", *words)
     assert result["missing"] == [] and result["model"]["size"] == "tiny"
     rows = {row["what"]: row for row in result["rows"]}
-    assert list(rows) == ["float", "rtn 2", "qat 2"]
+    assert list(rows) == ["float", "rtn 2", *(["gptq 2"] if start == "gptq" else []), "qat 2"]
+    if start == "gptq":  # its codes are what training begins with
+        begun = next(point["loss"] for point in result["curves"] if point["what"] == "qat 2")
+        assert abs(begun / rows["gptq 2"]["kl"] - 1) < 0.5 and begun < rows["rtn 2"]["kl"] / 2
     assert (rows["rtn 2"]["measured"], rows["qat 2"]["measured"]) == ("packed", "packed")
     assert rows["float"]["kl"] == 0 and rows["rtn 2"]["kl"] > 0
     assert rows["qat 2"]["steps"] == 2 and [p["steps"] for p in rows["qat 2"]["probes"]] == [1, 1, 1]
 
 
 def test_seconds_of_a_width_hold_its_probes(monkeypatch):
-    monkeypatch.setattr(train_small, "prepared", lambda model, bits: None)
+    monkeypatch.setattr(train_small, "prepared", lambda model, bits, start: None)
     monkeypatch.setattr(train_small, "converted", lambda student: None)
     monkeypatch.setattr(train_small, "measure", lambda *a: {"cross_entropy": 2.0, "kl": 1.0})
     outcomes = iter([Outcome(best=b, losses=[1.0], seconds=1.0) for b in (3.0, 2.0, 4.0)])
     long = Outcome(best=1.0, losses=[1.0] * 10, seconds=7.0)
     monkeypatch.setattr(train_small, "fit", lambda *a, **k: next(outcomes, long))
     rows = [types.SimpleNamespace(tokens=np.zeros((2, 7)))]
-    row, _, _ = train_small.trained(None, 2, rows, rows, rows, 1.0, (1e-3, 1e-2, 1e-1), None, None)
+    row, _, _ = train_small.trained(None, 2, None, rows, rows, rows, 1.0, (1e-3, 1e-2, 1e-1), None, None)
     assert (row["seconds"], row["steps"], row["rate"]) == (10.0, 10, 1e-2)
     assert row["tokens_per_second"] == pytest.approx(10 * 14 / 7)
 

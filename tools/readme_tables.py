@@ -238,7 +238,7 @@ def train_small() -> str:
         rows = {row["what"]: row for row in result["rows"]}
         body = []
         for name, row in rows.items():
-            rounding = rows.get(f"rtn {row['bits']}") if name.startswith("qat") else None
+            rounding = rows.get(f"rtn {row['bits']}") if name.startswith(("qat", "gptq")) else None
             share = f"{1 - row['kl'] / rounding['kl']:.0%}" if rounding else "-"
             done = [str(row["steps"]), number(row.get("tokens_per_second"))] if row["steps"] else ["-", "-"]
             body.append(

@@ -9,6 +9,7 @@ is made from the first. For each width: every linear layer in groups of 64, embe
 scales in bfloat16.
 
     rtn   rounded to nearest by rule "affine"
+    gptq  what mlxq convert --method gptq makes of it with the training text, unless --start rtn
     qat   from there, weights and ranges trained with fake quantization towards the float model's
           distributions (self-distillation), then converted; measured as packed layers on mlxq.ops. The
           learning rate is the best of three short runs, and the long run goes on from there; with
@@ -30,26 +31,29 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import bench_common
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mlxq import ops, qat
+from mlxq import load_torch, ops, qat
 from mlxq.format import Format
 from mlxq.nn.torch import QuantizedEmbedding, QuantizedLinear, TiedHead
 from mlxq.qat import torch as qt
 from mlxq.qat import training
 from mlxq.train.files import weight_config
-from mlxq.train.torch import start_from_affine
+from mlxq.train.torch import start_from_affine, start_from_folder
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 GROUP, EMBEDDING_BITS = 64, 8
 SHARE = {4: 0.65, 2: 0.80}  # of rtn's KL that is to be removed
-SHARES = {"float": 2.0, 4: 1.5, 2: 2.5}  # of --minutes, to scale; other widths 2
+SHARES = {"float": 0.5, 4: 1.5, 2: 2.5}  # of --minutes, to scale; other widths 2
 RATES = {4: (3e-5, 1e-4, 3e-4), 2: (1e-4, 3e-4, 1e-3)}  # of weights; ranges: ten times (qat.training)
 FAILURES = (RuntimeError, ValueError, TypeError, ImportError)  # of packed layers, which are said
 PROBE = 0.1  # of a width's minutes, for each rate that is tried
@@ -163,8 +167,26 @@ class FloatTable(QuantizedEmbedding):
         return super().forward(ids).float()
 
 
-def prepared(model, bits: int):
-    """A copy with fake quantizers whose ranges start where rounding to nearest has them."""
+def solved(model, tokenizer: Tokenizer, documents: list[str], widths: list[int], folder: Path) -> dict:
+    """{bits: folder} of what mlxq convert makes of the model by GPTQ with the training text."""
+    model.save_pretrained(folder / "float")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "float")
+    text = folder / "text.txt"
+    text.write_text("\n\n".join(documents), encoding="utf-8")
+    made, running = {}, []
+    for bits in widths:
+        made[bits] = folder / f"gptq-{bits}"
+        words = [sys.executable, "-m", "mlxq", "convert", str(folder / "float"), str(made[bits])]
+        words += ["--bits", str(bits), "--group-size", str(GROUP), "--embedding-bits", str(EMBEDDING_BITS)]
+        words += ["--method", "gptq", "--calibration", str(text), "--dtype", "bfloat16"]
+        running.append(subprocess.Popen(words, stdout=subprocess.DEVNULL))
+    if any([child.wait() for child in running]):
+        raise SystemExit("train_small: mlxq convert fails")
+    return made
+
+
+def prepared(model, bits: int, start: Path | None):
+    """A copy with fake quantizers whose codes start as a folder's, or where rounding to nearest has them."""
     student = copy.deepcopy(model)
     ends = {id(student.get_input_embeddings()), id(student.get_output_embeddings())}
     for width, of_ends in ((bits, False), (EMBEDDING_BITS, True)):
@@ -176,7 +198,10 @@ def prepared(model, bits: int):
             return kind and (id(layer) in ends) == of_ends
 
         qt.quantize_(student, qat.QATConfig(weight_config=config), chosen)
-    start_from_affine(student)
+    if start is None:
+        start_from_affine(student)
+    else:
+        start_from_folder(student, start)
     return student
 
 
@@ -217,16 +242,18 @@ def rate_of(text: str) -> tuple[int | None, float]:
     return int(bits) if bits else None, float(rate)
 
 
-def trained(model, bits: int, rows, judge, scored, minutes, rates, autocast, steps) -> tuple[dict, list, str]:
+def trained(
+    model, bits: int, start: Path | None, rows, judge, scored, minutes, rates, autocast, steps
+) -> tuple[dict, list, str]:
     """(row, curve, what failed or "") of one width: trained, converted, measured.
 
     Of several rates each is tried first, and the run goes on from where the best one came to.
     """
-    student, probes, probing = prepared(model, bits), [], 0.0
+    student, probes, probing = prepared(model, bits, start), [], 0.0
     if len(rates) > 1:
         tried = []
         for rate in rates:
-            other = prepared(model, bits)
+            other = prepared(model, bits, start)
             short = None if steps is None else max(1, int(PROBE * steps))
             told = fit(other, model, rows, judge, PROBE * minutes, rate, autocast, steps=short)
             tried.append((told.best, rate, other))
@@ -262,6 +289,7 @@ def main() -> None:
     parser.add_argument(
         "--qat-rates", type=rate_of, nargs="+", default=[], metavar="[BITS=]RATE", help="a width tries all"
     )
+    parser.add_argument("--start", choices=("gptq", "rtn"), default="gptq", help="of QAT (default gptq)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--size", choices=SIZES, default="small", help="tiny also takes little text")
@@ -321,24 +349,35 @@ def main() -> None:
             row |= measure(rounded(model, bits), model, scored)
         except FAILURES as error:  # fake quantizers begin at the same codes
             missing.append(f"packed layers rounded to {bits} bits: {type(error).__name__}: {error}")
-            row |= measure(prepared(model, bits), model, scored) | {"measured": "fake quantized"}
+            row |= measure(prepared(model, bits, None), model, scored) | {"measured": "fake quantized"}
         table.append(row)
         print(table[-1], flush=True)
     bench_common.write(path, result)
-    for bits in args.bits:
-        rates = [rate for width, rate in args.qat_rates if width in (None, bits)] or RATES.get(bits, (1e-4,))
-        print(f"{bits} bits", flush=True)
-        row, curve, failed = trained(
-            model, bits, rows, judge, scored, minutes[bits], rates, autocast, args.steps
-        )
-        table.append(row)
-        curves += curve
-        missing += [failed] if failed else []
-        bars.append(share_bar(table, bits))
-        print(row, flush=True)
-        bench_common.write(path, result)
-        if args.plot:
-            plot(path.with_suffix(".png"), result)
+    with tempfile.TemporaryDirectory(prefix="train-small-") as scratch:
+        starts = {}
+        if args.start == "gptq":
+            starts = solved(model, tokenizer, learned, args.bits, Path(scratch))
+        for bits, folder in starts.items():
+            row = {"what": f"gptq {bits}", "bits": bits, "seconds": 0.0, "steps": 0, "measured": "packed"}
+            packed = load_torch(folder, args.device, torch.float32)[0]
+            table.append(row | measure(packed, model, scored))
+            print(table[-1], flush=True)
+        for bits in args.bits:
+            rates = [rate for width, rate in args.qat_rates if width in (None, bits)] or RATES.get(
+                bits, (1e-4,)
+            )
+            print(f"{bits} bits", flush=True)
+            row, curve, failed = trained(
+                model, bits, starts.get(bits), rows, judge, scored, minutes[bits], rates, autocast, args.steps
+            )
+            table.append(row)
+            curves += curve
+            missing += [failed] if failed else []
+            bars.append(share_bar(table, bits))
+            print(row, flush=True)
+            bench_common.write(path, result)
+            if args.plot:
+                plot(path.with_suffix(".png"), result)
     bench_common.print_bars(bars)
     if missing:
         raise SystemExit("train_small: " + "; ".join(missing))

@@ -24,7 +24,7 @@ from mlxq import qat
 from mlxq.format import Format
 from mlxq.nn.torch import QuantizedEmbedding, QuantizedLinear
 from mlxq.qat import torch as qt
-from mlxq.qat.torch.training import TorchTrainer, divergence
+from mlxq.qat.torch.training import TorchTrainer, divergence, tensors
 from mlxq.qat.training import RANGE_RATE as OF_ALL
 from mlxq.qat.training import Batch, Schedule, is_range, run, times_of
 from mlxq.train import Settings, _float_folder, data
@@ -59,7 +59,7 @@ class BlockTrainer(TorchTrainer):
     """
 
     def __init__(self, block: nn.Module, call, inputs: torch.Tensor, targets: torch.Tensor):
-        super().__init__(block, None, "all")
+        super().__init__(block, None, "all", graphed=False)
         self.call, self.inputs, self.targets = call, inputs, targets
 
     def _times(self, name: str, trainable: str) -> float:
@@ -142,7 +142,8 @@ def train_blocks(
 
     def kl() -> float:
         with torch.no_grad():
-            sums = [divergence(student.module, teacher.module, b, session.device) for b in evaluation]
+            held_out = [tensors(b, session.device) for b in evaluation]
+            sums = [divergence(student.module, teacher.module, *pair) for pair in held_out]
         return float(sum(sums)) / sum(float(b.targets.sum()) for b in evaluation)
 
     before = kl()

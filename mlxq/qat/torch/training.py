@@ -1,8 +1,13 @@
-"""One training step of a torch model: KL to a teacher or cross-entropy, Adam on float32 copies."""
+"""One training step of a torch model: KL to a teacher or cross-entropy, Adam on float32 copies.
+
+On an NVIDIA GPU loss and gradients are one CUDA graph, captured from the first batch: a fake-quantized layer
+starts some fifty small kernels, and starting them one by one takes longer than all that they compute.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import sys
 
 import numpy as np
 import torch
@@ -31,6 +36,7 @@ class TorchTrainer:
 
     autocast   a 16-bit torch.dtype for the products, or None
     sharded    see below
+    graphed    whether batches of the first one's shape are CUDA graphs; None: on a GPU, in one process
 
     With torch.distributed initialized the student is trained by DistributedDataParallel, which keeps it whole
     in every process. With `sharded` student and teacher, the float32 copies and Adam's moments are cut up by
@@ -38,7 +44,13 @@ class TorchTrainer:
     """
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module | None, trainable: str, autocast=None, sharded=False
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        trainable: str,
+        autocast=None,
+        sharded=False,
+        graphed=None,
     ):
         self.student, self.teacher, self.autocast, self.sharded = student, teacher, autocast, sharded
         scales = scale_parameters(student)
@@ -70,6 +82,8 @@ class TorchTrainer:
             if not sharded:
                 self.model = nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
             self._publish()
+        self.graphed = self.device.type == "cuda" and self.ranks == 1 if graphed is None else graphed
+        self.graph = None
 
     def _times(self, name: str, trainable: str) -> float:
         """What the learning rate is multiplied by for one of the student's parameters."""
@@ -97,7 +111,24 @@ class TorchTrainer:
 
     def _loss(self, model, batch: Batch) -> torch.Tensor:
         """Sum of the loss over the scored tokens of a batch."""
-        return divergence(model, self.teacher, batch, self.device, self._cast)
+        return divergence(model, self.teacher, *tensors(batch, self.device), self._cast)
+
+    def _backward(self, batch: Batch, factor: float) -> torch.Tensor:
+        """The loss of a batch; gradients of `factor` times it are in the parameters afterwards."""
+        if self.graphed and self.graph is None:
+            try:
+                self.graph = _Graph(self, batch, factor)
+            except RuntimeError as error:
+                self.graphed = False
+                for _, parameter in self.names:
+                    parameter.grad = None
+                first = str(error).splitlines()[0]
+                print(f"train: no CUDA graph of this model ({first}); its steps take longer", file=sys.stderr)
+        if self.graphed and self.graph.serves(batch):
+            return self.graph.replay(batch, factor)
+        loss = self._loss(self.model, batch)
+        (loss * factor).backward()
+        return loss
 
     def step(self, batch: Batch, rate: float) -> float:
         self.model.train()
@@ -107,8 +138,7 @@ class TorchTrainer:
                 f"distil: a batch of {len(batch.tokens)} rows is too small for {self.ranks} processes"
             )
         mine = batch.shard(self.rank, self.ranks)
-        loss = self._loss(self.model, mine)
-        (loss * (self.ranks / max(count, 1.0))).backward()
+        loss = self._backward(mine, self.ranks / max(count, 1.0))
         for master, (_, parameter) in zip(self.masters, self.names, strict=True):
             master.grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
@@ -123,7 +153,11 @@ class TorchTrainer:
     @torch.no_grad()
     def _publish(self) -> None:
         """The masters into the parameters, rounded to what will be stored."""
-        for master, (_, parameter) in zip(self.masters, self.names, strict=True):
+        parameters = [parameter for _, parameter in self.names]
+        if not self.sharded:
+            torch._foreach_copy_(parameters, self.masters)
+            return
+        for master, parameter in zip(self.masters, parameters, strict=True):
             parameter.copy_(master)
 
     @torch.no_grad()
@@ -187,13 +221,62 @@ class TorchTrainer:
                 self.optimizer.state[master] = {"step": torch.tensor(state[f"step/{name}"]), **moments}
 
 
-def divergence(model, teacher, batch: Batch, device, cast=contextlib.nullcontext) -> torch.Tensor:
-    """Sum over the scored tokens of a batch of KL(teacher || model), or of cross-entropy without a teacher.
+class _Graph:
+    """Loss and gradients of the trainer's model for one shape of batch, captured once and replayed.
 
-    cast   gives the context of the models' calls
+    Raises RuntimeError when something in the model cannot be captured.
     """
+
+    def __init__(self, trainer: TorchTrainer, batch: Batch, factor: float):
+        device = trainer.device
+        self.parameters = [parameter for _, parameter in trainer.names]
+        self.tokens, self.weights = tensors(batch, device)
+        self.factor = torch.tensor(factor, device=device)
+
+        def compute() -> torch.Tensor:
+            for parameter in self.parameters:
+                parameter.grad = None
+            loss = divergence(trainer.model, trainer.teacher, self.tokens, self.weights, trainer._cast)
+            (loss * self.factor).backward()
+            return loss.detach()
+
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):  # what is compiled or allocated on first use has no place in a capture
+            for _ in range(2):
+                compute()
+        torch.cuda.current_stream(device).wait_stream(side)
+        self.captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.captured):
+            self.loss = compute()
+        self.gradients = [parameter.grad for parameter in self.parameters]
+
+    def serves(self, batch: Batch) -> bool:
+        return batch.tokens.shape == self.tokens.shape
+
+    def replay(self, batch: Batch, factor: float) -> torch.Tensor:
+        for held, given in zip((self.tokens, self.weights), tensors(batch, "cpu"), strict=True):
+            held.copy_(given)
+        self.factor.fill_(factor)
+        self.captured.replay()
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+        return self.loss
+
+
+def tensors(batch: Batch, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens int64 (B, T) of a batch, and the weights of its targets, float32 (B, T - 1)."""
     tokens = torch.as_tensor(np.asarray(batch.tokens, np.int64), device=device)
-    weights = torch.as_tensor(batch.targets, device=device)
+    return tokens, torch.as_tensor(batch.targets, device=device)
+
+
+def divergence(
+    model, teacher, tokens: torch.Tensor, weights: torch.Tensor, cast=contextlib.nullcontext
+) -> torch.Tensor:
+    """Sum over tokens (B, T) of KL(teacher || model), or of cross-entropy without a teacher.
+
+    weights   (B, T - 1), of predicting tokens[:, 1:]      cast   gives the context of the models' calls
+    """
     wanted = None
     if teacher is not None:
         with torch.no_grad(), cast():
