@@ -1,11 +1,13 @@
-"""The own text of qmm.cu, qmm_stream.cu and q8mm.cu on a CPU: right answers however it is compiled and started, and no race.
+"""The text of qmm.cu, qmm_stream.cu and q8mm.cu on a CPU: right in any order of threads and copies, no race.
 
-The instructions of Hopper (hopper.cuh, copies.cuh) are replaced by tests/cuda/emulated*.h; the grid, the shared memory and
-the macros are those that cuda.qmm_shape gives on an H100.
+The instructions of Hopper (hopper.cuh, copies.cuh) are replaced by tests/cuda/emulated*.h; the grid, the
+shared memory and the macros are those that ops.cuda gives on an H100.
 """
 
+import contextlib
 import ctypes
 import functools
+import os
 import platform
 import shutil
 import subprocess
@@ -263,7 +265,21 @@ def tensor(a: np.ndarray, box: tuple[int, int], swizzle: int) -> np.ndarray:
 
 
 def run_stream(
-    build, bits, group_size, x_type, s_type, M, N, K, transpose, tuning, ranks, late, replaced=(), order_seed=0, **changed
+    build,
+    bits,
+    group_size,
+    x_type,
+    s_type,
+    M,
+    N,
+    K,
+    transpose,
+    tuning,
+    ranks,
+    late,
+    replaced=(),
+    order_seed=0,
+    **changed,
 ):
     """(y, the float64 answer) of qmm_stream.cu; changed: macros other than qmm_stream_shape gives."""
     rng, fmt = np.random.default_rng(0), Format(bits, group_size)
@@ -319,3 +335,44 @@ def test_the_same_bits_come_from_streams_in_any_order_of_the_threads(build):
     *about, changed = STREAMED[0]
     first, other = (run_stream(build, *about, True, order_seed=seed, **changed)[0] for seed in (1, 2))
     assert np.array_equal(first, other)
+
+
+STREAM_DEFECTS = {
+    "x read before it is turned": ("TURNED ? s_empty + 8 * S_STAGES : x_full", "x_full"),
+    "words given back before they are read": ("if (in_w == W_STEPS - 1) {", "if (in_w == 0) {"),
+    "scales given back before they are read": ("if (in_s == S_STEPS - 1) {", "if (in_s == 0) {"),
+    "no wait for the scales of a share that begins among them": (
+        "in_s == 0 || (W_STEPS % S_STEPS && step == begin)",
+        "in_s == 0",
+    ),
+    "no wait for the product before the last": ("wgmma_wait<1>(sums);", ""),
+    "sums written over what others read": ("    workers_sync();  // all have", "    // all have"),
+    "sums read before all are there": ("    if (ranks > 1)\n      cluster_sync();\n    else\n", ""),
+}
+
+
+@pytest.mark.parametrize("defect", STREAM_DEFECTS)
+def test_a_planted_defect_shows_in_a_stream(build, defect):
+    *about, changed = (
+        4,
+        64,
+        "bfloat16",
+        "bfloat16",
+        40,
+        200,
+        4608,
+        True,
+        (32, 2),
+        4,
+        {},
+    )  # the last has less to do
+    right = []
+    for late in (False, True):
+        child = os.fork()  # the emulation ends the process that waits in vain or arrives too often
+        if not child:
+            with contextlib.suppress(BaseException):
+                found = error(*run_stream(build, *about, late, (STREAM_DEFECTS[defect],), **changed))
+                os._exit(int(not found < BOUND["bfloat16"]))
+            os._exit(1)
+        right.append(os.waitpid(child, 0)[1] == 0)
+    assert not all(right)

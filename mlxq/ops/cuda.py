@@ -746,7 +746,9 @@ def qmm_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict, transpose=True,
     return {"defines": defines, "out_tiles": out_tiles, "rows": rows, "ranks": ranks, "shared": shared}
 
 
-def qmm_stream_tuning(bits: int, M: int, tiles: int, transpose: bool, multiprocessors: int) -> tuple[int, int]:
+def qmm_stream_tuning(
+    bits: int, M: int, tiles: int, transpose: bool, multiprocessors: int
+) -> tuple[int, int]:
     """(rows of x a block, blocks that share a multiprocessor) of qmm_stream.cu; tiles: of 128 outputs.
 
     Several small blocks: one waits for its words, barriers and products while others issue.
@@ -756,7 +758,7 @@ def qmm_stream_tuning(bits: int, M: int, tiles: int, transpose: bool, multiproce
         return rows, 3 if rows == 16 else 2
     if M <= 128:
         return (64, 2) if tiles * 4 <= multiprocessors else (128, 1)
-    return (128, 1) if tiles * -(-M // 128) <= multiprocessors else (256, 1)
+    return (128, 1) if transpose and tiles * -(-M // 128) <= multiprocessors else (256, 1)
 
 
 def qmm_stream_shape(
@@ -814,19 +816,21 @@ def qmm_stream_shape(
 
 
 def qmm_stream_ranks(tiles: int, units: int, steps: int, blocks: int, multiprocessors: int, at_once) -> int:
-    """How many blocks share the reduced columns of a tile: the fewest rounds of the fewest steps.
+    """How many blocks share the reduced columns of a tile, all resident at once; 1 where no more are.
 
-    units of so many steps; blocks share a multiprocessor; at_once(ranks): clusters of so many blocks that are
-    resident at once, which depends on how many multiprocessors each part of the chip has.
+    units: of so many steps, that ranks share; blocks: that fit a multiprocessor; at_once(ranks): how many
+    clusters of so many blocks are resident at once, less than all blocks where a part of the chip has an odd
+    number of multiprocessors left.
     """
 
-    def cost(ranks: int) -> float:  # in steps of a block that has all issue slots
+    def cost(
+        ranks: int,
+    ) -> float:  # in steps of a block that has all issue slots; alone it can use half of them
         each = -(-units // ranks)
-        if each * (ranks - 1) >= units:  # each has to have a share
+        if ranks > 1 and (each * (ranks - 1) >= units or tiles > at_once(ranks)):  # each has to have a share
             return math.inf
-        rounds = -(-tiles // (at_once(ranks) if ranks > 1 else blocks * multiprocessors))
         beside = min(blocks, -(-tiles * ranks // multiprocessors))
-        return rounds * (each * steps * max(2, beside) + 20 + ranks)
+        return each * steps * max(2, beside) + 20 + ranks
 
     return min(range(1, 9), key=cost)
 

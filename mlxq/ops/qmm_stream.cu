@@ -83,13 +83,14 @@ struct Scales {
 #endif
 };
 
-__device__ __forceinline__ Scales scales_of(const char* first, const char* second = nullptr) {
-  second = second ? second : first;
+template <int FURTHER>  // bytes from the first row's to the second's, which are the same if 0
+__device__ __forceinline__ Scales scales_of(const char* first) {
+  const char* const second = first + FURTHER;
   constexpr int BIASES = 128 * 16;
 #if X_TYPE == S_TYPE
   const u32 s = *reinterpret_cast<const u16*>(first), b = *reinterpret_cast<const u16*>(first + BIASES);
-  const u32 s2 = second == first ? s : *reinterpret_cast<const u16*>(second);
-  const u32 b2 = second == first ? b : *reinterpret_cast<const u16*>(second + BIASES);
+  const u32 s2 = FURTHER == 0 ? s : *reinterpret_cast<const u16*>(second);
+  const u32 b2 = FURTHER == 0 ? b : *reinterpret_cast<const u16*>(second + BIASES);
   const u32 pair = __byte_perm(s, s2, 0x5410);
   return {X_TYPE == 2 && !FOLDED ? mul2(pair, 0x42804280u) : pair, __byte_perm(b, b2, 0x5410)};  // bfloat16: by 64
 #else
@@ -201,18 +202,18 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
         tensor_copy(base + slot * X_STAGE, x_map, step * 64, m0, x_full + 8 * slot);
         if (++slot == X_STAGES) slot = 0, round++;
       }
-    } else if (TURNED && warp >= 10) {  // x, turned where it lies
+    } else if (TURNED && warp >= 10) {  // x, turned where it lies: a lane says where a piece of eight columns is
+      const u32 own = base + (warp - 10) * 512 + lane / 8 * 128 + (lane % 8 ^ ((warp - 10) * 4 + lane / 8)) * 16;
       int slot = 0, parity = 0;
 #pragma unroll 1
       for (int step = begin; step < end; step++) {
         barrier_wait(x_full + 8 * slot, parity);
-#pragma unroll
-        for (int m = 0; m < BN; m += 16) {  // four rows at once, a lane says where a piece of eight columns is
+        u32 pieces = own + slot * X_STAGE;
+#pragma unroll 1
+        for (int m = 0; m < BN; m += 16, pieces += 2048) {  // eight rows, and the eight after them
           u32 four[2][4];
-          const int row = m + (warp - 10) * 4 + lane / 8;
-          const u32 piece = base + slot * X_STAGE + row * 128 + (lane % 8 ^ row % 8) * 16;
-          load_turned(four[0], piece), load_turned(four[1], piece + 8 * 128);
-          store_matrices(four[0], piece), store_matrices(four[1], piece + 8 * 128);
+          load_turned(four[0], pieces), load_turned(four[1], pieces + 1024);
+          store_matrices(four[0], pieces), store_matrices(four[1], pieces + 1024);
         }
         fence_async();
         __syncwarp();
@@ -236,6 +237,12 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
     const Undo of = undo(position, position);
     const u32 mask = FIELD * 0x10001u << position;
     const u32 select = byte * 0x11u + (4 + byte) * 0x1100u;  // that byte of two words, in both halves
+    int own[2];  // of the thread's words in rows 2 t and 2 t + 1 of a stage; those of rows 8 further on stand as much further on
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int flat = (2 * t + r) * W_ROW + first * BITS / 8;
+      own[r] = flat ^ (flat >> 7 & (BITS - 1)) << 4;
+    }
     const char* const of_groups = shared + S_RING + out0 / GROUP * S_BYTES % 16 + first / GROUP * S_BYTES;
 #endif
     u32 left[BUFFERS][16];
@@ -249,7 +256,7 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
 #pragma unroll
       for (int h = 0; h < 2; h++) {  // out g and g + 8
         const int row = first + g + 8 * h;
-        const Scales scale = scales_of(shared + S_RING + s_slot * S_STAGE + row * 16 + u32(in_s * 64 + t * 16) / GROUP * S_BYTES);
+        const Scales scale = scales_of<0>(shared + S_RING + s_slot * S_STAGE + row * 16 + u32(in_s * 64 + t * 16) / GROUP * S_BYTES);
         u32 pairs[8];
 #if FOLDED
         const u32 bias = mul2(scale.b, u32(127 - 32) * 0x00800080u);
@@ -274,7 +281,7 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
         for (int s = 0; s < 4; s++) {  // 16 columns
           if (s * 16 % GROUP == 0) {
             const char* const at = s_row + h * 128 + (in_s * 64 + s * 16) / GROUP * S_BYTES;
-            scale = scales_of(at);
+            scale = scales_of<0>(at);
           }
           u32 low, high;  // columns 2 t, 2 t + 1 and 2 t + 8, 2 t + 9
 #if BITS == 2
@@ -298,14 +305,13 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
       for (int s = 0; s < 4; s++) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {  // rows 2 t, 2 t + 1, or 8 further on
-          const int n = in_w * 64 + s * 16 + h * 8 + 2 * t;
-          const char* const at = of_groups + s_slot * S_STAGE + n * 16;
-          const Scales scale = scales_of(at, at + 16);
+          const int n = in_w * 64 + s * 16 + h * 8;
+          const char* const at = of_groups + s_slot * S_STAGE + (n + 2 * t) * 16;
+          const Scales scale = scales_of<16>(at);
           u32 words[2][2];  // [row][of out g, g + 8]
 #pragma unroll
           for (int r = 0; r < 2; r++) {
-            const int flat = (n + r) * W_ROW + first * BITS / 8;
-            const char* const from = w_stage + (flat ^ (flat >> 7 & (BITS - 1)) << 4);
+            const char* const from = w_stage + own[r] + n * W_ROW;
 #if BITS == 2
             words[r][0] = words[r][1] = *reinterpret_cast<const u32*>(from);
 #elif BITS == 4

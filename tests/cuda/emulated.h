@@ -48,7 +48,7 @@ inline void yield() { swapcontext(&now->context, &home); }
 inline void sync(Barrier& b, int n) {
   long g = b.generation;
   if (++b.count == n) { b.count = 0; b.generation++; waits = 0; return; }
-  while (b.generation == g) { if (++waits > 100000000) { fprintf(stderr, "deadlock\n"); abort(); } yield(); }
+  while (b.generation == g) { if (++waits > 3000000) { fprintf(stderr, "deadlock\n"); abort(); } yield(); }
 }
 inline Block& block() { return blocks[now->rank]; }
 inline char* memory(int rank) { char* p = blocks[rank].memory.data(); return p + (1024 - uintptr_t(p) % 1024) % 1024; }

@@ -19,7 +19,7 @@ inline void barrier_wait(uint32_t to, int parity) {
   while ((meeting(to).phase & 1) == parity) {
     auto first = std::find_if(tensors.begin(), tensors.end(), [&](auto& one) { return one.first == to; });
     if (first == tensors.end()) {
-      if (++emu::waits > 100000000) { fprintf(stderr, "deadlock\n"); abort(); }
+      if (++emu::waits > 3000000) { fprintf(stderr, "deadlock\n"); abort(); }
       emu::yield();
     } else {
       auto copy = first->second;
