@@ -417,11 +417,35 @@ def test_blocks_fit_in_shared_memory_and_in_the_register_file(arch, fmt):
             for s_type, transpose in itertools.product(("bfloat16", "float32"), (True, False)):
                 for rows in (16 * M, 128 * M):
                     many = cuda.qmm_stream_shape(rows, N, K, fmt, x_type, s_type, gpu, transpose)
-                    assert many is None or many["shared"] <= gpu["shared"] and arch == "sm_90a"
+                    if many:
+                        room = gpu["shared"] + 1024  # of a multiprocessor; the system takes 1 KiB a block
+                        assert (many["shared"] + 1024) * many["defines"][
+                            "BLOCKS"
+                        ] <= room and arch == "sm_90a"
             stream = cuda.stream_shape(M, N, K, fmt, x_type, "bfloat16", gpu)
             if stream:
                 assert arch != "sm_80" and stream["shared"] <= gpu["shared"] and stream["threads"] <= 1024
                 assert stream["defines"]["DEPTH"] >= 2 and stream["defines"]["MP"] >= M
+
+
+def test_ranks_of_a_stream_are_resident_at_once_and_have_a_share_each():
+    parts = (18, 18, 18, 16, 16, 16, 16, 14)  # multiprocessors of a chip
+
+    def at_once(ranks, blocks):
+        return sum(part * blocks // ranks for part in parts)
+
+    assert sum(parts) == 132 and at_once(4, 1) == 31
+    for tiles, units, blocks in itertools.product(
+        (1, 5, 32, 64, 100, 112, 224, 1000), (1, 3, 8, 28, 61), (1, 2, 3)
+    ):
+        ranks = cuda.qmm_stream_ranks(tiles, units, 4, blocks, 132, lambda r, b=blocks: at_once(r, b))
+        assert ranks == 1 or tiles <= at_once(ranks, blocks)
+        assert -(-units // ranks) * (ranks - 1) < units
+    chosen = [
+        cuda.qmm_stream_ranks(32, 8, 8, blocks, 132, lambda r, b=blocks: at_once(r, b))
+        for blocks in (1, 2, 3)
+    ]
+    assert chosen == [3, 4, 8]
 
 
 def fake_nvrtc(log="", fails=False):

@@ -1,11 +1,13 @@
-"""The own text of qmm.cu and q8mm.cu on a CPU: right answers however it is compiled and started, and no race.
+"""The text of qmm.cu, qmm_stream.cu and q8mm.cu on a CPU: right in any order of threads and copies, no race.
 
-The instructions of Hopper (hopper.cuh) are replaced by tests/cuda/emulated.h; the grid, the shared memory and
-the macros are those that cuda.qmm_shape gives on an H100.
+The instructions of Hopper (hopper.cuh, copies.cuh) are replaced by tests/cuda/emulated*.h; the grid, the
+shared memory and the macros are those that ops.cuda gives on an H100.
 """
 
+import contextlib
 import ctypes
 import functools
+import os
 import platform
 import shutil
 import subprocess
@@ -34,6 +36,7 @@ def build(tmp_path_factory):
     @functools.cache
     def library(file: str, defines: tuple, replaced: tuple = ()):
         text = (cuda.HERE / file).read_text(encoding="utf-8").replace("hopper.cuh", "emulated.h")
+        text = text.replace("copies.cuh", "emulated_copies.h")
         for old, new in replaced:
             assert old in text
             text = text.replace(old, new)
@@ -47,6 +50,7 @@ def build(tmp_path_factory):
             "-mfma",
             "-w",
             "-fPIC",
+            "-fno-gnu-unique",  # each library has its own threads
             "-shared",
             f"-I{HERE / 'cuda'}",
         ]
@@ -98,6 +102,7 @@ def run(
 ):
     """(y, the float64 answer, the shape that was used)."""
     batches, ranks = more.get("batches", 1), more.get("ranks")
+    order_seed = more.get("order_seed", seed)
     rng, fmt = np.random.default_rng(seed), Format(bits, group_size)
     codes = rng.integers(0, fmt.levels, (max(1, experts), N, K), dtype=np.uint8, endpoint=True)
     words = aligned(pack(codes, bits))
@@ -125,7 +130,7 @@ def run(
     pointers = (ctypes.c_void_p * 8)(*(a.ctypes.data for a in arrays))
     numbers = (ctypes.c_int * 4)(M, N, K, experts)
     library.run(
-        shape["ranks"], shape["out_tiles"], tiles, shape["shared"], int(late), seed, pointers, numbers
+        shape["ranks"], shape["out_tiles"], tiles, shape["shared"], int(late), order_seed, pointers, numbers
     )
     values = y.view(np.float16).astype(np.float64)
     if x_type == "bfloat16":
@@ -250,3 +255,124 @@ def test_products_of_int8_are_exact(build, case, late):
     values, want = run_q8(build, *about, late, ranks)
     # Sums of integers are exact; left are the float32 sums over groups, the scales' product and y's rounding.
     assert error(values, want) < {"float32": 1e-6, "float16": 2.0**-11, "bfloat16": 2.0**-8}[about[3]]
+
+
+def tensor(a: np.ndarray, box: tuple[int, int], swizzle: int) -> np.ndarray:
+    """What tests/cuda/emulated_copies.h has to know of rows of whole elements."""
+    rows, columns = a.shape
+    about = (a.ctypes.data, columns, rows, a.strides[0], *box, a.itemsize, swizzle)
+    return np.array((*about, *[0] * 8), np.uint64)
+
+
+def run_stream(
+    build,
+    bits,
+    group_size,
+    x_type,
+    s_type,
+    M,
+    N,
+    K,
+    transpose,
+    tuning,
+    ranks,
+    late,
+    replaced=(),
+    order_seed=0,
+    **changed,
+):
+    """(y, the float64 answer) of qmm_stream.cu; changed: macros other than qmm_stream_shape gives."""
+    rng, fmt = np.random.default_rng(0), Format(bits, group_size)
+    codes = rng.integers(0, fmt.levels, (N, K), dtype=np.uint8, endpoint=True)
+    words = aligned(pack(codes, bits))
+    groups = N, K // group_size
+    scales, exact_scales = stored(rng.normal(0, 0.02, groups), s_type)
+    biases, exact_biases = stored(rng.normal(0, 0.1, groups), s_type)
+    w = np.repeat(exact_scales, group_size, 1) * codes + np.repeat(exact_biases, group_size, 1)
+    w = w.T if transpose else w  # (reduced, out)
+    x, exact_x = stored(rng.normal(0, 1, (M, len(w))), x_type)
+    y = aligned(np.full((M, w.shape[1]), 0xFFFF, np.uint16))
+    shape = cuda.qmm_stream_shape(M, N, K, fmt, x_type, s_type, H100, transpose, tuning, **changed)
+    assert -(-shape["units"] // ranks) * (ranks - 1) < shape["units"], "a rank without a share"
+    library = build("qmm_stream.cu", (*shape["defines"].items(), ("THREADS", 384)), replaced)
+    box = 128 if transpose else 16 * bits
+    maps = [tensor(x, (64, shape["rows"]), 128), tensor(words.view(np.uint8), (box, 128), box)]
+    maps += [tensor(a.view(np.uint8), (16, 128), 0) for a in (scales, biases)]
+    pointers = (ctypes.c_void_p * 8)(*(a.ctypes.data for a in (*maps, y, y, y, y)))
+    grid = ranks, shape["out_tiles"], -(-M // shape["rows"])
+    library.run(*grid, shape["shared"], int(late), order_seed, pointers, (ctypes.c_int * 4)(M, N, K, 0))
+    values = y.view(np.float16).astype(np.float64)
+    if x_type == "bfloat16":
+        values = (y.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return values, exact_x @ w
+
+
+STREAMED = [  # bits, group size, x, scales, M, N, K, transpose, (rows, blocks), ranks, macros
+    (2, 64, "bfloat16", "bfloat16", 13, 200, 1536, True, (16, 3), 3, {}),
+    (2, 64, "bfloat16", "bfloat16", 40, 131, 1024, True, (32, 2), 2, {"TURNED": 0}),
+    (2, 128, "float16", "float16", 20, 130, 2048, True, (16, 2), 1, {"BUFFERS": 1}),
+    (2, 32, "bfloat16", "float32", 5, 128, 1280, True, (16, 2), 2, {"MOST_UNROLLED": 2}),
+    (4, 64, "bfloat16", "bfloat16", 70, 200, 1536, True, (64, 2), 3, {}),
+    (4, 32, "bfloat16", "bfloat16", 33, 129, 2304, True, (64, 2), 5, {"BUFFERS": 1}),
+    (4, 128, "float16", "bfloat16", 9, 140, 1024, True, (16, 3), 4, {}),
+    (4, 64, "float16", "float16", 130, 100, 512, True, (128, 1), 1, {"TURNED": 0}),
+    (8, 64, "bfloat16", "bfloat16", 60, 130, 1536, True, (64, 2), 6, {}),
+    (8, 32, "float16", "float32", 16, 129, 640, True, (16, 3), 3, {}),
+    (2, 64, "bfloat16", "bfloat16", 30, 328, 1024, False, (32, 2), 3, {}),
+    (4, 32, "float16", "bfloat16", 16, 200, 512, False, (16, 2), 1, {"BUFFERS": 1}),
+    (8, 128, "bfloat16", "bfloat16", 17, 136, 1024, False, (64, 2), 1, {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
+@pytest.mark.parametrize("case", STREAMED, ids=lambda c: "-".join(map(str, c[:10])))
+def test_streamed_products_equal_float64(build, case, late):
+    *about, changed = case
+    assert error(*run_stream(build, *about, late, **changed)) < BOUND[about[2]]
+
+
+def test_the_same_bits_come_from_streams_in_any_order_of_the_threads(build):
+    *about, changed = STREAMED[0]
+    first, other = (run_stream(build, *about, True, order_seed=seed, **changed)[0] for seed in (1, 2))
+    assert np.array_equal(first, other)
+
+
+STREAM_DEFECTS = {
+    "x read before it is turned": ("TURNED ? s_empty + 8 * S_STAGES : x_full", "x_full"),
+    "words given back before they are read": ("if (in_w == W_STEPS - 1) {", "if (in_w == 0) {"),
+    "scales given back before they are read": ("if (in_s == S_STEPS - 1) {", "if (in_s == 0) {"),
+    "no wait for the scales of a share that begins among them": (
+        "in_s == 0 || (W_STEPS % S_STEPS && step == begin)",
+        "in_s == 0",
+    ),
+    "no wait for the product before the last": ("wgmma_wait<1>(sums);", ""),
+    "sums written over what others read": ("    workers_sync();  // all have", "    // all have"),
+    "sums read before all are there": ("    if (ranks > 1)\n      cluster_sync();\n    else\n", ""),
+}
+
+
+@pytest.mark.parametrize("defect", STREAM_DEFECTS)
+def test_a_planted_defect_shows_in_a_stream(build, defect):
+    *about, changed = (
+        4,
+        64,
+        "bfloat16",
+        "bfloat16",
+        40,
+        200,
+        4608,
+        True,
+        (32, 2),
+        4,
+        {},
+    )  # the last has less to do
+    right = []
+    for late in (False, True):
+        child = os.fork()  # the emulation ends the process that waits in vain or arrives too often
+        if not child:
+            with contextlib.suppress(BaseException):
+                found = error(*run_stream(build, *about, late, (STREAM_DEFECTS[defect],), **changed))
+                os._exit(int(not found < BOUND["bfloat16"]))
+            os._exit(1)
+        right.append(os.waitpid(child, 0)[1] == 0)
+    assert not all(right)

@@ -4,6 +4,8 @@
     python tools/bench_cuda.py --prepare      compile what the run will need, on all cores, and stop;
                        without a GPU our kernels only, for an H200, into the cache folder, to be carried
     python tools/bench_cuda.py --plot tools/results/cuda-DATE.json      (needs matplotlib, no GPU)
+    ncu ... python tools/bench_cuda.py --once qmm:4:4096x4096:16 qmm_n:2:14336x4096:128
+                       one product each, for a profiler (the stage `profile` of gpu_session.sh)
 
 Each answer is checked against float64 first, each peer's against its own dequantized weight. A time is the
 median over replays of a CUDA graph of one product after the other, each with another copy of the weight,
@@ -42,6 +44,7 @@ import concurrent.futures
 import contextlib
 import functools
 import gc
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -955,6 +958,23 @@ def judge(rows: list[dict], machine: dict) -> list[dict]:
     return bars
 
 
+def once(torch, wanted: list[str]) -> None:
+    """One product for each "op:bits:NxK:M"."""
+    from mlxq import format
+    from mlxq.ops import cuda
+
+    for what in wanted:
+        op, bits, shape, M = what.split(":")
+        N, K = map(int, shape.split("x"))
+        w = random_weight(torch, format.Format(int(bits), GROUP_SIZE), N, K)
+        x = torch.randn(int(M), K if op == "qmm" else N, device=DEVICE).bfloat16()
+        y = cuda.qmm(x, w, op == "qmm")
+        torch.cuda.synchronize()
+        launch = w.__dict__["_cuda_plans"][x.shape, x.dtype, op == "qmm"].launch
+        grid = launch and [getattr(launch.config, f"grid_{axis}") for axis in "xyz"]
+        print(f"{what}: {launch and launch.name}, grid {grid}, y {tuple(y.shape)}", flush=True)
+
+
 def plot(path: Path) -> None:
     plt = common.pyplot()
     if plt is None:
@@ -992,7 +1012,10 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=130, help="seconds after which no cell is begun")
     parser.add_argument("--prepare", action="store_true", help="compile on all cores and stop")
     parser.add_argument("--resume", action="store_true", help="go on with what --out holds")
-    parser.add_argument("--tuning", type=Path, help="kernels for few rows as tune_cuda.py found them best")
+    parser.add_argument(
+        "--tuning", type=Path, nargs="+", default=[], help="what tune_cuda.py and tune_many.py found best"
+    )
+    parser.add_argument("--once", nargs="+", metavar="OP:BITS:NxK:M", help="one product each, and stop")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path, help="draw this result file and stop")
     args = parser.parse_args()
@@ -1011,10 +1034,12 @@ def main() -> int:
 
     from mlxq.ops import cuda
 
-    if args.tuning and args.tuning.exists():
-        import tune_cuda
-
-        tune_cuda.apply(json.loads(args.tuning.read_text())["best"])
+    if args.once:
+        once(torch, args.once)
+        return 0
+    for path in filter(Path.exists, args.tuning):
+        found = json.loads(path.read_text())
+        importlib.import_module(found["tool"]).apply(found["best"])
     if args.prepare and not torch.cuda.is_available():
         compile_ours(torch, wanted, H200)
         return 0

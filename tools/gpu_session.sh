@@ -4,6 +4,7 @@
 #
 #   setup    the wheels, data and parts of the model that $CARRY holds, kept in $WORK
 #   tests    tests/test_cuda.py, test_torch_cuda.py   bench    tools/bench_cuda.py   tune    tools/tune_cuda.py
+#   tunemany tools/tune_many.py                  profile  ncu over the cells of PROFILE (bench_cuda.py --once)
 #   small    tools/train_small.py                model    SmolLM2 put together, checked, unpacked; packed at 4 bits
 #   mpq      tools/train_mpq.py                  smollm2  tools/train_smollm2.py
 #   mpqcpu   tools/train_mpq.py on the CPU, shorter
@@ -63,6 +64,17 @@ sanitize() { # racecheck knows barriers and cp.async, not every pattern of mbarr
 }
 prepare() { "$PYTHON" "$REPO/tools/bench_cuda.py" --prepare; }
 tune() { "$PYTHON" "$REPO/tools/tune_cuda.py" --out "$OUT/tuning.json" ${TUNE:---limit 45}; }
+tunemany() { "$PYTHON" "$REPO/tools/tune_many.py" --out "$OUT/tuning-many.json" ${TUNEMANY:---limit 60}; }
+profile() { # needs hardware counters, which not every lent machine has
+    ncu --clock-control none -k 'regex:qmm_stream|qmv' --log-file "$OUT/profile.txt" \
+        --section SpeedOfLight --section LaunchStats --section Occupancy --section SchedulerStats --section WarpStateStats \
+        --section ComputeWorkloadAnalysis --section MemoryWorkloadAnalysis --section InstructionStats \
+        "$PYTHON" "$REPO/tools/bench_cuda.py" --once ${PROFILE:-qmm:4:4096x4096:16 qmm:2:28672x8192:16 qmm:4:4096x14336:64 \
+            qmm:2:28672x8192:64 qmm:4:4096x4096:128 qmm_n:4:14336x4096:128 qmm:8:4096x4096:512}
+    code=$?
+    grep -E "qmm_stream|qmv|Duration|SM Frequency|No Eligible|Issued Warp|Registers Per|Compute \(SM\) Thr|DRAM Thr|Stall" "$OUT/profile.txt"
+    return "$code"
+}
 quiet() { # until no other lane runs
     while [ "$(find "$WORK/lanes" -type f | wc -l)" -gt 1 ]; do sleep 1; done
 }
@@ -73,7 +85,7 @@ print(permuted_teacher(cache_folder() / 'smollm2-permuted-0', 0))" | tail -n 1 >
         "$PYTHON" -m mlxq convert "$(cat "$WORK/start-teacher")" "$WORK/start-2" --bits 2 --group-size 64 --embedding-bits 8 --method gptq
 }
 bench() { # with what tune found, if it ran before; compiles on all cores first; the GPU should be its own
-    "$PYTHON" "$REPO/tools/bench_cuda.py" --out "$OUT/cuda.json" --tuning "$OUT/tuning.json" ${BENCH:---limit 130}
+    "$PYTHON" "$REPO/tools/bench_cuda.py" --out "$OUT/cuda.json" --tuning "$OUT"/tuning*.json ${BENCH:---limit 130}
     code=$?
     "$PYTHON" "$REPO/tools/bench_cuda.py" --plot "$OUT/cuda.json"
     return "$code"
@@ -146,13 +158,17 @@ w8a8() {
 }
 
 # seconds that a stage may take (in all the calls of a machine together it is less: LIMIT_stage=...); a call of the device machine ends after 600
+<<<<<<< HEAD
 declare -A LIMIT=([setup]=90 [tests]=150 [bench]=270 [small]=480 [model]=90 [mpq]=420 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [sanitize]=210 [tune]=120 [prepare]=150 [quiet]=500 [start]=240 [parity]=300 [mixed]=540 [chat]=480 [amx]=240 [w8a8]=200 [quality]=900)
+=======
+declare -A LIMIT=([setup]=90 [tests]=150 [bench]=270 [small]=480 [model]=90 [mpq]=330 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [sanitize]=210 [tune]=120 [tunemany]=150 [profile]=60 [prepare]=150 [quiet]=500 [start]=240 [parity]=150 [mixed]=540 [chat]=480 [amx]=240 [w8a8]=200 [quality]=560)
+>>>>>>> 32a30b91aef82cb973b234a2fac7b81cb846cb5b
 if [ "${1:-}" = --stage ]; then
     "$2"
     exit
 fi
 gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c ^GPU)
-declare -A ON=([small]=1 [bench]=1 [tune]=1) # which of two GPUs; the others, and all where there is one: 0
+declare -A ON=([small]=1 [bench]=1 [tune]=1 [tunemany]=1 [profile]=1) # which of two GPUs; the others, and all where there is one: 0
 declare -A CORES=() # where there are many
 rest=0-$(($(nproc) - 1))
 [ "$(nproc)" -eq 16 ] && CORES=([parity]=0-8 [start]=9-14 [quality]=0-9 [small]=14-15 [smollm2]=10-11 [mpq]=12-13)

@@ -34,7 +34,7 @@ SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 PLANS_KEPT = 4096
 # CUdevice_attribute and CUfunction_attribute
 _MULTIPROCESSORS, _MAJOR, _MINOR, _SHARED_OPTIN = 16, 75, 76, 97
-_FUNCTION_SHARED = 8
+_FUNCTION_SHARED, _FUNCTION_CARVEOUT = 8, 9
 _INVALID_CONTEXT = 201
 _CLUSTER, _PROGRAMMATIC_SERIALIZATION = 4, 6  # CUlaunchAttributeID
 
@@ -746,31 +746,48 @@ def qmm_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict, transpose=True,
     return {"defines": defines, "out_tiles": out_tiles, "rows": rows, "ranks": ranks, "shared": shared}
 
 
-def qmm_stream_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict, transpose=True) -> dict | None:
-    """How qmm_stream.cu is compiled and started; None where it does not serve. As qmm_shape."""
+def qmm_stream_tuning(
+    bits: int, M: int, tiles: int, transpose: bool, multiprocessors: int
+) -> tuple[int, int]:
+    """(rows of x a block, blocks that share a multiprocessor) of qmm_stream.cu; tiles: of 128 outputs.
+
+    Several small blocks: one waits for its words, barriers and products while others issue.
+    """
+    if M <= 64:
+        rows = next(n for n in (16, 32, 64) if n >= M)
+        return rows, 3 if rows == 16 else 2
+    if M <= 128:
+        return (64, 2) if tiles * 4 <= multiprocessors else (128, 1)
+    return (128, 1) if transpose and tiles * -(-M // 128) <= multiprocessors else (256, 1)
+
+
+def qmm_stream_shape(
+    M, N, K, fmt, x_type: str, s_type: str, gpu: dict, transpose=True, tuning=None, **changed
+) -> dict | None:
+    """How qmm_stream.cu is compiled and started; None where it does not serve.
+
+    tuning: instead of qmm_stream_tuning's; changed: TURNED, BUFFERS, MOST_UNROLLED other than they would be.
+    defines, out_tiles, rows (of x a block), units (that ranks share, `steps` each), shared (bytes).
+    """
     out, reduced = (N, K) if transpose else (K, N)
     s_bytes = SIZES[s_type]
     row_bytes, scale_bytes = K * fmt.bits // 8, K // fmt.group_size * s_bytes
     if gpu["arch"] != "sm_90a" or x_type == "float32" or row_bytes % 16 or scale_bytes % 16 or reduced % 8:
         return None
-    rows = next((n for n in (16, 32, 64, 128) if n >= M), 256)
+    out_tiles = -(-out // 128)
+    rows, blocks = tuning or qmm_stream_tuning(fmt.bits, M, out_tiles, transpose, gpu["multiprocessors"])
     w_steps, s_steps = (16 // fmt.bits, 16 // s_bytes * fmt.group_size // 64) if transpose else (2, 2)
     w_stage = 128 * (128 if transpose else 16 * fmt.bits)
-    x_stages = {256: 4, 128: 6}.get(rows, 8)
-    for w_stages in range(12, 2, -1):
+    x_stages = {256: 4, 128: 6}.get(rows, 8) if blocks == 1 else min(8, max(4, 32768 // (rows * 128)))
+    limit = gpu["shared"] if blocks == 1 else (gpu["shared"] + 1024) // blocks - 1024  # 1 KiB a block
+    for w_stages in range(12, 1, -1):
         s_stages = -(-w_stages * w_steps // s_steps) + 1
         shared = x_stages * rows * 128 + w_stages * w_stage + s_stages * 4096
-        shared += 16 * (x_stages + w_stages + s_stages)
-        if shared <= gpu["shared"]:
+        shared += 16 * (x_stages + w_stages + s_stages) + 8 * x_stages
+        if shared <= limit:
             break
     else:
         return None
-    out_tiles, units, ranks = -(-out // 128), -(-reduced // (64 * max(w_steps, s_steps))), 1
-    tiles = out_tiles * -(-M // rows)
-    while ranks < 8 and 2 * ranks * tiles <= gpu["multiprocessors"] and units >= 2 * ranks:
-        ranks *= 2
-    while -(-units // ranks) * (ranks - 1) >= units:  # each has to have a share
-        ranks //= 2
     defines = {
         "BITS": fmt.bits,
         "GROUP": fmt.group_size,
@@ -778,12 +795,44 @@ def qmm_stream_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict, transpos
         "S_TYPE": TYPES[s_type],
         "FORWARD": int(transpose),
         "BN": rows,
+        "BLOCKS": blocks,
+        "TURNED": int(transpose and fmt.bits < 8),
+        "BUFFERS": 2,
+        "MOST_UNROLLED": 8,
         "X_STAGES": x_stages,
         "W_STAGES": w_stages,
         "S_STAGES": s_stages,
-    }
+    } | changed
     shared = max(shared, rows * 132 * 4)
-    return {"defines": defines, "out_tiles": out_tiles, "rows": rows, "ranks": ranks, "shared": shared}
+    steps = -(-reduced // 64)
+    return {
+        "defines": defines,
+        "out_tiles": out_tiles,
+        "rows": rows,
+        "units": -(-steps // w_steps),
+        "steps": w_steps,
+        "shared": shared,
+    }
+
+
+def qmm_stream_ranks(tiles: int, units: int, steps: int, blocks: int, multiprocessors: int, at_once) -> int:
+    """How many blocks share the reduced columns of a tile, all resident at once; 1 where no more are.
+
+    units: of so many steps, that ranks share; blocks: that fit a multiprocessor; at_once(ranks): how many
+    clusters of so many blocks are resident at once, less than all blocks where a part of the chip has an odd
+    number of multiprocessors left.
+    """
+
+    def cost(
+        ranks: int,
+    ) -> float:  # in steps of a block that has all issue slots; alone it can use half of them
+        each = -(-units // ranks)
+        if ranks > 1 and (each * (ranks - 1) >= units or tiles > at_once(ranks)):  # each has to have a share
+            return math.inf
+        beside = min(blocks, -(-tiles * ranks // multiprocessors))
+        return each * steps * max(2, beside) + 20 + ranks
+
+    return min(range(1, 9), key=cost)
 
 
 def q8mm_shape(
@@ -832,14 +881,37 @@ def q8mm_shape(
     return {"defines": defines, "out_tiles": out_tiles, "rows": rows, "ranks": ranks, "shared": shared}
 
 
+@functools.cache
+def _clusters_at_once(kernel: Kernel, threads: int, ranks: int) -> int:
+    """How many clusters of so many of the kernel's blocks are resident at once on its device."""
+    launch = _Launch(kernel, (ranks, 1, 1), threads, (), (), ranks)
+    found = ctypes.c_int()
+    code = kernel.driver.cuOccupancyMaxActiveClusters(ctypes.byref(found), kernel.function, launch.config_at)
+    _check(code, "counting clusters")
+    return max(1, found.value)
+
+
 def _many_streamed(device: int, pointers, M: int, N: int, K: int, fmt, x_type, s_type, transpose):
     """A launch of qmm_stream.cu that takes (x, y), or None where it does not serve."""
     gpu = _device(device)
     shape = qmm_stream_shape(M, N, K, fmt, x_type, s_type, gpu, transpose)
-    if shape is None:
-        return None
+    return shape and _stream_launch(device, pointers, M, N, K, fmt, x_type, s_type, transpose, shape)
+
+
+def _stream_launch(device, pointers, M, N, K, fmt, x_type, s_type, transpose, shape: dict, ranks=None):
+    gpu = _device(device)
     kernel = _kernel(
         device, "qmm_stream.cu", "qmm_stream", options(gpu["arch"], shape["defines"]), shape["shared"]
+    )
+    _check(kernel.driver.cuFuncSetAttribute(kernel.function, _FUNCTION_CARVEOUT, 100), "room for blocks")
+    tiles = shape["out_tiles"] * -(-M // shape["rows"])
+    ranks = ranks or qmm_stream_ranks(
+        tiles,
+        shape["units"],
+        shape["steps"],
+        shape["defines"]["BLOCKS"],
+        gpu["multiprocessors"],
+        functools.partial(_clusters_at_once, kernel, 384),
     )
     row, scales = K * fmt.bits // 8, K // fmt.group_size * SIZES[s_type]
     box = 128 if transpose else 16 * fmt.bits
@@ -848,8 +920,8 @@ def _many_streamed(device: int, pointers, M: int, N: int, K: int, fmt, x_type, s
     maps = [_tensor_map(pointers[0], (row, N), (row,), (box, 128), box)]
     maps += [_tensor_map(p, (scales, N), (scales,), (16, 128), 0) for p in pointers[1:]]
     arguments = [x, *maps, ctypes.c_void_p(), *(ctypes.c_int(v) for v in (M, N, K))]
-    grid = (shape["ranks"], shape["out_tiles"], -(-M // shape["rows"]))
-    return _Launch(kernel, grid, 384, arguments, (0, 4), shape["ranks"])
+    grid = (ranks, shape["out_tiles"], -(-M // shape["rows"]))
+    return _Launch(kernel, grid, 384, arguments, (0, 4), ranks)
 
 
 def _many(

@@ -21,6 +21,12 @@ __device__ __forceinline__ unsigned int sub2(unsigned int a, unsigned int b) {
   return d;
 }
 
+__device__ __forceinline__ unsigned int mul2(unsigned int a, unsigned int b) {
+  unsigned int d;
+  asm("mul.rn." F16_TYPE "x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
 __device__ __forceinline__ unsigned int fma2(unsigned int a, unsigned int b, unsigned int c) {
   unsigned int d;
   asm("fma.rn." F16_TYPE "x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
@@ -72,6 +78,35 @@ __device__ __forceinline__ void group_sync(int group) {
     asm volatile("bar.sync 1, 128;" ::: "memory");
   else
     asm volatile("bar.sync 2, 128;" ::: "memory");
+}
+
+// A barrier of the first 256 threads of a block.
+__device__ __forceinline__ void workers_sync() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+
+// A warpgroup's registers a thread from here on, fewer or more than it was started with.
+template <int N>
+__device__ __forceinline__ void registers_down() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+template <int N>
+__device__ __forceinline__ void registers_up() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+// Four matrices of 8 x 8 halves, whose rows of 16 bytes begin where lanes 0-7, 8-15, 16-23 and 24-31 say, each turned over its
+// diagonal: row lane / 4, columns 2 * (lane % 4), + 1.
+__device__ __forceinline__ void load_turned(unsigned int* four, unsigned int row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(four[0]), "=r"(four[1]), "=r"(four[2]), "=r"(four[3])
+               : "r"(row)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_matrices(const unsigned int* four, unsigned int row) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(four[0]), "r"(four[1]),
+               "r"(four[2]), "r"(four[3])
+               : "memory");
 }
 
 // A constant that the compiler does not know: sums that it can make anew where it likes serialize wgmma (C7515). Of the

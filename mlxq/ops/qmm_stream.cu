@@ -7,7 +7,8 @@
 //   y  X (M, out)                                        scales, biases S (N, K / GROUP), S_TYPE 0 float32, 1 float16, 2 bfloat16
 //
 // A block makes 128 out x BN rows of x, y transposed: W is the left operand. Two warpgroups multiply, 64 out each; one
-// warp asks for words and scales, another for x; all come as boxes of tensors, each kind in a ring of its own.
+// warp asks for words and scales, another for x; all come as boxes of tensors, each kind in a ring of its own. BLOCKS of
+// them share a multiprocessor: while one waits the others issue.
 //
 //   step     64 reduced columns: a stage of x (BN, 64), swizzled as wgmma reads it; 64 x 64 weights a warpgroup
 //   words    FORWARD: 128 bytes of 128 rows (16 / BITS steps); otherwise 16 * BITS bytes (128 columns) of 128 rows (2 steps)
@@ -17,11 +18,17 @@
 //            is masked where it stands, so its halves are code * 2^position; one multiplication undoes the positions, one
 //            fma makes scale * code + bias, rounded once to X. bfloat16: the bits of a masked field are a subnormal, code *
 //            2^(position - 133); float16: 1024 + code * 2^position
+//   TURNED   (FORWARD, BITS < 8) neighbours of wgmma need not be neighbours of W if x agrees: of a step thread t has columns
+//            16 t to 16 t + 15, and its pair p is columns 16 t + p and 16 t + 8 + p, which stand 16 bits apart in a word or at
+//            the same place of two: one byte-permute serves eight pairs. x follows: its eight pieces of eight columns are
+//            a matrix of 8 x 8, which two warps turn in its stage. With bfloat16 scales a weight is made 2^-32 of itself by one
+//            fma from the subnormal (scales below 2^26), and the sums are multiplied by 2^32
+//   BUFFERS  2: the next step is unpacked while the matrix units multiply; 1: other blocks fill that time
 //   split    the blocks of a cluster share the reduced columns; their float32 sums meet through distributed shared memory
 //            and are added in rank order: the same bits every time
 //
 // Rows of words and of scales of whole 16 bytes, reduced a multiple of 8. Ragged M, N, K: zeros are read, nothing is written.
-// Limit: bytes of W for few rows, the matrix units for many; between them unpacking, some three instructions a weight.
+// Limit: bytes of W for few rows, the matrix units for many; between them issue slots, some three instructions a weight.
 
 #define F16 X_TYPE
 #define LEFT_TRANSPOSED 0
@@ -35,7 +42,9 @@ typedef unsigned long long u64;
 constexpr int S_BYTES = S_TYPE == 0 ? 4 : 2;
 constexpr int W_STEPS = FORWARD ? 16 / BITS : 2;
 constexpr int S_STEPS = FORWARD ? 16 / S_BYTES * GROUP / 64 : 2;
-constexpr int UNIT = W_STEPS > S_STEPS ? W_STEPS : S_STEPS;  // steps that a rank's share is a multiple of
+constexpr int UNIT = W_STEPS;  // steps that a rank's share is a multiple of
+constexpr int UNROLL = W_STEPS > MOST_UNROLLED ? MOST_UNROLLED : W_STEPS;
+constexpr int REGISTERS = BLOCKS == 1 ? 240 : BLOCKS == 2 ? 104 : 72;  // of a thread that multiplies
 constexpr int W_ROW = FORWARD ? 128 : 16 * BITS;             // bytes
 constexpr int W_STAGE = 128 * W_ROW, S_STAGE = 2 * 128 * 16, X_STAGE = BN * 128;
 constexpr int COLUMN = 132;                                  // floats of a row of x in the sums: no bank twice
@@ -51,12 +60,6 @@ __device__ __forceinline__ float high_value(u32 pair) {
   return TYPE == 2 ? __uint_as_float(pair & 0xffff0000u) : half_value(pair >> 16);
 }
 
-__device__ __forceinline__ u32 mul2(u32 a, u32 b) {
-  u32 d;
-  asm("mul.rn." F16_TYPE "x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
-}
-
 // What brings a pair with fields at these positions to code * LIFT.
 struct Undo {
   u32 by, less;
@@ -69,6 +72,7 @@ __device__ __forceinline__ Undo undo(int low, int high) {
 #endif
 }
 constexpr float LIFT = X_TYPE == 2 ? 0.015625f : 1.0f;  // 2^(127 - 133)
+#define FOLDED (TURNED && X_TYPE == 2 && S_TYPE == 2)
 
 // Of a row or a pair of rows: scale / LIFT and bias.
 struct Scales {
@@ -79,14 +83,16 @@ struct Scales {
 #endif
 };
 
-__device__ __forceinline__ Scales scales_of(const char* first, const char* second) {
+template <int FURTHER>  // bytes from the first row's to the second's, which are the same if 0
+__device__ __forceinline__ Scales scales_of(const char* first) {
+  const char* const second = first + FURTHER;
   constexpr int BIASES = 128 * 16;
 #if X_TYPE == S_TYPE
   const u32 s = *reinterpret_cast<const u16*>(first), b = *reinterpret_cast<const u16*>(first + BIASES);
-  const u32 s2 = second == first ? s : *reinterpret_cast<const u16*>(second);
-  const u32 b2 = second == first ? b : *reinterpret_cast<const u16*>(second + BIASES);
+  const u32 s2 = FURTHER == 0 ? s : *reinterpret_cast<const u16*>(second);
+  const u32 b2 = FURTHER == 0 ? b : *reinterpret_cast<const u16*>(second + BIASES);
   const u32 pair = __byte_perm(s, s2, 0x5410);
-  return {X_TYPE == 2 ? mul2(pair, 0x42804280u) : pair, __byte_perm(b, b2, 0x5410)};  // bfloat16: by 64
+  return {X_TYPE == 2 && !FOLDED ? mul2(pair, 0x42804280u) : pair, __byte_perm(b, b2, 0x5410)};  // bfloat16: by 64
 #else
   Scales out;
   const char* const at[2] = {first, second};
@@ -122,7 +128,24 @@ __device__ __forceinline__ u64 descriptor(u32 at) {
   return u64((at & 0x3ffffu) >> 4) | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1)
+#if TURNED
+// Pairs p = 0..7 of a row, code * 2^position(p): columns 16 t + p and 16 t + 8 + p of a step.
+__device__ __forceinline__ int position(int p) { return BITS * (p % (8 / BITS)); }
+
+__device__ __forceinline__ void pairs_of(const char* from, u32* pairs) {
+#if BITS == 2
+  const u32 word = *reinterpret_cast<const u32*>(from), parts[2] = {word, word >> 8};
+#else
+  const uint2 both = *reinterpret_cast<const uint2*>(from);
+  const u32 low = __byte_perm(both.x, both.y, 0x5410), high = __byte_perm(both.x, both.y, 0x7632);
+  const u32 parts[4] = {low, low >> 8, high, high >> 8};
+#endif
+#pragma unroll
+  for (int p = 0; p < 8; p++) pairs[p] = masked(parts[p * BITS / 8], FIELD * 0x10001u << position(p));
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(384, BLOCKS)
 qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap s_map,
            const __grid_constant__ TensorMap b_map, char* __restrict__ y, int M, int N, int K) {
   SHARED_MEMORY(shared);
@@ -132,10 +155,12 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
   constexpr int W_RING = X_STAGES * X_STAGE, S_RING = W_RING + W_STAGES * W_STAGE, BARRIERS = S_RING + S_STAGES * S_STAGE;
   const u32 x_full = base + BARRIERS, x_empty = x_full + 8 * X_STAGES, w_full = x_empty + 8 * X_STAGES;
   const u32 w_empty = w_full + 8 * W_STAGES, s_full = w_empty + 8 * W_STAGES, s_empty = s_full + 8 * S_STAGES;
+  const u32 x_ready = TURNED ? s_empty + 8 * S_STAGES : x_full;
   if (tid == 0) {
     for (int i = 0; i < X_STAGES; i++) barrier_init(x_full + 8 * i, 1), barrier_init(x_empty + 8 * i, 8);
     for (int i = 0; i < W_STAGES; i++) barrier_init(w_full + 8 * i, 1), barrier_init(w_empty + 8 * i, 8);
     for (int i = 0; i < S_STAGES; i++) barrier_init(s_full + 8 * i, 1), barrier_init(s_empty + 8 * i, 8);
+    for (int i = 0; i < X_STAGES * TURNED; i++) barrier_init(x_ready + 8 * i, 2);
     barriers_ready();
   }
   __syncthreads();
@@ -143,13 +168,13 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
   const int begin = rank * share, end = min(begin + share, steps);  // the host starts no rank without a step
 
   if (warp >= 8) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    registers_down<BLOCKS == 2 ? 32 : 24>();
     dependents_may_start();
     if (warp == 8 && lane == 0) {  // words and scales
       int w_slot = 0, w_round = 0, s_slot = 0, s_round = 0;
 #pragma unroll 1
       for (int step = begin; step < end; step++) {
-        if (step % S_STEPS == 0) {
+        if (step % S_STEPS == 0 || step == begin) {
           if (s_round) barrier_wait(s_empty + 8 * s_slot, (s_round - 1) & 1);
           const u32 to = base + S_RING + s_slot * S_STAGE, done = s_full + 8 * s_slot;
           const int column = FORWARD ? step / S_STEPS * 16 : out0 / GROUP * S_BYTES / 16 * 16, row = FORWARD ? out0 : step * 64;
@@ -177,87 +202,131 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
         tensor_copy(base + slot * X_STAGE, x_map, step * 64, m0, x_full + 8 * slot);
         if (++slot == X_STAGES) slot = 0, round++;
       }
+    } else if (TURNED && warp >= 10) {  // x, turned where it lies: a lane says where a piece of eight columns is
+      const u32 own = base + (warp - 10) * 512 + lane / 8 * 128 + (lane % 8 ^ ((warp - 10) * 4 + lane / 8)) * 16;
+      int slot = 0, parity = 0;
+#pragma unroll 1
+      for (int step = begin; step < end; step++) {
+        barrier_wait(x_full + 8 * slot, parity);
+        u32 pieces = own + slot * X_STAGE;
+#pragma unroll 1
+        for (int m = 0; m < BN; m += 16, pieces += 2048) {  // eight rows, and the eight after them
+          u32 four[2][4];
+          load_turned(four[0], pieces), load_turned(four[1], pieces + 1024);
+          store_matrices(four[0], pieces), store_matrices(four[1], pieces + 1024);
+        }
+        fence_async();
+        __syncwarp();
+        if (lane == 0) barrier_arrive(x_ready + 8 * slot);
+        if (++slot == X_STAGES) slot = 0, parity ^= 1;
+      }
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    registers_up<REGISTERS>();
     dependents_may_start();
     const int group = warp / 4, g = lane / 4, t = lane % 4, first = group * 64 + warp % 4 * 16;  // of the warp's 16 out
     float sums[BN / 2];
 #pragma unroll
     for (int i = 0; i < BN / 2; i++) sums[i] = opaque(0.0f);
 #if FORWARD
+#if !TURNED
     const Undo of = undo(0, BITS == 8 ? 0 : BITS);
+#endif
 #else
     const int position = g * BITS % 8, byte = g * BITS / 8 % 4;  // of out g's code in its word
     const Undo of = undo(position, position);
     const u32 mask = FIELD * 0x10001u << position;
     const u32 select = byte * 0x11u + (4 + byte) * 0x1100u;  // that byte of two words, in both halves
+    int own[2];  // of the thread's words in rows 2 t and 2 t + 1 of a stage; those of rows 8 further on stand as much further on
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int flat = (2 * t + r) * W_ROW + first * BITS / 8;
+      own[r] = flat ^ (flat >> 7 & (BITS - 1)) << 4;
+    }
     const char* const of_groups = shared + S_RING + out0 / GROUP * S_BYTES % 16 + first / GROUP * S_BYTES;
 #endif
-    u32 now[16], next[16];
+    u32 left[BUFFERS][16];
     int w_slot = 0, w_parity = 0, s_slot = 0, s_parity = 0, x_slot = 0, x_parity = 0;
-    auto unpack = [&](int step) {
-      const int in_w = step % W_STEPS, in_s = step % S_STEPS;
+    auto unpack = [&](u32* to, int step, int in_w) {
+      const int in_s = (W_STEPS % S_STEPS ? step : in_w) & (S_STEPS - 1);
       if (in_w == 0) barrier_wait(w_full + 8 * w_slot, w_parity);
-      if (in_s == 0) barrier_wait(s_full + 8 * s_slot, s_parity);
-              const char* const w_stage = shared + W_RING + w_slot * W_STAGE;
-#if FORWARD
-              const char* const s_row = shared + S_RING + s_slot * S_STAGE + (first + g) * 16;
+      if (in_s == 0 || (W_STEPS % S_STEPS && step == begin)) barrier_wait(s_full + 8 * s_slot, s_parity);
+      const char* const w_stage = shared + W_RING + w_slot * W_STAGE;
+#if TURNED
 #pragma unroll
-              for (int h = 0; h < 2; h++) {  // out g and g + 8
-                const char* const row = w_stage + (first + g + 8 * h) * 128;
-                Scales scale;
-#pragma unroll
-                for (int s = 0; s < 4; s++) {  // 16 columns
-                  if (s * 16 % GROUP == 0) {
-                    const char* const at = s_row + h * 128 + (in_s * 64 + s * 16) / GROUP * S_BYTES;
-                    scale = scales_of(at, at);
-                  }
-                  u32 low, high;  // columns 2 t, 2 t + 1 and 2 t + 8, 2 t + 9
-#if BITS == 2
-                  const u32 word = *reinterpret_cast<const u32*>(row + (in_w ^ g) * 16 + s * 4) >> 4 * t;
-                  low = masked(__byte_perm(word, 0, 0x0000), 0x000c0003u), high = masked(__byte_perm(word, 0, 0x2222), 0x000c0003u);
-#elif BITS == 4
-                  const uint2 both = *reinterpret_cast<const uint2*>(row + ((in_w * 2 + s / 2) ^ g) * 16 + s % 2 * 8);
-                  low = masked(__byte_perm(both.x, 0, t * 0x1111), 0x00f0000fu), high = masked(__byte_perm(both.y, 0, t * 0x1111), 0x00f0000fu);
-#else
-                  const char* const piece = row + ((in_w * 4 + s) ^ g) * 16 + t / 2 * 4;
-                  constexpr u32 ABOVE = X_TYPE == 2 ? 0u : 0x64u;
-                  const u32 select = t % 2 ? 0x4342 : 0x4140;
-                  low = __byte_perm(*reinterpret_cast<const u32*>(piece), ABOVE, select);
-                  high = __byte_perm(*reinterpret_cast<const u32*>(piece + 8), ABOVE, select);
+      for (int h = 0; h < 2; h++) {  // out g and g + 8
+        const int row = first + g + 8 * h;
+        const Scales scale = scales_of<0>(shared + S_RING + s_slot * S_STAGE + row * 16 + u32(in_s * 64 + t * 16) / GROUP * S_BYTES);
+        u32 pairs[8];
+#if FOLDED
+        const u32 bias = mul2(scale.b, u32(127 - 32) * 0x00800080u);
 #endif
-                  next[4 * s + h] = weights(low, of, scale), next[4 * s + 2 + h] = weights(high, of, scale);
-                }
-              }
+        pairs_of(w_stage + row * 128 + ((in_w * BITS / 2 + t * BITS / 8) ^ g) * 16 + t * BITS * 2 % 16, pairs);
+#pragma unroll
+        for (int p = 0; p < 8; p++) {
+#if FOLDED
+          to[2 * p + h] = fma2(pairs[p], mul2(scale.s, u32(127 + 133 - 32 - position(p)) * 0x00800080u), bias);
 #else
-#pragma unroll
-              for (int s = 0; s < 4; s++) {
-#pragma unroll
-                for (int h = 0; h < 2; h++) {  // rows 2 t, 2 t + 1, or 8 further on
-                  const int n = in_w * 64 + s * 16 + h * 8 + 2 * t;
-                  const char* const at = of_groups + s_slot * S_STAGE + n * 16;
-                  const Scales scale = scales_of(at, at + 16);
-                  u32 words[2][2];  // [row][of out g, g + 8]
-#pragma unroll
-                  for (int r = 0; r < 2; r++) {
-                    const int flat = (n + r) * W_ROW + first * BITS / 8;
-                    const char* const from = w_stage + (flat ^ (flat >> 7 & (BITS - 1)) << 4);
-#if BITS == 2
-                    words[r][0] = words[r][1] = *reinterpret_cast<const u32*>(from);
-#elif BITS == 4
-                    const uint2 both = *reinterpret_cast<const uint2*>(from);
-                    words[r][0] = both.x, words[r][1] = both.y;
-#else
-                    words[r][0] = *reinterpret_cast<const u32*>(from + g / 4 * 4);
-                    words[r][1] = *reinterpret_cast<const u32*>(from + 8 + g / 4 * 4);
+          to[2 * p + h] = weights(pairs[p], undo(position(p), position(p)), scale);
 #endif
-                  }
-                  const u32 low = masked(__byte_perm(words[0][0], words[1][0], select), mask);
-                  const u32 high = masked(__byte_perm(words[0][1], words[1][1], BITS == 2 ? select + 0x2222 : select), mask);
-                  next[4 * s + 2 * h] = weights(low, of, scale), next[4 * s + 2 * h + 1] = weights(high, of, scale);
-                }
-              }
+        }
+      }
+#elif FORWARD
+      const char* const s_row = shared + S_RING + s_slot * S_STAGE + (first + g) * 16;
+#pragma unroll
+      for (int h = 0; h < 2; h++) {  // out g and g + 8
+        const char* const row = w_stage + (first + g + 8 * h) * 128;
+        Scales scale;
+#pragma unroll
+        for (int s = 0; s < 4; s++) {  // 16 columns
+          if (s * 16 % GROUP == 0) {
+            const char* const at = s_row + h * 128 + (in_s * 64 + s * 16) / GROUP * S_BYTES;
+            scale = scales_of<0>(at);
+          }
+          u32 low, high;  // columns 2 t, 2 t + 1 and 2 t + 8, 2 t + 9
+#if BITS == 2
+          const u32 word = *reinterpret_cast<const u32*>(row + (in_w ^ g) * 16 + s * 4) >> 4 * t;
+          low = masked(__byte_perm(word, 0, 0x0000), 0x000c0003u), high = masked(__byte_perm(word, 0, 0x2222), 0x000c0003u);
+#elif BITS == 4
+          const uint2 both = *reinterpret_cast<const uint2*>(row + ((in_w * 2 + s / 2) ^ g) * 16 + s % 2 * 8);
+          low = masked(__byte_perm(both.x, 0, t * 0x1111), 0x00f0000fu), high = masked(__byte_perm(both.y, 0, t * 0x1111), 0x00f0000fu);
+#else
+          const char* const piece = row + ((in_w * 4 + s) ^ g) * 16 + t / 2 * 4;
+          constexpr u32 ABOVE = X_TYPE == 2 ? 0u : 0x64u;
+          const u32 select = t % 2 ? 0x4342 : 0x4140;
+          low = __byte_perm(*reinterpret_cast<const u32*>(piece), ABOVE, select);
+          high = __byte_perm(*reinterpret_cast<const u32*>(piece + 8), ABOVE, select);
+#endif
+          to[4 * s + h] = weights(low, of, scale), to[4 * s + 2 + h] = weights(high, of, scale);
+        }
+      }
+#else
+#pragma unroll
+      for (int s = 0; s < 4; s++) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {  // rows 2 t, 2 t + 1, or 8 further on
+          const int n = in_w * 64 + s * 16 + h * 8;
+          const char* const at = of_groups + s_slot * S_STAGE + (n + 2 * t) * 16;
+          const Scales scale = scales_of<16>(at);
+          u32 words[2][2];  // [row][of out g, g + 8]
+#pragma unroll
+          for (int r = 0; r < 2; r++) {
+            const char* const from = w_stage + own[r] + n * W_ROW;
+#if BITS == 2
+            words[r][0] = words[r][1] = *reinterpret_cast<const u32*>(from);
+#elif BITS == 4
+            const uint2 both = *reinterpret_cast<const uint2*>(from);
+            words[r][0] = both.x, words[r][1] = both.y;
+#else
+            words[r][0] = *reinterpret_cast<const u32*>(from + g / 4 * 4);
+            words[r][1] = *reinterpret_cast<const u32*>(from + 8 + g / 4 * 4);
+#endif
+          }
+          const u32 low = masked(__byte_perm(words[0][0], words[1][0], select), mask);
+          const u32 high = masked(__byte_perm(words[0][1], words[1][1], BITS == 2 ? select + 0x2222 : select), mask);
+          to[4 * s + 2 * h] = weights(low, of, scale), to[4 * s + 2 * h + 1] = weights(high, of, scale);
+        }
+      }
 #endif
       __syncwarp();
       if (in_w == W_STEPS - 1) {
@@ -269,46 +338,67 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
         if (++s_slot == S_STAGES) s_slot = 0, s_parity ^= 1;
       }
     };
-    unpack(begin);
-#pragma unroll 1
-    for (int step = begin; step < end; step++) {
-#pragma unroll
-      for (int i = 0; i < 16; i++) now[i] = next[i];
-      barrier_wait(x_full + 8 * x_slot, x_parity);
+    auto multiply = [&](const u32* from) {
+      barrier_wait(x_ready + 8 * x_slot, x_parity);
       const u64 right = descriptor(base + x_slot * X_STAGE);
       wgmma_begin();
 #pragma unroll
-      for (int s = 0; s < 4; s++) wgmma(sums, now + 4 * s, right + s * 2);
+      for (int s = 0; s < 4; s++) wgmma(sums, from + 4 * s, right + s * 2);
       wgmma_commit();
-      if (step + 1 < end) unpack(step + 1);  // while the matrix units multiply
-      wgmma_wait<0>(sums);
+    };
+    auto multiplied = [&](const u32* from, int slot) {  // after the wait: registers and stage may be used anew
 #pragma unroll
-      for (int i = 0; i < 16; i++) in_use(now[i]);
-      if (lane == 0) barrier_arrive(x_empty + 8 * x_slot);
-      if (++x_slot == X_STAGES) x_slot = 0, x_parity ^= 1;
+      for (int i = 0; i < 16; i++) in_use(from[i]);
+      if (lane == 0) barrier_arrive(x_empty + 8 * slot);
+    };
+    if (BUFFERS == 2) unpack(left[0], begin, 0);
+#pragma unroll 1
+    for (int first_step = begin; first_step < end; first_step += UNROLL) {
+#pragma unroll
+      for (int i = 0; i < UNROLL; i++) {
+        const int step = first_step + i, in_w = (UNROLL == W_STEPS ? i : step) & (W_STEPS - 1);
+        if (step >= end) break;
+        if (BUFFERS == 1) unpack(left[0], step, in_w);
+        multiply(left[i % BUFFERS]);
+        if (BUFFERS == 2) {  // while the matrix units multiply
+          wgmma_wait<1>(sums);
+          if (step > begin) multiplied(left[(i + 1) % 2], x_slot ? x_slot - 1 : X_STAGES - 1);
+          if (step + 1 < end) unpack(left[(i + 1) % 2], step + 1, (in_w + 1) & (W_STEPS - 1));
+        } else {
+          wgmma_wait<0>(sums);
+          multiplied(left[0], x_slot);
+        }
+        if (++x_slot == X_STAGES) x_slot = 0, x_parity ^= 1;
+      }
     }
-    asm volatile("bar.sync 1, 256;" ::: "memory");  // all have read what the sums are written over
+    wgmma_wait<0>(sums);
+#pragma unroll
+    for (int i = 0; i < 16 * BUFFERS; i++) in_use(left[i / 16][i % 16]);
+    workers_sync();  // all have read what the sums are written over
 
     // sums[4 * j + 2 * i + c]: out g + 8 * i of the warp, row of x 8 * j + 2 * t + c
     float* const mine = reinterpret_cast<float*>(shared);
 #pragma unroll
-    for (int i = 0; i < BN / 2; i++) mine[(i / 4 * 8 + t * 2 + i % 2) * COLUMN + first + g + i / 2 % 2 * 8] = sums[i];
+    for (int i = 0; i < BN / 2; i++)
+      mine[(i / 4 * 8 + t * 2 + i % 2) * COLUMN + first + g + i / 2 % 2 * 8] = FOLDED ? sums[i] * 4294967296.0f : sums[i];
     predecessor_done();
     if (ranks > 1)
       cluster_sync();
     else
-      asm volatile("bar.sync 1, 256;" ::: "memory");
-    for (int i = tid; i < BN * 32; i += 256) {  // four outs of a row of x
-      if (i / 32 % ranks != rank) continue;
-      const int m = i / 32, o = i % 32 * 4;
-      if (m0 + m >= M || out0 + o >= outs) continue;
+      workers_sync();
+    const int o = lane * 4;  // four outs of a row of x
+#pragma unroll 1
+    for (int m = rank + ranks * warp; m < BN && m0 + m < M && out0 + o < outs; m += 8 * ranks) {
       float4 sum = *reinterpret_cast<const float4*>(mine + m * COLUMN + o);
       if (ranks > 1) {
+        float4 parts[8];
+#pragma unroll
+        for (int r = 0; r < 8; r++)
+          if (r < ranks) parts[r] = remote(base + (m * COLUMN + o) * 4, r);
         sum = make_float4(0, 0, 0, 0);
-        for (int r = 0; r < ranks; r++) {
-          const float4 part = remote(base + (m * COLUMN + o) * 4, r);
-          sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-        }
+#pragma unroll
+        for (int r = 0; r < 8; r++)
+          if (r < ranks) sum.x += parts[r].x, sum.y += parts[r].y, sum.z += parts[r].z, sum.w += parts[r].w;
       }
       const u32 low = round2(sum.x, sum.y), high = round2(sum.z, sum.w);
       u16* to = reinterpret_cast<u16*>(y) + size_t(m0 + m) * outs + out0 + o;

@@ -2,6 +2,7 @@
 // products done either at once or as late as their waits allow, so that a missing wait or barrier shows as a wrong answer.
 // Shared memory begins as NaN. x86-64 only (half precision conversions).
 #include <algorithm>
+#include <array>
 #include <immintrin.h>
 #include <ucontext.h>
 #include <cmath>
@@ -10,8 +11,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <random>
 #include <vector>
+#ifndef THREADS
+#define THREADS 256  // of a block
+#endif
 #define __device__
 #define __forceinline__ inline
 #define __global__
@@ -27,7 +32,12 @@ namespace emu {
 struct Dim { unsigned x, y, z; };
 struct Op { bool matrix; std::function<void()> run; };
 struct Barrier { int count = 0; long generation = 0; };
-struct Block { std::vector<char> memory; Barrier all, group[8]; };
+struct Meeting { int count = 0, left = 0, bytes = 0; long phase = 0; };  // an mbarrier: arrivals of a phase, those and bytes to come
+struct Block {
+  std::vector<char> memory; Barrier all, group[8], warp[THREADS / 32]; std::map<uint32_t, Meeting> meetings;
+  std::vector<std::pair<uint32_t, std::function<void()>>> tensors;  // copies asked for, and the mbarrier that they report to
+  uint32_t given[THREADS][4];  // what a lane shows the others of its warp
+};
 struct Fiber {
   ucontext_t context; std::vector<char> stack; bool done = false; Dim thread, block; int rank;
   std::vector<std::vector<std::function<void()>>> copies, products; // groups; the last is open
@@ -38,7 +48,7 @@ inline void yield() { swapcontext(&now->context, &home); }
 inline void sync(Barrier& b, int n) {
   long g = b.generation;
   if (++b.count == n) { b.count = 0; b.generation++; waits = 0; return; }
-  while (b.generation == g) { if (++waits > 100000000) { fprintf(stderr, "deadlock\n"); abort(); } yield(); }
+  while (b.generation == g) { if (++waits > 3000000) { fprintf(stderr, "deadlock\n"); abort(); } yield(); }
 }
 inline Block& block() { return blocks[now->rank]; }
 inline char* memory(int rank) { char* p = blocks[rank].memory.data(); return p + (1024 - uintptr_t(p) % 1024) % 1024; }
@@ -51,7 +61,11 @@ inline uint16_t float_to_bf(float f) { uint32_t u; memcpy(&u, &f, 4); if (f != f
 #define blockIdx (emu::now->block)
 #define gridDim (emu::grid)
 #define SHARED_MEMORY(name) char* name = emu::memory(emu::now->rank)
-inline void __syncthreads() { emu::sync(emu::block().all, 256); }
+inline void __syncthreads() { emu::sync(emu::block().all, THREADS); }
+inline void __syncwarp() { emu::sync(emu::block().warp[threadIdx.x / 32], 32); }
+inline void workers_sync() { emu::sync(emu::block().group[2], 256); }
+template <int N> inline void registers_down() {}
+template <int N> inline void registers_up() {}
 inline void group_sync(int g) { emu::sync(emu::block().group[g], 128); }
 inline void cluster_sync() { emu::sync(emu::cluster, 256 * int(emu::grid.x)); }
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t s) {
@@ -66,6 +80,7 @@ inline float half_value(uint32_t h) { return emu::half_to_float(h); }
 inline float v16(uint32_t h) { return F16 == 1 ? emu::half_to_float(h) : emu::bf_to_float(h); }
 inline uint32_t r16(float f) { return F16 == 1 ? emu::float_to_half(f) : emu::float_to_bf(f); }
 inline uint32_t sub2(uint32_t a, uint32_t b) { return r16(v16(a & 65535) - v16(b & 65535)) | r16(v16(a >> 16) - v16(b >> 16)) << 16; }
+inline uint32_t mul2(uint32_t a, uint32_t b) { return r16(v16(a & 65535) * v16(b & 65535)) | r16(v16(a >> 16) * v16(b >> 16)) << 16; }
 inline uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
   return r16(float(double(v16(a & 65535)) * v16(b & 65535) + v16(c & 65535))) | r16(float(double(v16(a >> 16)) * v16(b >> 16) + v16(c >> 16))) << 16;
 }
@@ -97,7 +112,12 @@ inline void fence_async() {}
 inline void wait_for_predecessor() {}
 inline void wgmma_begin() {}
 inline void wgmma_commit() { commit(emu::now->products); }
-template <int N> inline void wgmma_wait(void*) { wait_all_but(emu::now->products, N); }
+template <int N> inline void wgmma_wait(void*) {
+  wait_all_but(emu::now->products, N);
+#ifdef X_STAGES
+  __syncwarp();  // one lane says for its warp that the products are done
+#endif
+}
 inline float element(uint64_t d, int row, int k, bool transposed) {  // row of the 64 or BN, k of the 16
   if (d >> 62 != 1) { fprintf(stderr, "layout\n"); abort(); }
   const uint32_t start = uint32_t(d & 0x3fff) << 4, lbo = uint32_t(d >> 16 & 0x3fff) << 4, sbo = uint32_t(d >> 32 & 0x3fff) << 4;
@@ -119,6 +139,54 @@ inline void wgmma(float* d, uint64_t a, uint64_t b) {
   });
 }
 inline int opaque(int value) { return value; }
+inline float opaque(float value) { return value; }
+inline void in_use(uint32_t) {}
+// A from registers, as they were when the product was asked for; the product is spoilt if they change before it is waited for.
+inline void wgmma(float* d, const uint32_t* a, uint64_t b) {
+  const int thread = threadIdx.x, t = thread % 128, lane = t % 32;
+  auto& given = emu::block().given;
+  memcpy(given[thread], a, 16);
+  __syncwarp();
+  std::array<float, 32> left;  // row lane / 4, then row lane / 4 + 8
+  for (int i = 0; i < 2; i++)
+    for (int k = 0; k < 16; k++) {
+      const uint32_t pair = given[thread / 4 * 4 + k % 8 / 2][i + k / 8 * 2];
+      left[16 * i + k] = v16(k % 2 ? pair >> 16 : pair & 65535);
+    }
+  __syncwarp();
+  std::array<uint32_t, 4> mine;
+  memcpy(mine.data(), a, 16);
+  defer(emu::now->products, [=] {
+    const bool changed = memcmp(mine.data(), a, 16);
+    for (int i = 0; i < 2; i++)
+      for (int j = 0; j < BN / 8; j++)
+        for (int c = 0; c < 2; c++) {
+          float& sum = d[4 * j + 2 * i + c];
+          for (int k = 0; k < 16; k++) sum += left[16 * i + k] * element(b, 8 * j + 2 * (lane % 4) + c, k, false);
+          if (changed) sum = NAN;
+        }
+  });
+}
+inline void exchange(uint32_t* four, uint32_t row, bool load) {  // 8 x 8 halves: rows where the lanes say, or as the lanes hold them
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread - lane;
+  auto& given = emu::block().given;
+  given[thread][0] = row;
+  __syncwarp();
+  uint32_t rows[32];
+  for (int i = 0; i < 32; i++) rows[i] = given[warp + i][0];
+  for (int i = 0; i < 32; i++) if (rows[i] % 16) { fprintf(stderr, "matrix row at %u\n", rows[i]); abort(); }
+  for (int i = 0; i < 4; i++) {
+    uint16_t pair[2];
+    for (int c = 0; c < 2; c++) {
+      if (load) memcpy(pair + c, at(rows[8 * i + 2 * (lane % 4) + c]) + lane / 4 * 2, 2);
+      else memcpy(at(rows[8 * i + lane / 4]) + (2 * (lane % 4) + c) * 2, reinterpret_cast<uint16_t*>(four + i) + c, 2);
+    }
+    if (load) memcpy(four + i, pair, 4);
+  }
+  __syncwarp();
+}
+inline void load_turned(uint32_t* four, uint32_t row) { exchange(four, row, true); }
+inline void store_matrices(const uint32_t* four, uint32_t row) { exchange(const_cast<uint32_t*>(four), row, false); }
 inline int dot4(uint32_t a, uint32_t b, int c) {
   for (int i = 0; i < 4; i++) c += int(int8_t(a >> 8 * i)) * int8_t(b >> 8 * i);
   return c;

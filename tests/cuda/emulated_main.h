@@ -1,7 +1,10 @@
 // The entry that Python calls: every cluster of the grid, one after the other.
 static const void* arg[8]; static int number[4];
 static void entry() {
-#ifdef PER_ROW
+#ifdef X_STAGES
+  const auto* maps = reinterpret_cast<const TensorMap* const*>(arg);
+  qmm_stream(*maps[0], *maps[1], *maps[2], *maps[3], (char*)arg[4], number[0], number[1], number[2]);
+#elif defined PER_ROW
   q8mm((const char*)arg[0], (const float*)arg[1], (const char*)arg[2], (const char*)arg[3], (const char*)arg[4], (char*)arg[5], number[0],
        number[1], number[2]);
 #else
@@ -18,14 +21,14 @@ extern "C" void run(int gx, int gy, int gz, int shared_bytes, int late, int seed
   for (int z = 0; z < gz; z++) for (int y = 0; y < gy; y++) {
     emu::blocks.clear(); emu::blocks.resize(gx); emu::cluster = {};
     for (auto& b : emu::blocks) { b.memory.assign(shared_bytes + 1024, char(0xff)); }
-    emu::fibers.clear(); emu::fibers.resize(256 * gx);
-    for (int i = 0; i < 256 * gx; i++) {
+    emu::fibers.clear(); emu::fibers.resize(THREADS * gx);
+    for (int i = 0; i < THREADS * gx; i++) {
       auto& f = emu::fibers[i];
-      f.stack.resize(1 << 16); f.thread = {unsigned(i % 256), 0, 0}; f.rank = i / 256; f.block = {unsigned(i / 256), unsigned(y), unsigned(z)};
+      f.stack.resize(1 << 16); f.thread = {unsigned(i % THREADS), 0, 0}; f.rank = i / THREADS; f.block = {unsigned(i / THREADS), unsigned(y), unsigned(z)};
       getcontext(&f.context); f.context.uc_stack.ss_sp = f.stack.data(); f.context.uc_stack.ss_size = f.stack.size(); f.context.uc_link = nullptr;
       makecontext(&f.context, entry, 0);
     }
-    std::vector<int> ready(256 * gx); for (int i = 0; i < 256 * gx; i++) ready[i] = i;
+    std::vector<int> ready(THREADS * gx); for (int i = 0; i < THREADS * gx; i++) ready[i] = i;
     while (!ready.empty()) {
       std::shuffle(ready.begin(), ready.end(), emu::random_);
       for (int i : ready) { emu::now = &emu::fibers[i]; swapcontext(&emu::home, &emu::now->context); }

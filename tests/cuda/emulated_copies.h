@@ -1,0 +1,54 @@
+// The names of copies.cuh for a CPU, after emulated.h: a copy is done at once, or when a thread would wait in vain without it.
+#define __grid_constant__
+struct TensorMap { uint64_t pointer, sizes[2], stride, box[2], bytes, swizzle, rest[8]; };  // bytes: of an element
+inline emu::Meeting& meeting(uint32_t to) {
+  auto found = emu::block().meetings.find(to);
+  if (found == emu::block().meetings.end()) { fprintf(stderr, "no mbarrier at %u\n", to); abort(); }
+  return found->second;
+}
+inline void ended(emu::Meeting& m) {
+  if (m.left < 0 || m.bytes < 0) { fprintf(stderr, "mbarrier: too many arrivals\n"); abort(); }
+  if (!m.left && !m.bytes) m.phase++, m.left = m.count, emu::waits = 0;
+}
+inline void barrier_init(uint32_t to, int count) { at(to + 7); emu::block().meetings[to] = {count, count}; }
+inline void barriers_ready() {}
+inline void barrier_arrive(uint32_t to) { auto& m = meeting(to); m.left--; ended(m); }
+inline void barrier_expect(uint32_t to, int bytes) { auto& m = meeting(to); m.bytes += bytes; barrier_arrive(to); }
+inline void barrier_wait(uint32_t to, int parity) {
+  auto& tensors = emu::block().tensors;
+  while ((meeting(to).phase & 1) == parity) {
+    auto first = std::find_if(tensors.begin(), tensors.end(), [&](auto& one) { return one.first == to; });
+    if (first == tensors.end()) {
+      if (++emu::waits > 3000000) { fprintf(stderr, "deadlock\n"); abort(); }
+      emu::yield();
+    } else {
+      auto copy = first->second;
+      tensors.erase(first);
+      copy();
+    }
+  }
+}
+inline void tensor_copy(uint32_t to, const TensorMap& map, int c0, int c1, uint32_t barrier) {
+  const long row = map.box[0] * map.bytes;
+  if (to % 128 || c0 * map.bytes % 16 || (map.swizzle && row > long(map.swizzle)) || (map.swizzle && to % 1024)) {
+    fprintf(stderr, "tensor copy to %u of %d, %d\n", to, c0, c1); abort();
+  }
+  auto copy = [=, block = &emu::block(), memory = emu::memory(emu::now->rank)] {
+    for (long i = 0; i < long(map.box[1]); i++)
+      for (long j = 0; j < row; j++) {
+        const long x = c0 * long(map.bytes) + j, y = c1 + i;
+        const bool inside = x < long(map.sizes[0] * map.bytes) && y < long(map.sizes[1]);
+        long flat = i * row + j;
+        if (map.swizzle) flat ^= (flat >> 7 & (map.swizzle / 16 - 1)) << 4;
+        memory[to - BASE + flat] = inside ? reinterpret_cast<const char*>(map.pointer)[y * map.stride + x] : 0;
+      }
+    auto& m = block->meetings[barrier];
+    m.bytes -= row * map.box[1];
+    ended(m);
+  };
+  at(to), at(to + row * map.box[1] - 1);
+  if (emu::late) emu::block().tensors.emplace_back(barrier, copy);
+  else copy();
+}
+inline void dependents_may_start() {}
+inline void predecessor_done() {}

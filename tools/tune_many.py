@@ -1,0 +1,293 @@
+"""Which form of qmm_stream.cu is fastest for many rows on a Hopper GPU: for ops/cuda.py's qmm_stream_tuning.
+
+    python tools/tune_many.py --out FILE [--limit 60] [--prepare] [--bits 2 4 8] [--rows 16 64]
+    python tools/bench_cuda.py --tuning FILE ...      the benchmark with what was found
+
+For each cell (rows of bfloat16, shape, bits; groups of 64) every form is first checked against float64 and
+for the same bits when repeated, then timed as bench_cuda.py times, with as many ranks as ops.cuda would
+choose; the two fastest then with every other number of ranks. A form is what ops.cuda.qmm_stream_shape
+takes: tuning (rows of x a block, blocks a multiprocessor) and macros. Up to 16 rows qmv_stream.cu, eight
+rows at a time, is timed too. Cells that missed their bar on 2026-11-29 come first. FILE, written after each:
+
+    best       [{bits, N, K, M, transpose, form, ranks, us, now: {form, ranks, us}}]  now: of ops.cuda
+    all        [{bits, N, K, M, transpose, form, ranks, us, failed}]                   us null where it failed
+    clusters   {blocks a multiprocessor: {ranks: clusters that are resident at once}}
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import functools
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import bench_cuda as bench
+
+from mlxq.format import Format
+
+TYPES = "bfloat16", "bfloat16"
+SMALL, LONG, LARGE, WIDE = bench.MAIN_SHAPES[2], bench.LONG_SHAPE, bench.MAIN_SHAPES[1], bench.MAIN_SHAPES[0]
+FEW_ROWS = "qmv_stream"  # as a form: eight rows at a time
+
+
+def cells(bits: list[int], rows: list[int] | None) -> list[tuple]:
+    """(bits, M, N, K, transpose), the most important first."""
+    found = [
+        *((16, *SMALL, True), (64, *LONG, True), (128, *SMALL, True), (128, *WIDE, False)),
+        *((64, *LARGE, True), (64, *SMALL, True), (16, *LARGE, True), (32, *SMALL, True)),
+        *((512, *SMALL, True), (128, *LARGE, True), (32, *LARGE, True)),
+        *((M, *WIDE, True) for M in (16, 64, 32, 128, 512)),
+        *((M, *LONG, True) for M in (16, 32, 128)),
+        *((512, *WIDE, False), (512, *LARGE, True), (512, *LONG, True)),
+    ]
+    return [(b, *cell) for cell in found for b in bits if not rows or cell[0] in rows]
+
+
+def forms(bits: int, M: int, transpose: bool) -> list[tuple]:
+    """((rows, blocks), ((macro, value), ...)), the most promising first."""
+    rows = next((n for n in (16, 32, 64, 128) if n >= M), 256)
+    plain, single = (), (("BUFFERS", 1),)
+    found = {
+        16: [((16, 3), plain), ((16, 2), plain), ((16, 3), single), ((16, 2), single), ((16, 1), plain)],
+        32: [((32, 2), plain), ((32, 3), single), ((32, 2), single), ((32, 1), plain)],
+        64: [((64, 2), plain), ((64, 2), single), ((64, 1), plain), ((32, 3), single), ((32, 2), plain)],
+        128: [((64, 2), plain), ((128, 1), plain), ((64, 2), single), ((64, 1), plain), ((128, 1), single)],
+        256: [((256, 1), plain), ((128, 1), plain), ((64, 2), plain)],
+    }[rows]
+    if transpose and bits < 8:
+        found.append((found[0][0], (("TURNED", 0),)))
+        if rows >= 128:
+            found.append((found[1][0], (("TURNED", 0),)))
+    found.append((found[0][0], (("MOST_UNROLLED", 2),)))
+    return found
+
+
+def shape_of(form: tuple, bits: int, M: int, N: int, K: int, transpose: bool, gpu: dict):
+    from mlxq.ops import cuda
+
+    tuning, changed = form
+    fmt = Format(bits, bench.GROUP_SIZE)
+    return cuda.qmm_stream_shape(M, N, K, fmt, *TYPES, gpu, transpose, tuning, **dict(changed))
+
+
+def candidates(bits: int, M: int, N: int, K: int, transpose: bool, gpu: dict):
+    """(form, shape), each kernel once."""
+    seen = []
+    for form in forms(bits, M, transpose):
+        shape = shape_of(form, bits, M, N, K, transpose, gpu)
+        if shape is not None and shape["defines"] not in seen:
+            seen.append(shape["defines"])
+            yield form, shape
+
+
+def few_at_once(cuda, device: int, w, M: int):
+    """A product of up to 16 rows as two of qmv_stream.cu, or None."""
+    pointers = [a.data_ptr() for a in (w.words, w.scales, w.biases)]
+    parts = [(first, min(8, M - first)) for first in range(0, M, 8)]
+    launches = [cuda._stream(device, pointers, rows, w.N, w.K, w.format, *TYPES) for _, rows in parts]
+    if None in launches:
+        return None
+
+    def launch(stream, x, y, early):
+        for (first, _), one in zip(parts, launches, strict=True):
+            one(stream, x + first * w.K * 2, y + first * w.N * 2, early=early)
+
+    return launch
+
+
+def launch_of(cuda, device: int, w, M: int, transpose: bool, shape: dict, ranks=None):
+    pointers = [a.data_ptr() for a in (w.words, w.scales, w.biases)]
+    return cuda._stream_launch(device, pointers, M, w.N, w.K, w.format, *TYPES, transpose, shape, ranks)
+
+
+def valid_ranks(shape: dict, M: int, gpu: dict) -> list[int]:
+    """Numbers of ranks that leave none without a share and ask for at most twice the blocks that fit."""
+    tiles, units = shape["out_tiles"] * -(-M // shape["rows"]), shape["units"]
+    most = 2 * shape["defines"]["BLOCKS"] * gpu["multiprocessors"]
+    return [r for r in range(1, 9) if -(-units // r) * (r - 1) < units and (r == 1 or tiles * r <= most)]
+
+
+def apply(best: list[dict]) -> None:
+    """Make ops.cuda choose what was found, for these shapes and rows."""
+    from mlxq.ops import cuda
+
+    chosen = {(b["bits"], b["M"], b["N"], b["K"], b["transpose"]): b for b in best if b["form"] != FEW_ROWS}
+    usual = cuda._many_streamed
+
+    def _many_streamed(device, pointers, M, N, K, fmt, x_type, s_type, transpose):
+        found = chosen.get((fmt.bits, M, N, K, transpose))
+        if found is None or fmt.group_size != bench.GROUP_SIZE or (x_type, s_type) != TYPES:
+            return usual(device, pointers, M, N, K, fmt, x_type, s_type, transpose)
+        tuning, changed = found["form"]
+        about = M, N, K, fmt, x_type, s_type
+        shape = cuda.qmm_stream_shape(*about, cuda._device(device), transpose, tuple(tuning), **dict(changed))
+        return cuda._stream_launch(device, pointers, *about, transpose, shape, found["ranks"])
+
+    cuda._many_streamed = _many_streamed
+
+
+def compile_all(wanted, gpu: dict) -> None:
+    """Every candidate's machine code, on all cores."""
+    from mlxq.ops import cuda
+
+    flags = {}
+    for cell in wanted:
+        for _, shape in candidates(*cell, gpu):
+            flags["qmm_stream.cu", cuda.options(gpu["arch"], shape["defines"])] = True
+        bits, M, N, K, transpose = cell
+        few = (
+            transpose and M <= 16 and cuda.stream_shape(8, N, K, Format(bits, bench.GROUP_SIZE), *TYPES, gpu)
+        )
+        if few:
+            flags["qmv_stream.cu", cuda.options(gpu["arch"], few["defines"])] = True
+    with concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for failed in filter(None, pool.map(bench.compiled, flags)):
+            print(failed, flush=True)
+    print(f"{len(flags)} kernels", flush=True)
+
+
+class Cell:
+    """A cell on the GPU: its weights, rows, exact answer, and what was found."""
+
+    def __init__(self, torch, cell: tuple, weights: list):
+        from mlxq.ops import cuda
+
+        self.torch, self.cuda, self.weights = torch, cuda, weights
+        self.bits, self.M, self.N, self.K, self.transpose = cell
+        self.device = torch.cuda.current_device()
+        self.gpu = cuda._device(self.device)
+        exact = bench.float64_weight(torch, weights[0])
+        reduced, out = (self.K, self.N) if self.transpose else (self.N, self.K)
+        self.x = torch.randn(self.M, reduced, device="cuda").bfloat16()
+        self.y = torch.empty(self.M, out, device="cuda", dtype=torch.bfloat16)
+        self.expected = self.x.double() @ (exact.T if self.transpose else exact)
+        self.rows: list[dict] = []
+
+    def call(self, launch):
+        stream = self.torch._C._cuda_getCurrentRawStream(self.device)
+        launch(stream, self.x.data_ptr(), self.y.data_ptr(), early=self.gpu["early"])
+
+    def timed(self, form, ranks, make) -> dict:
+        """A row: make(w) gives the launch for a copy of the weight."""
+        cell = {"bits": self.bits, "N": self.N, "K": self.K, "M": self.M, "transpose": self.transpose}
+        row = cell | {"form": form, "ranks": ranks, "us": None}
+        self.rows.append(row)
+        try:
+            launches = [make(w) for w in self.weights]
+            if None in launches:
+                self.rows.pop()
+                return row
+            first = None
+            for _ in range(2):
+                self.y.fill_(float("nan"))
+                self.call(launches[0])
+                first = self.y.clone() if first is None else first
+            error = bench.relative(self.y, self.expected)
+            if not error < bench.ROUNDED_LIMIT:
+                row["failed"] = f"error {error:.1e}"
+            elif not bool((first == self.y).all()):
+                row["failed"] = "not the same bits when repeated"
+            else:
+                calls = [functools.partial(self.call, one) for one in launches]
+                row["us"] = bench.microseconds(self.torch, calls)
+        except RuntimeError as error:
+            row["failed"] = bench.first_line(error)
+            if "launch failure" in str(error) or "illegal" in str(error):
+                raise
+        if row.get("failed"):
+            print(f"{row['form']} ranks {ranks}: {row['failed']}", flush=True)
+        return row
+
+    def run(self, clusters: dict) -> dict | None:
+        about = self.bits, self.M, self.N, self.K, self.transpose
+        shapes = []
+        for form, shape in candidates(*about, self.gpu):
+            launch = launch_of(self.cuda, self.device, self.weights[0], self.M, self.transpose, shape)
+            blocks = shape["defines"]["BLOCKS"]
+            if str(blocks) not in clusters:
+                kernel = self.cuda._kernel(
+                    self.device, "qmm_stream.cu", "qmm_stream",
+                    self.cuda.options(self.gpu["arch"], shape["defines"]), shape["shared"],
+                )  # fmt: skip
+                clusters[str(blocks)] = {r: self.cuda._clusters_at_once(kernel, 384, r) for r in range(2, 9)}
+            make = functools.partial(self.launch, shape=shape, ranks=launch.config.grid_x)
+            row = self.timed(form, launch.config.grid_x, make)
+            shapes.append((row, shape))
+        good = sorted((one for one in shapes if one[0]["us"]), key=lambda one: one[0]["us"])
+        for row, shape in good[:2]:
+            for ranks in valid_ranks(shape, self.M, self.gpu):
+                if ranks != row["ranks"]:
+                    self.timed(row["form"], ranks, functools.partial(self.launch, shape=shape, ranks=ranks))
+        if self.M <= 16 and self.transpose:
+            self.timed(FEW_ROWS, 1, lambda w: few_at_once(self.cuda, self.device, w, self.M))
+        good = [row for row in self.rows if row["us"]]
+        if not good:
+            return None
+        tuning = self.cuda.qmm_stream_tuning(
+            self.bits, self.M, -(-self.y.shape[1] // 128), self.transpose, self.gpu["multiprocessors"]
+        )
+        now = next((row for row, _ in shapes if row["form"] == (tuning, ())), None)
+        found = min(good, key=lambda row: row["us"])
+        now = now and {key: now[key] for key in ("form", "ranks", "us")}
+        what = f"{self.bits}-bit {self.N}x{self.K} M={self.M}{'' if self.transpose else ' transpose=False'}"
+        said = " ".join(f"{key} {now[key]}" for key in now) if now else "not timed"
+        print(
+            f"{what}: {found['us']:.2f} us, {found['form']}, ranks {found['ranks']}; now {said}", flush=True
+        )
+        return found | {"now": now}
+
+    def launch(self, w, shape, ranks):
+        return launch_of(self.cuda, self.device, w, self.M, self.transpose, shape, ranks)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--limit", type=float, default=60, help="seconds after which no cell is begun")
+    parser.add_argument("--prepare", action="store_true", help="compile on all cores and stop")
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--rows", type=int, nargs="+", help="only cells of so many rows")
+    args = parser.parse_args()
+    wanted = cells(args.bits, args.rows)
+    import torch
+
+    from mlxq.ops import cuda
+
+    on_gpu = torch.cuda.is_available()
+    begin = time.monotonic()
+    compile_all(wanted, cuda._device(torch.cuda.current_device()) if on_gpu else bench.H200)
+    print(f"compiled in {time.monotonic() - begin:.0f} s", flush=True)
+    if args.prepare:
+        return 0
+    begin = time.monotonic()
+    rotated = 4 * torch.cuda.get_device_properties(0).L2_cache_size
+    best, every, weights, clusters, skipped = [], [], {}, {}, []
+    torch.manual_seed(0)
+    for cell in wanted:
+        bits, M, N, K, transpose = cell
+        if time.monotonic() - begin > args.limit:
+            skipped.append(cell)
+            continue
+        if (bits, N, K) not in weights:
+            nbytes = N * K * bits // 8 + N * K // bench.GROUP_SIZE * 4
+            fmt = Format(bits, bench.GROUP_SIZE)
+            weights[bits, N, K] = [
+                bench.random_weight(torch, fmt, N, K) for _ in range(max(3, -(-rotated // nbytes)))
+            ]
+        one = Cell(torch, cell, weights[bits, N, K])
+        found = one.run(clusters)
+        every += one.rows
+        best += [found] if found else []
+        result = {"tool": "tune_many", "gpu": torch.cuda.get_device_name(), "clusters": clusters}
+        result |= {"best": best, "all": every, "skipped": skipped}
+        args.out.write_text(json.dumps(result) + "\n")
+    print(f"{len(every)} times in {time.monotonic() - begin:.0f} s, {len(skipped)} cells skipped", flush=True)
+    return int(any(row.get("failed") for row in every))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
