@@ -36,12 +36,16 @@ def build(tmp_path_factory):
     @functools.cache
     def library(file: str, defines: tuple, replaced: tuple = ()):
         text = (cuda.HERE / file).read_text(encoding="utf-8").replace("hopper.cuh", "emulated.h")
+        main = "emulated_main.h"
+        if "warp.cuh" in text:
+            text = text.replace("warp.cuh", "emulated_warp.h").replace('#include "copies.cuh"', "")
+            main = "emulated_warp_main.h"
         text = text.replace("copies.cuh", "emulated_copies.h")
         for old, new in replaced:
             assert old in text
             text = text.replace(old, new)
         path = folder / f"{len(list(folder.iterdir()))}.cpp"
-        path.write_text(f'{text}\n#include "emulated_main.h"\n')
+        path.write_text(f'{text}\n#include "{main}"\n')
         command = [
             compiler,
             "-std=c++20",

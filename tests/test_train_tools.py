@@ -49,8 +49,8 @@ def written(out) -> dict:
 
 @pytest.mark.parametrize("start", ["gptq", "rtn"])
 def test_a_tiny_model_is_trained_rounded_and_trained_again(start, texts, tmp_path, monkeypatch):
-    words = ["--size", "tiny", "--start", start, "--steps", "2", "--bits", "2", "--device", "cpu", "--data", texts]
-    words += ["--length", "32", "--batch", "8"]
+    words = ["--size", "tiny", "--start", start, "--steps", "2", "--bits", "2", "--device", "cpu"]
+    words += ["--data", texts, "--length", "32", "--batch", "8"]
     result = run(train_small, monkeypatch, tmp_path / "out", *words)
     assert result["missing"] == [] and result["model"]["size"] == "tiny"
     rows = {row["what"]: row for row in result["rows"]}

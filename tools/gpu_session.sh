@@ -53,12 +53,13 @@ setup() {
 }
 tests() { (cd "$WORK" && "$PYTHON" -m pytest -q -p no:cacheprovider "$REPO/tests/test_cuda.py" "$REPO/tests/test_torch_cuda.py" ${TESTS:--n 8}); }
 sanitize() { # racecheck knows barriers and cp.async, not every pattern of mbarrier and copy engine: read what it says
-    local tool code=0
-    for tool in memcheck racecheck; do
-        (cd "$WORK" && timeout 100 compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m pytest -v -x \
-            -p no:cacheprovider -p no:xdist "$REPO/tests/test_cuda.py" -k "${SANITIZE:-(4-bit/64 or 2-bit/128 or 8-bit/32) and (gathered or experts or transposed or (int8 and True) or (every_format and bfloat16-bfloat16)) or (many_rows and 4-bit/64 and bfloat16-bfloat16) or captured}") \
-            2>&1 | tail -n 30 | sed "s/^/$tool: /"
-        [ "${PIPESTATUS[0]}" = 0 ] || code=1
+    local tool code=0 # the whole reports: $OUT/sanitize-TOOL.txt
+    for tool in ${SANITIZERS:-memcheck racecheck}; do
+        (cd "$WORK" && MLXQ_NVRTC_OPTIONS=-lineinfo timeout "${SANITIZE_SECONDS:-100}" compute-sanitizer --tool "$tool" \
+            --error-exitcode 9 "$PYTHON" -m pytest -v -x -p no:cacheprovider -p no:xdist "$REPO/tests/test_cuda.py" \
+            -k "${SANITIZE:-(4-bit/64 or 2-bit/128 or 8-bit/32) and (gathered or experts or transposed or (int8 and True) or (every_format and bfloat16-bfloat16)) or (many_rows and 4-bit/64 and bfloat16-bfloat16) or captured}") \
+            >"$OUT/sanitize-$tool.txt" 2>&1 || code=1
+        tail -n 30 "$OUT/sanitize-$tool.txt" | sed "s/^/$tool: /"
     done
     return $code
 }
@@ -158,11 +159,7 @@ w8a8() {
 }
 
 # seconds that a stage may take (in all the calls of a machine together it is less: LIMIT_stage=...); a call of the device machine ends after 600
-<<<<<<< HEAD
-declare -A LIMIT=([setup]=90 [tests]=150 [bench]=270 [small]=480 [model]=90 [mpq]=420 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [sanitize]=210 [tune]=120 [prepare]=150 [quiet]=500 [start]=240 [parity]=300 [mixed]=540 [chat]=480 [amx]=240 [w8a8]=200 [quality]=900)
-=======
-declare -A LIMIT=([setup]=90 [tests]=150 [bench]=270 [small]=480 [model]=90 [mpq]=330 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [sanitize]=210 [tune]=120 [tunemany]=150 [profile]=60 [prepare]=150 [quiet]=500 [start]=240 [parity]=150 [mixed]=540 [chat]=480 [amx]=240 [w8a8]=200 [quality]=560)
->>>>>>> 32a30b91aef82cb973b234a2fac7b81cb846cb5b
+declare -A LIMIT=([setup]=90 [tests]=150 [bench]=270 [small]=480 [model]=90 [mpq]=420 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [sanitize]=210 [tune]=120 [tunemany]=150 [profile]=60 [prepare]=150 [quiet]=500 [start]=240 [parity]=300 [mixed]=540 [chat]=480 [amx]=240 [w8a8]=200 [quality]=900)
 if [ "${1:-}" = --stage ]; then
     "$2"
     exit

@@ -27,6 +27,11 @@ __device__ __forceinline__ void barrier_wait(unsigned int at, int parity) {
       : "memory");
 }
 
+// Bring the description of a tensor near, which the first copy waits for otherwise.
+__device__ __forceinline__ void tensor_expected(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
 // A box of a tensor to shared memory; what lies outside the tensor is zeros, and counts.
 __device__ __forceinline__ void tensor_copy(unsigned int to, const TensorMap& map, int c0, int c1, unsigned int barrier) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),

@@ -19,6 +19,7 @@ import ctypes
 import functools
 import hashlib
 import importlib
+import itertools
 import math
 import os
 import sys
@@ -98,7 +99,7 @@ def _source(name: str) -> str:
     """A kernel file as text, the constants of format.h before it and our headers where it includes them."""
     text = (HERE / name).read_text(encoding="utf-8")
     constants = (HERE.parent / "format.h").read_text(encoding="utf-8").replace("#pragma once", "")
-    for header in ("hopper.cuh", "copies.cuh"):
+    for header in ("hopper.cuh", "copies.cuh", "warp.cuh"):
         text = text.replace(f'#include "{header}"\n', (HERE / header).read_text(encoding="utf-8"))
     return f'{constants}\n#line 1 "{name}"\n{text}'
 
@@ -106,6 +107,7 @@ def _source(name: str) -> str:
 def options(arch: str, defines: dict, exact: bool = False) -> tuple[str, ...]:
     """NVRTC's options for one instance of a kernel file; exact: no contraction to fused multiply-add."""
     head = (f"--gpu-architecture={arch}", "--std=c++17", *(("--fmad=false",) if exact else ()))
+    head += tuple(os.environ.get("MLXQ_NVRTC_OPTIONS", "").split())  # -lineinfo for compute-sanitizer
     return (*head, *(f"-D{name}={value}" for name, value in defines.items()))
 
 
@@ -438,16 +440,13 @@ def _check_product(op: str, x_shape, x_type: str, w: format.Packed, transpose: b
 
 
 def rows_best_alone(bits: int, tiles: int, multiprocessors: int) -> int:
-    """Up to how many rows (of 16-bit x, in groups of 64) qmv.cu was faster than qmv_stream.cu on an H200.
+    """Up to how many rows (of 16-bit x, in groups of 64) qmv.cu is faster than qmv_stream.cu on an H200.
 
-    tiles: of 16 outputs. docs/kernels-cuda.md has the times.
+    tiles: of 16 outputs. By prediction, as stream_tuning.
     """
-    small, large = tiles <= 2 * multiprocessors, tiles > 8 * multiprocessors
-    if bits == 2:
-        return 4
-    if bits == 4:
-        return 4 if small else int(large)
-    return int(small)
+    if tiles > 2 * multiprocessors:
+        return 0
+    return 4 if bits < 8 else 1
 
 
 def qmv_tuning(bits: int, columns: int, tiles: int, multiprocessors: int) -> tuple[int, int, int, int]:
@@ -546,14 +545,16 @@ STREAM_BUFFERS = 2  # of qmv_stream.cu
 STREAM_REGISTERS = 64  # that a thread may fill with x
 
 
-def stream_tuning(bits: int, row_bytes: int, tiles: int, multiprocessors: int) -> tuple[int, int, int]:
-    """(warps, bytes of a row in a warp's part of a stage, stages at most) that were best on an H200.
+def stream_tuning(bits: int, row_bytes: int, tiles: int, multiprocessors: int) -> tuple[int, ...]:
+    """How qmv_stream.cu is to run; best by prediction (docs/kernels-cuda.md), to be measured on an H200.
 
-    96 KB asked for at once are enough where a multiprocessor has few tiles or words are soon used up.
+    (warps, bytes of a row in a warp's part of a stage, stages at most, blocks that fit a multiprocessor,
+    blocks that are started for each, units whose products are interleaved)
     """
-    if bits == 8:
-        return (16, 128, 3) if tiles <= 2 * multiprocessors else (16, 64, 12)
-    return (16, 128, 3) if row_bytes == 2048 else (16, 64, 6)
+    small = tiles <= 2 * multiprocessors
+    if row_bytes > 8 * STREAM_REGISTERS * bits:  # x fills the registers of 16 warps
+        return (16, 64, 12, 1, 1, 2) if bits == 8 else (16, 128, 5, 1, 1, 2)
+    return 8, 128, 5, 2, 1 if small else 2, 2
 
 
 def stream_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict) -> dict | None:
@@ -563,7 +564,8 @@ def stream_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict) -> dict | No
     """
     row_bytes, s_bytes = K * fmt.bits // 8, SIZES[s_type]
     tiles = -(-N // 16)
-    warps, segment, most = stream_tuning(fmt.bits, row_bytes, tiles, gpu["multiprocessors"])
+    tuning = stream_tuning(fmt.bits, row_bytes, tiles, gpu["multiprocessors"])
+    warps, segment, most, fit, started, together = tuning
     scale_bytes = K // fmt.group_size * s_bytes
     unit = min(fmt.group_size, segment * 8 // fmt.bits)  # codes of one scale
     stages = -(-row_bytes // (warps * segment))
@@ -577,15 +579,18 @@ def stream_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict) -> dict | No
         or stages * segment // fmt.bits > STREAM_REGISTERS
     ):
         return None
-    columns = next(c for c in (1, 2, 4, 8) if c >= M)
-    units = segment * 8 // fmt.bits // unit
+    units = stages * warps * segment * 8 // fmt.bits // unit
     scale_columns = -(-scale_bytes // 128)
-    rounds = -(-tiles // gpu["multiprocessors"])
-    for depth in range(min(most, max(2, rounds * stages)), 1, -1):
-        scale_depth = -(-(depth - 1) // stages) + 1
-        shared = depth * 16 * warps * segment + scale_depth * scale_columns * 4096
-        shared += warps * columns * 4 * (stages * units + STREAM_BUFFERS * 20) + 16 * (depth + STREAM_BUFFERS)
-        if shared <= gpu["shared"]:
+    grid = min(started * gpu["multiprocessors"], tiles)
+    fixed = STREAM_BUFFERS * warps * 512 + units * 32
+    if x_type == s_type == "bfloat16":
+        fixed += -(-units * unit // fmt.group_size // 16) * 768
+    most = min(most, max(2, -(-tiles // grid) * stages))
+    for blocks, depth in itertools.product((fit, 1), range(most, 1, -1)):
+        scale_depth = -(-(depth - 1) // stages) + 1  # a tile's stay until its last stage is through
+        shared = fixed + depth * 16 * warps * segment + scale_depth * scale_columns * 4096
+        shared += 16 * (depth + STREAM_BUFFERS)
+        if shared <= (gpu["shared"] if blocks == 1 else gpu["shared"] // blocks - 1024):  # 1 KiB a block
             break
     else:
         return None
@@ -594,7 +599,6 @@ def stream_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict) -> dict | No
         "GROUP": fmt.group_size,
         "X_TYPE": TYPES[x_type],
         "S_TYPE": TYPES[s_type],
-        "MP": columns,
         "WARPS": warps,
         "SEGMENT": segment,
         "STAGES": stages,
@@ -602,14 +606,10 @@ def stream_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict) -> dict | No
         "SCALE_DEPTH": scale_depth,
         "SCALE_COLUMNS": scale_columns,
         "BUFFERS": STREAM_BUFFERS,
-        "BLOCKS": 1,
+        "BLOCKS": blocks,
+        "TOGETHER": together,
     }
-    return {
-        "defines": defines,
-        "grid_x": min(gpu["multiprocessors"], tiles),
-        "threads": 32 * (warps + 2),
-        "shared": shared,
-    }
+    return {"defines": defines, "grid_x": grid, "threads": 32 * (warps + 1), "shared": shared}
 
 
 def _tensor_map(pointer: int, sizes, strides, box, swizzle: int):
@@ -656,6 +656,14 @@ class _TensorMap:
             self.pointer = pointer
 
 
+def stream_tensors(N: int, K: int, fmt: format.Format, s_type: str, defines: dict) -> list[tuple]:
+    """(sizes, strides, box, swizzle) of words, scales and biases, as qmv_stream.cu copies them."""
+    row, scales = K * fmt.bits // 8, K // fmt.group_size * SIZES[s_type]
+    columns = defines["WARPS"] * defines["SEGMENT"] // 128
+    words = (128, N, row // 128), (row, 128), (128, 16, columns), 128
+    return [words, *[((scales, N), (scales,), (128, 16), 128)] * 2]
+
+
 def _stream(device: int, pointers, M: int, N: int, K: int, fmt, x_type, s_type):
     """A launch of qmv_stream.cu that takes (x, y), or None where it does not serve."""
     gpu = _device(device)
@@ -664,10 +672,8 @@ def _stream(device: int, pointers, M: int, N: int, K: int, fmt, x_type, s_type):
         return None
     flags = options(gpu["arch"], shape["defines"])
     kernel = _kernel(device, "qmv_stream.cu", "qmv_stream", flags, shape["shared"])
-    row, scales = K * fmt.bits // 8, K // fmt.group_size * SIZES[s_type]
-    columns = shape["defines"]["WARPS"] * shape["defines"]["SEGMENT"] // 128
-    maps = [_tensor_map(pointers[0], (128, N, row // 128), (row, 128), (128, 16, columns), 128)]
-    maps += [_tensor_map(p, (scales, N), (scales,), (128, 16), 128) for p in pointers[1:]]
+    tensors = stream_tensors(N, K, fmt, s_type, shape["defines"])
+    maps = [_tensor_map(p, *of) for p, of in zip(pointers, tensors, strict=True)]
     arguments = [ctypes.c_void_p(), *maps, ctypes.c_void_p(), *(ctypes.c_int(v) for v in (M, N, K))]
     return _Launch(kernel, (shape["grid_x"], 1, 1), shape["threads"], arguments, (0, 4))
 

@@ -1,0 +1,111 @@
+"""The text of qmv_stream.cu on a CPU: right in any order of warps and copies, no race.
+
+The instructions of warp.cuh and copies.cuh are replaced by tests/cuda/emulated_warp*.h; the grid, the shared
+memory and the macros are those that ops.cuda gives.
+"""
+
+# ruff: noqa: F811  the fixture build is an argument
+import ctypes
+
+import numpy as np
+import pytest
+from test_cuda_emulated import H100, aligned, build, error, stored
+
+from mlxq.format import Format, pack
+from mlxq.ops import cuda
+
+
+def run_stream(
+    build, tuning, bits, group_size, x_type, s_type, M, N, K, order=0, seed=0, factor=1.0, changed=(), **more
+):
+    """(y, the float64 answer); changed: of the macros; more: replaced, of the text.
+
+    Raises RuntimeError saying what the emulation met: a deadlock, an address outside of shared memory, ..
+    """
+    rng, fmt = np.random.default_rng(seed), Format(bits, group_size)
+    codes = rng.integers(0, fmt.levels, (N, K), dtype=np.uint8, endpoint=True)
+    words, groups = aligned(pack(codes, bits)), (N, K // group_size)
+    scales, exact_scales = stored(rng.normal(0, 0.02, groups), s_type)
+    biases, exact_biases = stored(rng.normal(0, 0.1, groups), s_type)
+    w = np.repeat(exact_scales, group_size, -1) * codes + np.repeat(exact_biases, group_size, -1)
+    x, exact_x = stored(rng.normal(0, 1, (M, K)) * factor, x_type)
+    y = aligned(np.full((M, N), 0xFFFF, np.uint16))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "stream_tuning", lambda *a: tuning)
+        shape = cuda.stream_shape(M, N, K, fmt, x_type, s_type, SMALL_H100)
+    defines = shape["defines"] | dict(changed)
+    tensors = [
+        [len(sizes), *(*sizes, 0)[:3], *(*strides, 0)[:2], *(*box, 0)[:3], swizzle]
+        for sizes, strides, box, swizzle in cuda.stream_tensors(N, K, fmt, s_type, defines)
+    ]
+    library = build("qmv_stream.cu", tuple(defines.items()), more.get("replaced", ()))
+    pointers = (ctypes.c_void_p * 5)(*(a.ctypes.data for a in (x, words, scales, biases, y)))
+    described = (ctypes.c_int * 30)(*sum(tensors, []))
+    sizes = (ctypes.c_int * 3)(M, N, K)
+    library.run.restype = ctypes.c_char_p
+    failed = library.run(shape["grid_x"], shape["shared"], order, seed, pointers, described, sizes)
+    if failed:
+        raise RuntimeError(failed.decode())
+    values = y.view(np.float16).astype(np.float64)
+    if x_type == "bfloat16":
+        values = (y.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return values, exact_x @ w.T
+
+
+SMALL_H100 = H100 | {"multiprocessors": 1}  # every block has many tiles
+ROUNDED_ONCE = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # only y is rounded: half an ulp of the largest
+# (warps, segment, stages at most, blocks that fit, blocks started, units together), product
+STREAM_CASES = [
+    ((8, 128, 4, 2, 2, 2), 2, 64, "bfloat16", "bfloat16", 8, 150, 4096),
+    ((8, 128, 3, 2, 1, 4), 2, 64, "bfloat16", "bfloat16", 3, 100, 2560),
+    ((8, 64, 3, 2, 2, 2), 2, 64, "bfloat16", "bfloat16", 5, 70, 4096),
+    ((16, 64, 4, 1, 1, 2), 2, 64, "bfloat16", "bfloat16", 1, 41, 4096),
+    ((8, 128, 4, 2, 2, 2), 2, 128, "bfloat16", "float16", 8, 70, 3072),
+    ((8, 64, 4, 2, 1, 2), 4, 32, "bfloat16", "bfloat16", 7, 90, 2048),
+    ((8, 128, 5, 2, 2, 2), 4, 64, "bfloat16", "bfloat16", 8, 70, 4096),
+    ((16, 64, 6, 1, 1, 2), 4, 128, "float16", "float16", 4, 33, 2048),
+    ((8, 128, 5, 2, 2, 2), 8, 64, "bfloat16", "bfloat16", 8, 70, 2048),
+    ((8, 64, 6, 2, 1, 2), 8, 128, "bfloat16", "bfloat16", 6, 50, 3072),
+    ((16, 64, 6, 1, 1, 2), 8, 32, "float16", "float32", 2, 40, 1280),
+]
+
+
+@pytest.mark.parametrize("order", [0, 1, 2], ids=["at once", "late", "some time"])
+@pytest.mark.parametrize("case", STREAM_CASES, ids=lambda c: "-".join(map(str, (*c[0], *c[1:]))))
+def test_streamed_products_equal_float64(build, case, order):
+    values, want = run_stream(build, *case, order=order, seed=order)
+    assert error(values, want) < ROUNDED_ONCE[case[3]]
+
+
+@pytest.mark.parametrize("factor", [2.0**-75, 2.0**33, 2.0**38, 2.0**100])
+def test_streamed_products_equal_float64_however_large_x(build, factor):
+    values, want = run_stream(build, *STREAM_CASES[0], factor=factor)
+    assert error(values, want) < ROUNDED_ONCE["bfloat16"]
+
+
+def test_streamed_products_have_the_same_bits_in_any_order(build):
+    first, *others = (run_stream(build, *STREAM_CASES[1], order=o, seed=7)[0] for o in (0, 1, 2, 2))
+    assert all(np.array_equal(first, other) for other in others)
+
+
+STREAM_DEFECTS = {
+    "places asked for before they are free": ("barrier_wait(empty + 8 * slot, (round - 1) & 1);", ""),
+    "no wait for the words": ("barrier_wait(full + 8 * slot, round & 1);", ""),
+    "no wait for the biases": ("barrier_wait(full + 8 * at, times & 1);", ""),
+    "no wait for the warps' sums": ("barrier_wait(summed + 8 * buffer, buffer_round & 1);", ""),
+    "sums written before they were taken": ("barrier_wait(taken + 8 * buffer, (buffer_round - 1) & 1);", ""),
+    "no wait for the sums of x": ("all_sync((WARPS + 1) * 32);", ""),
+    "swizzled wrongly": ("lane / 16) ^ lane % 8) * 16;", "lane / 16)) * 16;"),
+    "scales' ring too short": {"SCALE_DEPTH": 1},
+}
+
+
+@pytest.mark.parametrize("defect", STREAM_DEFECTS)
+def test_a_defect_planted_in_the_stream_shows(build, defect):
+    planted = STREAM_DEFECTS[defect]
+    how = {"changed": planted} if isinstance(planted, dict) else {"replaced": (planted,)}
+    orders = [(0, 0), *((order, seed) for order in (1, 2) for seed in range(6))]
+    with pytest.raises((AssertionError, RuntimeError)):
+        for order, seed in orders:
+            found = run_stream(build, *STREAM_CASES[1], order=order, seed=seed, **how)
+            assert error(*found) < ROUNDED_ONCE["bfloat16"]
