@@ -4,7 +4,7 @@ The instructions of warp.cuh and copies.cuh are replaced by tests/cuda/emulated_
 memory and the macros are those that ops.cuda gives.
 """
 
-# ruff: noqa: F811  the fixture build is an argument
+# ruff: noqa: F401, F811  the fixture build is an argument
 import ctypes
 
 import numpy as np
