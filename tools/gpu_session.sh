@@ -46,6 +46,7 @@ setup() {
         [ -e "$part" ] && cp "$part" "$WORK/"
     done
     [ -e "$CARRY/data.tar.xz" ] && tar -xJf "$CARRY/data.tar.xz" -C "$WORK"
+    [ -e "$CARRY/start.tar.xz" ] && tar -xJf "$CARRY/start.tar.xz" -C "$WORK"
     [ -e "$CARRY/caches.tar.xz" ] && tar -xJf "$CARRY/caches.tar.xz" -C "$WORK"
     [ -e "$WORK/packages/mlxq" ] && return 0
     "$PYTHON" -m pip install -q --no-index --no-deps --target "$WORK/packages" "$CARRY"/wheels/*.whl || return 1
@@ -165,12 +166,12 @@ if [ "${1:-}" = --stage ]; then
     exit
 fi
 gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c ^GPU)
-declare -A ON=([small]=1 [bench]=1 [tune]=1 [tunemany]=1 [profile]=1) # which of two GPUs; the others, and all where there is one: 0
+declare -A ON=([bench]=1 [tests]=1 [prepare]=1 [tune]=1 [tunemany]=1 [profile]=1) # which of two GPUs; the others, and all where there is one: 0
 declare -A CORES=() # where there are many
 rest=0-$(($(nproc) - 1))
 [ "$(nproc)" -eq 16 ] && CORES=([parity]=0-8 [start]=9-14 [quality]=0-9 [small]=14-15 [smollm2]=10-11 [mpq]=12-13)
 [ "$(nproc)" -ge 32 ] && rest=20-$(($(nproc) - 1)) &&
-    CORES=([mixed]=0-5 [mpqcpu]=6-13 [smollm2cpu]=14-17 [chat]=18-19 [quality]=0-27)
+    CORES=([mixed]=0-5 [mpqcpu]=6-13 [smollm2cpu]=14-17 [chat]=18-19 [quality]=0-27 [prepare]=0-19 [tune]=0-19 [tunemany]=0-19 [bench]=0-19 [tests]=0-19)
 one_after_the_other() {
     local stage begun code limit cores
     set -o pipefail
