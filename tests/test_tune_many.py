@@ -1,0 +1,81 @@
+"""tools/tune_many.py without a GPU: what it would time, and what it says of right and wrong forms."""
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # tools/ is no installed package
+
+import bench_cuda  # noqa: E402
+import tune_many  # noqa: E402
+
+from mlxq.format import Format  # noqa: E402
+from mlxq.ops import cuda  # noqa: E402
+
+
+def test_every_cell_has_several_forms_and_every_form_fits():
+    for cell in tune_many.cells([2, 4, 8], None):
+        found = list(tune_many.candidates(*cell, bench_cuda.H200))
+        assert len(found) >= 3, cell
+        for _, shape in found:
+            assert tune_many.valid_ranks(shape, cell[1], bench_cuda.H200)
+            assert (shape["shared"] + 1024) * shape["defines"]["BLOCKS"] <= bench_cuda.H200["shared"] + 1024
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """tune_many with float64 products on the CPU: forms of one block a multiprocessor are wrong."""
+    torch = pytest.importorskip("torch", reason="needs torch")
+
+    def launch(device, pointers, M, N, K, fmt, x_type, s_type, transpose, shape, ranks=None):
+        config = types.SimpleNamespace(grid_x=ranks or 2)
+        return types.SimpleNamespace(config=config, blocks=shape["defines"]["BLOCKS"])
+
+    def call(cell, launch):
+        cell.y[...] = cell.expected * (1 if launch.blocks > 1 else 1.1)
+        cell.last = launch
+
+    def microseconds(torch, calls):
+        launch = calls[0].args[0]
+        return 10.0 * launch.blocks + launch.config.grid_x
+
+    monkeypatch.setattr(bench_cuda, "DEVICE", "cpu")
+    monkeypatch.setattr(bench_cuda, "microseconds", microseconds)
+    monkeypatch.setattr(cuda, "_device", lambda index: bench_cuda.H200)
+    monkeypatch.setattr(cuda, "_kernel", lambda *a: None)
+    monkeypatch.setattr(cuda, "_clusters_at_once", lambda kernel, threads, ranks: 100 // ranks)
+    monkeypatch.setattr(cuda, "_stream_launch", launch)
+    monkeypatch.setattr(cuda, "_stream", lambda *a: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tune_many.Cell, "call", call)
+    return torch
+
+
+@pytest.mark.parametrize("transpose", (True, False))
+def test_a_cell_keeps_every_time_and_names_what_is_wrong(on_cpu, transpose):
+    torch, clusters = on_cpu, {}
+    weights = [bench_cuda.random_weight(torch, Format(4, 64), 256, 1024) for _ in range(3)]
+    cell = tune_many.Cell(torch, (4, 64, 256, 1024, transpose), weights)
+    found = cell.run(clusters)
+    assert json.loads(json.dumps(clusters))["2"] == {str(r): 100 // r for r in range(2, 9)}
+    wrong = [row for row in cell.rows if row.get("failed")]
+    assert wrong and all(row["us"] is None and row["form"][0][1] == 1 for row in wrong)
+    assert found["us"] == 21 and found["ranks"] == 1 and found["form"][0] == (64, 2)
+    assert found["now"] == {"form": ((64, 2), ()), "ranks": 2, "us": 22}
+    asked = [(str(row["form"]), row["ranks"]) for row in cell.rows]
+    assert len(set(asked)) == len(asked) >= 7
+
+
+def test_what_was_found_is_what_the_product_then_uses(on_cpu, monkeypatch):
+    form = [[32, 2], [["BUFFERS", 1]]]
+    about = {"bits": 4, "M": 64, "N": 256, "K": 1024, "transpose": True}
+    monkeypatch.setattr(cuda, "_many_streamed", lambda *a: "as usual")
+    tune_many.apply([about | {"form": form, "ranks": 3}, about | {"M": 16, "form": "qmv_stream", "ranks": 1}])
+    arguments = 0, (0, 0, 0), 64, 256, 1024, Format(4, 64), "bfloat16", "bfloat16"
+    launch = cuda._many_streamed(*arguments, True)
+    assert launch.config.grid_x == 3 and launch.blocks == 2
+    assert cuda._many_streamed(*arguments, False) == "as usual"
