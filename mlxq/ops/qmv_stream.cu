@@ -188,7 +188,7 @@ qmv_stream(const char* __restrict__ x, const __grid_constant__ TensorMap words, 
       float sums[3][4] = {};
       if (MATRIX_BIASES) {  // before the places of this tile's scales are asked for again
         barrier_wait(full + 8 * at, times & 1);
-        at += STAGES;
+        at += STAGES % DEPTH, times += STAGES / DEPTH;
         if (at >= DEPTH) at -= DEPTH, times++;
         const u32 from = base + DEPTH * STAGE_BYTES + scale_at * SCALE_STAGE + SCALE_COLUMNS * 2048;
         if (++scale_at == SCALE_DEPTH) scale_at = 0;
