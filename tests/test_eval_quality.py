@@ -29,7 +29,9 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(eval_quality, "permuted_teacher", lambda folder, seed: folder)
     text = tmp_path / "text.txt"
     text.write_text("text")
-    settings = argparse.Namespace(calibration=[text], seed=1, text=[], cores=2, limit=None, blas=None)
+    settings = argparse.Namespace(
+        calibration=[text], seed=1, text=[], cores=2, limit=None, blas=None, have=[]
+    )
     return eval_quality.Run(tmp_path, settings)
 
 
@@ -158,3 +160,19 @@ def test_a_permuted_teacher_that_was_interrupted_is_made_anew(llama_teacher, mon
     before, after = (mx.load(str(folder / "model.safetensors")) for folder in (plain, make()))
     assert not mx.array_equal(before["model.norm.weight"], after["model.norm.weight"])
     assert [path.name for path in make().parent.iterdir()] == ["teacher"]
+
+
+def test_what_was_made_elsewhere_is_scored_and_not_made(run, tmp_path, monkeypatch):
+    def score(folder, cores, free=True):
+        if free:
+            run.give_back(cores)
+        return {"kl": 0.5, "bytes": 7, "from": folder}
+
+    run.have = {"mlxq qat 2": tmp_path / "there"}
+    chosen = eval_quality.contenders(run.calibration, peers=False, minutes=2.0, gpu=False, have=run.have)
+    monkeypatch.setattr(run, "score", score)
+    monkeypatch.setattr(run, "made", lambda *a: pytest.fail("it was made again"))
+    run.all({"mlxq qat 2": chosen["mlxq qat 2"]})
+    row = run.rows["mlxq qat 2"]
+    assert (row["from"], row["seconds"], row["peak_mb"]) == (tmp_path / "there", None, None)
+    assert run.missing == [] and sorted(run.free) == sorted(set(run.free))

@@ -11,6 +11,9 @@ As many contenders run at a time as there are cores for. Embedding 8 bits, group
 rounding to nearest (the codes of mx.quantize, which mlx_lm.convert writes) of the same width in the same
 run, and void unless the sizes agree within 1 %.
 
+--have "mlxq qat 2=FOLDER" scores a model that was made elsewhere, from the same teacher, as that contender,
+and its row has no seconds: so what a borrowed GPU trained is measured beside the others.
+
 With --peers also mlx-lm's own GPTQ and DWQ on the same calibration text (tools/peers.py says how), DWQ from
 rounding, for as many minutes of as many cores as our tune has, at its default learning rate and at a hundred
 times that. Stock MLX multiplies 30 times as fast with OpenBLAS: --blas LIBRARY is preloaded for them.
@@ -107,20 +110,20 @@ def permute_channels(folder: Path, seed: int) -> None:
 
 
 def contenders(
-    calibration: Path, peers: bool, minutes: float, gpu: bool, gpu_minutes: float | None = None
+    calibration: Path, peers: bool, minutes: float, gpu: bool, gpu_minutes: float | None = None, have=()
 ) -> dict[str, dict]:
     """{name: {bits, method, cores, flags, after}}, what matters most first; "rtn B" is what ratios refer to.
 
     after   the contender that has to be there first
     """
     text = ["--calibration", str(calibration)]
+    on_gpu = ["--minutes", f"{gpu_minutes or minutes:g}"]
     timed = ["--minutes", f"{minutes:g}"]
     out = {}
     for bits in (8, 4, 3, 2):
         flags = ["--quantization-rule", "mlx"]
         out[f"rtn {bits}"] = {"bits": bits, "method": "rtn", "cores": 1, "flags": flags}
     if gpu:
-        on_gpu = ["--minutes", f"{gpu_minutes or minutes:g}"]
         train = ["--method", "train", *on_gpu, *text]
         out["mlxq train 2"] = {"bits": 2, "method": "train", "cores": 2, "flags": train}
     for bits in (2, 4):
@@ -138,7 +141,7 @@ def contenders(
     for bits in (4, 3):
         after = f"rtn {bits}"
         out[f"mlxq target of {bits}"] = {"method": "target", "cores": 2, "flags": text, "after": after}
-    if gpu:  # last, because it waits for its start
+    if gpu or "mlxq qat 2" in have:  # last, because it waits for its start
         distil = [*QAT, "--device", "cuda", *on_gpu, "--data", str(calibration)]
         out["mlxq qat 2"] = {"bits": 2, "method": "qat", "cores": 1, "flags": distil, "after": "mlxq 2"}
     return out
@@ -162,6 +165,7 @@ class Run:
         self.work, self.args, self.begin = work, args, time.monotonic()
         available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         self.free = (available or list(range(os.cpu_count() or 1)))[: args.cores]
+        self.have = {name: Path(folder) for name, _, folder in (one.rpartition("=") for one in args.have)}
         self.cores = len(self.free)
         self.changed = threading.Condition()
         self.rows: dict[str, dict] = {}
@@ -212,14 +216,17 @@ class Run:
             self.changed.notify_all()
 
     def folder(self, name: str) -> Path:
-        return self.work / name.replace(" ", "-")
+        return self.have.get(name, self.work / name.replace(" ", "-"))
 
     def contend(self, name: str, one: dict, cores: list[int], truth: Future) -> None:
         """Make a contender and score it; its row, or the reason why there is none."""
         try:
-            left = self.left()
-            seconds, peak = self.made(self.command(name, one), one, cores, left and max(1.0, left - SCORING))
-            print(f"{name:20} made in {seconds:.0f} s, {peak:.0f} MB", flush=True)
+            left, seconds, peak = self.left(), None, None
+            if name not in self.have:
+                seconds, peak = self.made(
+                    self.command(name, one), one, cores, left and max(1.0, left - SCORING)
+                )
+                print(f"{name:20} made in {seconds:.0f} s, {peak:.0f} MB", flush=True)
             with self.changed:
                 self.ended.add(name)
                 self.changed.notify_all()
@@ -440,6 +447,7 @@ def main() -> int:
     parser.add_argument("--gpu-minutes", type=float, help="of those two (default: --minutes)")
     parser.add_argument("--minutes", type=float, default=TUNE_MINUTES, help="of tune, train and mlx_lm.dwq")
     parser.add_argument("--cores", type=int, help="to use at once (default: all)")
+    parser.add_argument("--have", action="append", default=[], metavar="NAME=FOLDER", help="made elsewhere")
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="what is not ready by then is missing")
     parser.add_argument("--seed", type=int, default=SEED, help="of the permutation")
     parser.add_argument("--out", type=Path, help="the result file (default: in tools/results)")
@@ -451,7 +459,7 @@ def main() -> int:
         chosen = {
             name: one
             for name, one in contenders(
-                run.calibration, args.peers, args.minutes, args.gpu, args.gpu_minutes
+                run.calibration, args.peers, args.minutes, args.gpu, args.gpu_minutes, run.have
             ).items()
             if not args.only or {name, name.replace(" ", "-")} & set(args.only)
         }
@@ -463,8 +471,9 @@ def main() -> int:
     for row in result["rows"]:
         shown = "" if row["ratio"] is None else f"{row['ratio']:.3f}x"
         print(f"{row['name']:20} {row['bytes'] / 1e6:7.2f} MB  KL {row['kl']:.4f} +- {row['kl_error']:.4f} "
-              f"{shown:>7}  ppl {row['perplexity']:8.2f}  top-1 {row['top1']:.1%}  {row['seconds']:6.0f} s "
-              f"{row['peak_mb']:6.0f} MB", flush=True)  # fmt: skip
+              f"{shown:>7}  ppl {row['perplexity']:8.2f}  top-1 {row['top1']:.1%}  "
+              + (f"{row['seconds']:6.0f} s {row['peak_mb']:6.0f} MB" if row["seconds"] else "made elsewhere"),
+              flush=True)  # fmt: skip
     print_bars(result["bars"])
     write(path, result)
     return 0
