@@ -164,8 +164,8 @@ def test_a_step_on_the_gpu_moves_codes_and_zeros_as_on_the_cpu(kind, zeros):
     close(there.group_biases.cpu(), here.group_biases, 1e-5)
 
 
-def test_training_on_the_gpu_waits_for_nothing():
-    """A step of the optimiser asks no tensor for its value: the GPU stays ahead of Python."""
+def test_training_on_the_gpu_waits_once(monkeypatch):
+    """A step of the optimiser asks for no tensor's value but whether all gradients are finite."""
     layers = [MPQLinear.from_packed(ops.quantize(normal(96, 256), format.Format(2, 64))).cuda() for _ in "ab"]
     weights = [layer.weight for layer in layers]
     options = dict(zeros_every=1, state_bits=8, in_steps=True, dithered=True)
@@ -180,11 +180,14 @@ def test_training_on_the_gpu_waits_for_nothing():
 
     for _ in range(3):
         step()
+    asked = []
+    monkeypatch.setattr(optimizer, "_refuse_what_is_not_finite", asked.append)
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("activation", ["token", "learned", "static"])

@@ -137,13 +137,16 @@ COUNTS = ("eval_quality", "eval_mixed", "eval_chat", "eval_w8a8", "train_mpq")
 
 
 def newest(tool: str) -> list[dict]:
-    """The newest result of a tool on each machine; of a tool that measures times the newest quiet one."""
+    """The newest result of a tool on each machine; of a tool that measures times the newest quiet one.
+
+    Of eval_quality the newest of each calibration text.
+    """
     files = RESULTS.glob(f"{re.sub('^(bench|eval|train)_', '', tool)}-*.json")
     results = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     kept = [result for result in results if tool in COUNTS or not result["machine"]["noisy"]]
     by_cpu = {}
     for result in sorted(kept, key=lambda result: result["machine"]["date"]):
-        by_cpu[result["machine"]["cpu"], result["machine"]["family"]] = result
+        by_cpu[result["machine"]["cpu"], result["machine"]["family"], result.get("calibration", "")] = result
     return [by_cpu[cpu] for cpu in sorted(by_cpu)]
 
 
@@ -221,13 +224,14 @@ def training() -> str:
 
 
 def trainings(tool: str) -> list[dict]:
-    """Of each machine, and size of model, the newest result, busy or quiet; toys are left out."""
+    """Of each machine, size of model and start, the newest result, busy or quiet; toys are left out."""
     files = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob(f"{tool}-*.json")]
     found = {}
     for result in sorted(files, key=lambda result: result["machine"]["date"]):
         about, size = result["machine"], result.get("model", {}).get("size", "")
         if size != "tiny":
-            found[about["cpu"], about["family"], size] = result
+            solved = any(row["what"].startswith("gptq") for row in result["rows"])
+            found[about["cpu"], about["family"], size, not solved] = result
     return [found[key] for key in sorted(found)]
 
 
@@ -248,7 +252,8 @@ def train_small() -> str:
         head = ["bits", "cross-entropy", "KL", "share of rtn's KL removed", "steps", "tokens/s", "measured"]
         parts += [
             f"**train_small**: {where(result)}",
-            f"{about['parameters'] / 1e6:.1f} M parameters, {about['tokens']} tokens of text."
+            f"{about['parameters'] / 1e6:.1f} M parameters, {about['tokens']} tokens of text; QAT begins with "
+            + ("GPTQ's codes." if any(name.startswith("gptq") for name in rows) else "rounding to nearest.")
             + " The machine was busy: tokens/s are too low." * busy,
             bars(result),
             table(head, body),

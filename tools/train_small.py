@@ -53,7 +53,7 @@ from mlxq.train.torch import start_from_affine, start_from_folder
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 GROUP, EMBEDDING_BITS = 64, 8
 SHARE = {4: 0.65, 2: 0.80}  # of rtn's KL that is to be removed
-SHARES = {"float": 0.5, 4: 1.5, 2: 2.5}  # of --minutes, to scale; other widths 2
+SHARES = {"float": 1.0, 4: 1.5, 2: 2.5}  # of --minutes, to scale; other widths 2
 RATES = {4: (3e-5, 1e-4, 3e-4), 2: (1e-4, 3e-4, 1e-3)}  # of weights; ranges: ten times (qat.training)
 FAILURES = (RuntimeError, ValueError, TypeError, ImportError)  # of packed layers, which are said
 PIECES = 8  # of 512 tokens of the training text, that GPTQ calibrates with
@@ -318,9 +318,8 @@ def main() -> None:
     scored = batched(scored[:: max(1, len(scored) // 160)], args.batch)
     whole = sum(SHARES.get(what, 2.0) for what in ("float", *args.bits))
     minutes = {what: args.minutes * SHARES.get(what, 2.0) / whole for what in ("float", *args.bits)}
-    path = bench_common.result_path(
-        "train_small" if args.size == "small" else f"train_small-{args.size}", about, args.out
-    )
+    told = [size for size in (args.size,) if size != "small"] + ["rtn"] * (args.start == "rtn")
+    path = bench_common.result_path("-".join(["train_small", *told]), about, args.out)
 
     print("float model", flush=True)
     model = small_model(args.size, tokenizer.get_vocab_size()).to(args.device)

@@ -126,7 +126,7 @@ def _qmm_backward(ctx, g):
     dx = dscales = dbiases = None
     if ctx.needs_input_grad[0]:
         parts = words, scales, biases, ctx.bits, ctx.group_size
-        dx = torch.ops.mlxq.qmm(g, *parts, not ctx.transpose)
+        dx = torch.ops.mlxq.qmm(g.contiguous(), *parts, not ctx.transpose)  # of a sum: one number for all
     if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
         over_n, over_k = (g, x) if ctx.transpose else (x, g)
         over_n = over_n.reshape(-1, over_n.shape[-1]).float()

@@ -72,6 +72,7 @@ class Arrays(Protocol):
     def round(self, x): ...
     def clip(self, x, low, high): ...
     def where(self, condition, a, b): ...
+    def full_like(self, x, value): ...
     def cast(self, x, dtype: str): ...
     def repeat(self, x, times: int):
         """Every value of the last axis `times` times in a row."""
@@ -153,6 +154,11 @@ def _grouped(x, size: int):
     return x.reshape((*x.shape[:-1], x.shape[-1] // size, size))
 
 
+def _over(xp: Arrays, x, number):
+    """x / number in x's dtype everywhere: torch on a GPU multiplies by a plain number's reciprocal."""
+    return x / xp.full_like(x, float(number))
+
+
 def least_scale(storage: str) -> float:
     """The least scale that learning may come to: above 0 in the dtype that it is stored in."""
     return max(LEARNED_EPS, SMALLEST_NORMAL[storage])
@@ -172,7 +178,7 @@ def choose(xp: Arrays, w, config, dtype: str | None = None) -> Grid:
     least, most = xp.min(grouped), xp.max(grouped)
     if config.zero_point_domain == "float":
         eps = max(FLOAT_DOMAIN_EPS if config.eps is None else config.eps, LEAST[storage])
-        scale = xp.clip((most - least) / float(hi - lo), eps, None)
+        scale = xp.clip(_over(xp, most - least, hi - lo), eps, None)
         zero = least + scale * float((hi + lo + 1) / 2)
         return Grid(xp.cast(scale, storage), xp.cast(zero, config.zero_point_precision or storage))
     # Below the smallest normal number of float16 a scale has no reciprocal there.
@@ -180,8 +186,8 @@ def choose(xp: Arrays, w, config, dtype: str | None = None) -> Grid:
     least, most = xp.clip(least, None, 0.0), xp.clip(most, 0.0, None)
     if config.is_symmetric:
         largest = xp.where(-least > most, -least, most)
-        return Grid(xp.cast(xp.clip(largest / (float(hi - lo) / 2), eps, None), storage))
-    scale = xp.clip((most - least) / float(hi - lo), eps, None)
+        return Grid(xp.cast(xp.clip(_over(xp, largest, (hi - lo) / 2), eps, None), storage))
+    scale = xp.clip(_over(xp, most - least, hi - lo), eps, None)
     zero = xp.clip(float(lo) - xp.round(least / scale), float(lo), float(hi))
     return Grid(xp.cast(scale, storage), xp.cast(zero, config.zero_point_precision or "int32"))
 
@@ -191,7 +197,7 @@ def _choose_int4(xp: Arrays, w, config: Int4WeightFakeQuantizeConfig, name: str)
     if config.activation_dtype == "bfloat16":
         grouped = _grouped(xp.cast(w, "float32"), config.group_size)
         least = xp.min(grouped)
-        scale = xp.clip(xp.max(grouped) - least, FLOAT_DOMAIN_EPS, None) / 15.0
+        scale = _over(xp, xp.clip(xp.max(grouped) - least, FLOAT_DOMAIN_EPS, None), 15)
         return Grid(xp.cast(scale, storage), xp.cast(least, storage))
     grouped = _grouped(through_float8_rows(xp, w), config.group_size)
     scale = xp.clip(xp.max(xp.abs(grouped)) / 8.0, FLOAT_DOMAIN_EPS, None)
@@ -295,7 +301,7 @@ def fake_float8(xp: Arrays, x, config: Float8FakeQuantizeConfig):
     most = xp.max(xp.abs(flat))
     if config.hp_value_lb is not None or config.hp_value_ub is not None:
         most = xp.clip(most, config.hp_value_lb, config.hp_value_ub)
-    scale = xp.cast(most / largest, "float32")
+    scale = xp.cast(_over(xp, most, largest), "float32")
     # torchao divides 0 by 0 here and makes NaN of a row of zeros.
     scale = xp.where(scale == 0, scale + 1.0, scale)[..., None]
     v = xp.clip(xp.cast(flat, "float32") / scale, -largest, largest)

@@ -94,6 +94,11 @@ class Settings:
         return self.weight_scales == "lsq"
 
 
+def _over_high(x, xp):
+    """x / 127 on every device: on a GPU torch multiplies by the reciprocal of a plain number."""
+    return x / xp.full_like(x, float(HIGH))
+
+
 def weight_scales(w, settings: Settings, storage: str, xp):
     """float32 scales, not yet rounded to storage: (N, groups) for "group", (N, 1) or (1, 1) otherwise.
 
@@ -104,7 +109,7 @@ def weight_scales(w, settings: Settings, storage: str, xp):
         return xp.clip(scale, EPS, math.inf)
     parts = {"row": w, "tensor": w.reshape(1, -1), "group": w.reshape(-1, settings.group_size)}
     largest = _largest(xp.abs(parts[settings.weight_scales]), xp)
-    scale = xp.clip(largest / HIGH, float(SMALLEST_SCALE[storage]), math.inf)
+    scale = xp.clip(_over_high(largest, xp), float(SMALLEST_SCALE[storage]), math.inf)
     return scale.reshape(w.shape[0], -1) if settings.weight_scales == "group" else scale
 
 
@@ -171,8 +176,8 @@ def observed_scale(x, settings: Settings, xp):
     if settings.tile:
         tiles = xp.abs(x).reshape(-1, x.shape[-1] // settings.tile, settings.tile)
         largest = _largest(_largest(tiles, xp).reshape(tiles.shape[:2]).T, xp)
-        return largest.reshape(-1) / HIGH
-    return xp.abs(x).max() / HIGH
+        return _over_high(largest.reshape(-1), xp)
+    return _over_high(xp.abs(x).max(), xp)
 
 
 def given_scale(scale, settings: Settings, K: int):

@@ -24,6 +24,7 @@ class MlxArrays:
     round = staticmethod(mx.round)
     clip = staticmethod(mx.clip)
     where = staticmethod(mx.where)
+    full_like = staticmethod(mx.full_like)
 
     @staticmethod
     def cast(x, dtype):

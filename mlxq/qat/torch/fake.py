@@ -29,6 +29,7 @@ class TorchArrays:
     round = staticmethod(torch.round)
     clip = staticmethod(torch.clamp)
     where = staticmethod(torch.where)
+    full_like = staticmethod(torch.full_like)
 
     @staticmethod
     def cast(x, dtype):
