@@ -252,8 +252,8 @@ def train_small() -> str:
         head = ["bits", "cross-entropy", "KL", "share of rtn's KL removed", "steps", "tokens/s", "measured"]
         parts += [
             f"**train_small**: {where(result)}",
-            f"{about['parameters'] / 1e6:.1f} M parameters, {about['tokens']} tokens of text; QAT begins with "
-            + ("GPTQ's codes." if any(name.startswith("gptq") for name in rows) else "rounding to nearest.")
+            f"{about['parameters'] / 1e6:.1f} M parameters, {about['tokens']} tokens of text; QAT begins "
+            + ("with GPTQ's codes." if any(name.startswith("gptq") for name in rows) else "as rounded.")
             + " The machine was busy: tokens/s are too low." * busy,
             bars(result),
             table(head, body),

@@ -283,7 +283,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, default=6.0, help="of all trainings together")
+    parser.add_argument("--float-minutes", type=float, help="of the float model, beside --minutes")
     parser.add_argument("--steps", type=int, help="of each training, instead of minutes")
+    parser.add_argument("--autocast", action="store_true", help="products in bfloat16 on a CPU too")
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 2])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)
@@ -304,7 +306,7 @@ def main() -> None:
         about["gpu"] = torch.cuda.get_device_name(args.device)
         about |= {"cpu": about["gpu"], "family": ""}
     torch.manual_seed(args.seed)
-    autocast = torch.bfloat16 if args.device.startswith("cuda") else None
+    autocast = torch.bfloat16 if args.autocast or args.device.startswith("cuda") else None
     learned, held = texts("calib.*", args.data), texts("heldout_dev.*", args.data)
     if args.size == "tiny":
         learned, held = [t[:30000] for t in learned], [t[:6000] for t in held]
@@ -316,8 +318,10 @@ def main() -> None:
     judge, scored = every[::10], np.delete(every, np.s_[::10], 0)
     judge = batched(judge[:: max(1, len(judge) // 32)], args.batch)
     scored = batched(scored[:: max(1, len(scored) // 160)], args.batch)
-    whole = sum(SHARES.get(what, 2.0) for what in ("float", *args.bits))
-    minutes = {what: args.minutes * SHARES.get(what, 2.0) / whole for what in ("float", *args.bits)}
+    sharing = args.bits if args.float_minutes else ("float", *args.bits)
+    whole = sum(SHARES.get(what, 2.0) for what in sharing)
+    minutes = {what: args.minutes * SHARES.get(what, 2.0) / whole for what in sharing}
+    minutes.setdefault("float", args.float_minutes)
     told = [size for size in (args.size,) if size != "small"] + ["rtn"] * (args.start == "rtn")
     path = bench_common.result_path("-".join(["train_small", *told]), about, args.out)
 
