@@ -359,3 +359,38 @@ def test_two_processes_of_mlx_follow_the_loss_curve_of_one(tmp_path):  # torch's
     env = QUIET | {"MLX_HOSTFILE": str(hosts)}  # what mlx.launch --backend ring sets
     run_together([(command, env | {"MLX_RANK": str(rank)}) for rank in (0, 1)])
     check_two_processes("mlx", out)
+
+
+@pytest.mark.parametrize("cost, most", [(0.1, 10), (10.0, 4), (60.0, 2)])
+def test_evaluations_of_a_timed_run_leave_most_of_it_for_steps(cost, most, monkeypatch):
+    """A clock that only steps (a second) and evaluations move; two minutes."""
+
+    class Clocked:
+        rank, ranks, now = 0, 1, 0.0
+
+        def step(self, batch, rate):
+            self.now += 1.0
+            return 1.0
+
+        def evaluate(self, batches):
+            self.now += cost
+            return 1.0 / (1.0 + self.now)
+
+        def agree(self, *values):
+            return list(values)
+
+        def weights(self):
+            return {}
+
+        def load_weights(self, weights):
+            pass
+
+    trainer = Clocked()
+    monkeypatch.setattr(training.time, "monotonic", lambda: trainer.now)
+    outcome = run(trainer, [Batch(np.zeros((1, 2), int))], [], Schedule(minutes=2.0))
+    assert len(outcome.evaluations) <= most, "measured too often"
+    between = len(outcome.evaluations) - 2  # on the way; the start and the end are always measured
+    assert between * cost <= (training.MEASURING + 0.05) * 120
+    assert len(outcome.losses) >= 120 - len(outcome.evaluations) * cost - 1
+    if cost < 1:
+        assert len(outcome.evaluations) >= training.EVALUATIONS

@@ -23,6 +23,7 @@ WARMUP = 0.05  # of the run, linearly; then the rate falls as a cosine
 LAST_RATE = 0.1  # of the first
 RANGE_RATE = 10.0  # of the weights' learning rate, for scales and biases that train with weights
 EVALUATIONS = 8  # on the way, unless told how often
+MEASURING = 0.2  # of a run of so many minutes that evaluations on the way may take
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Schedule:
 
     steps, minutes  one of them; minutes count training and evaluation alike
     rate            highest learning rate
-    evaluate_every  steps; None: EVALUATIONS times a run
+    evaluate_every  steps; None: EVALUATIONS times a run, of so many minutes fewer where they would take long
     seed            of the order of the batches, which is another one in each epoch
     """
 
@@ -146,6 +147,11 @@ class Schedule:
     def progress(self, step: int, seconds: float) -> float:
         """How much of the run is over, 0 to 1."""
         return step / self.steps if self.steps is not None else min(seconds / (60 * self.minutes), 1.0)
+
+    def until_next(self, seconds: float) -> float:
+        """How much of the run passes from one evaluation, which took so long, to the next."""
+        least = 1 / EVALUATIONS
+        return least if self.minutes is None else max(least, seconds / (60 * self.minutes * MEASURING))
 
     def rate_at(self, progress: float) -> float:
         if progress < WARMUP:
@@ -192,10 +198,13 @@ def run(
         best = trainer.split({k[len("best/") :]: v for k, v in arrays.items() if k.startswith("best/")})
         outcome = Outcome(**{**facts, "evaluations": [tuple(e) for e in facts["evaluations"]]})
     begin, saved = time.monotonic() - outcome.seconds, time.monotonic()
+    until_next = schedule.until_next(0.0)
 
     def measure(step: int) -> None:
-        nonlocal best
+        nonlocal best, until_next
+        asked = time.monotonic()
         loss = trainer.evaluate(evaluation)
+        until_next = schedule.until_next(*trainer.agree(time.monotonic() - asked))
         outcome.evaluations.append((step, loss))
         if best is None:
             outcome.start = loss
@@ -235,7 +244,7 @@ def run(
         if on_step is not None:
             on_step(outcome, schedule.progress(step + 1, outcome.seconds))
         every = schedule.evaluate_every
-        due = (step + 1) % every == 0 if every else progress - measured_at >= 1 / EVALUATIONS
+        due = (step + 1) % every == 0 if every else progress - measured_at >= until_next
         if due:
             measure(step + 1)
             measured_at = progress
