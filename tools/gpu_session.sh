@@ -58,7 +58,7 @@ testtorch() { (cd "$WORK" && "$PYTHON" -m pytest -q -rf --tb=short -p no:cachepr
 sanitize() { # racecheck knows barriers and cp.async, not every pattern of mbarrier and copy engine: read what it says
     local tool code=0 # the whole reports: $OUT/sanitize-TOOL.txt
     for tool in ${SANITIZERS:-memcheck racecheck}; do
-        (cd "$WORK" && MLXQ_NVRTC=-lineinfo timeout "${SANITIZE_SECONDS:-100}" compute-sanitizer --tool "$tool" \
+        (cd "$WORK" && MLXQ_NVRTC_OPTIONS=-lineinfo timeout "${SANITIZE_SECONDS:-100}" compute-sanitizer --tool "$tool" \
             --error-exitcode 9 "$PYTHON" -m pytest -v -x -p no:cacheprovider -p no:xdist "$REPO/tests/test_cuda.py" \
             -k "${SANITIZE:-(4-bit/64 or 2-bit/128 or 8-bit/32) and (gathered or experts or transposed or (int8 and True) or (every_format and bfloat16-bfloat16)) or (many_rows and 4-bit/64 and bfloat16-bfloat16) or captured}") \
             >"$OUT/sanitize-$tool.txt" 2>&1 || code=1

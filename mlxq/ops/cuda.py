@@ -107,7 +107,7 @@ def _source(name: str) -> str:
 def options(arch: str, defines: dict, exact: bool = False) -> tuple[str, ...]:
     """NVRTC's options for one instance of a kernel file; exact: no contraction to fused multiply-add."""
     head = (f"--gpu-architecture={arch}", "--std=c++17", *(("--fmad=false",) if exact else ()))
-    head += tuple(os.environ.get("MLXQ_NVRTC", "").split())  # -lineinfo for compute-sanitizer
+    head += tuple(os.environ.get("MLXQ_NVRTC_OPTIONS", "").split())  # -lineinfo for compute-sanitizer
     return (*head, *(f"-D{name}={value}" for name, value in defines.items()))
 
 
