@@ -283,9 +283,9 @@ def test_the_readme_names_every_environment_variable_that_the_code_reads():
     for path in [*SOURCES, *(ROOT / "metal").rglob("*.cpp")]:
         for line in path.read_text(encoding="utf-8").split("\n"):
             if "environ" in line or "getenv" in line:
-                read.update(re.findall(r"MLXQ_[A-Z]+", line))
+                read.update(re.findall(r"MLXQ_[A-Z_]+", line))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert read and read == set(re.findall(r"^\| `(MLXQ_[A-Z]+)`", readme, re.M))
+    assert read and read == set(re.findall(r"^\| `(MLXQ_[A-Z_]+)`", readme, re.M))
 
 
 def test_the_readme_example_runs_as_it_stands(tmp_path):
