@@ -448,6 +448,8 @@ def test_ranks_of_a_stream_are_resident_at_once_and_have_a_share_each():
         for blocks in (1, 2, 3)
     ]
     assert chosen == [3, 4, 8]
+    # one tile on a part of a chip where only pairs fit: a cluster that does not fit is never started
+    assert cuda.qmm_stream_ranks(1, 61, 4, 1, 4, lambda ranks: 2 // ranks) == 2
 
 
 def fake_nvrtc(log="", fails=False):

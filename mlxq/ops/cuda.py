@@ -885,12 +885,12 @@ def q8mm_shape(
 
 @functools.cache
 def _clusters_at_once(kernel: Kernel, threads: int, ranks: int) -> int:
-    """How many clusters of so many of the kernel's blocks are resident at once on its device."""
+    """How many clusters of so many of the kernel's blocks its device holds at once; 0: none fits."""
     launch = _Launch(kernel, (ranks, 1, 1), threads, (), (), ranks)
     found = ctypes.c_int()
     code = kernel.driver.cuOccupancyMaxActiveClusters(ctypes.byref(found), kernel.function, launch.config_at)
     _check(code, "counting clusters")
-    return max(1, found.value)
+    return found.value
 
 
 def _many_streamed(device: int, pointers, M: int, N: int, K: int, fmt, x_type, s_type, transpose):
