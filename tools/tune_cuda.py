@@ -209,7 +209,8 @@ def main() -> int:
         same = [r for r in rows if r["kernel"] == now and tuple(r["tuning"]) == tuple(table)]
         for row in rows:
             if "failed" in row:
-                print(f"{bits}-bit {N}x{K} M={M}: {kernel} {row['tuning']} {row['failed']}", flush=True)
+                what = f"{row['kernel']} {row['tuning']} {row['failed']}"
+                print(f"{bits}-bit {N}x{K} M={M}: {what}", flush=True)
         good = [r for r in rows if r["us"] is not None]
         if not good:
             continue
