@@ -242,13 +242,13 @@ class _Graph:
 
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):  # what is compiled or allocated on first use has no place in a capture
-            for _ in range(2):
-                compute()
-        torch.cuda.current_stream(device).wait_stream(side)
         self.captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.captured):
-            self.loss = compute()
+        with torch.cuda.stream(side):  # on the model's GPU; left when a capture fails, too
+            for _ in range(2):  # what is compiled or allocated on first use has no place in a capture
+                compute()
+            with torch.cuda.graph(self.captured, stream=side):
+                self.loss = compute()
+        torch.cuda.current_stream(device).wait_stream(side)
         self.gradients = [parameter.grad for parameter in self.parameters]
 
     def serves(self, batch: Batch) -> bool:
