@@ -99,7 +99,7 @@ def _source(name: str) -> str:
     """A kernel file as text, the constants of format.h before it and our headers where it includes them."""
     text = (HERE / name).read_text(encoding="utf-8")
     constants = (HERE.parent / "format.h").read_text(encoding="utf-8").replace("#pragma once", "")
-    for header in ("hopper.cuh", "copies.cuh", "warp.cuh"):
+    for header in ("hopper.cuh", "warp.cuh", "halves.cuh", "copies.cuh"):  # the first two include the third
         text = text.replace(f'#include "{header}"\n', (HERE / header).read_text(encoding="utf-8"))
     return f'{constants}\n#line 1 "{name}"\n{text}'
 

@@ -33,6 +33,7 @@ typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned long long u64;
 
+#define F16 X_TYPE
 #include "warp.cuh"
 #include "copies.cuh"
 

@@ -1,22 +1,12 @@
-// What a warp does together, as functions. X_TYPE is the 16-bit type of both factors (1 float16, else bfloat16).
+// What a warp does together, as functions. F16 is the 16-bit type of both factors (1 float16, else bfloat16).
 // tests/cuda/emulated_warp.h has the same names for a CPU.
 
-#if X_TYPE == 1
-#define X_PTX "f16"
-#else
-#define X_PTX "bf16"
-#endif
-
-#define SHARED_MEMORY(name) extern __shared__ __align__(1024) char name[]
-
-__device__ __forceinline__ unsigned int shared_address(const void* p) {
-  return static_cast<unsigned int>(__cvta_generic_to_shared(p));
-}
+#include "halves.cuh"
 
 // c += A B^T: c 16 x 8, A 16 x 16, B 8 x 16; lane 4 * g + t has rows g and g + 8, columns 2 * t, + 1 (of A and B + 8, + 9 too).
 __device__ __forceinline__ void mma(float* c, unsigned int a0, unsigned int a1, unsigned int a2, unsigned int a3, unsigned int b0,
                                     unsigned int b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." X_PTX "." X_PTX ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." F16_TYPE "." F16_TYPE ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
@@ -30,35 +20,11 @@ __device__ __forceinline__ void load_rows(unsigned int* words, unsigned int at) 
                : "memory");
 }
 
-__device__ __forceinline__ unsigned int and_or(unsigned int a, unsigned int mask, unsigned int c) {
-  unsigned int d;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(mask), "r"(c));  // a & mask | c
-  return d;
-}
-
-__device__ __forceinline__ unsigned int mul2(unsigned int a, unsigned int b) {
-  unsigned int d;
-  asm("mul.rn." X_PTX "x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
-}
-
 // The larger of each two halves, as unsigned integers.
 __device__ __forceinline__ unsigned int max2(unsigned int a, unsigned int b) {
   unsigned int d;
   asm("max.u16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
-}
-
-__device__ __forceinline__ unsigned int round2(float low, float high) {
-  unsigned int d;
-  asm("cvt.rn." X_PTX "x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-  return d;
-}
-
-__device__ __forceinline__ float half_value(unsigned int pattern) {
-  float value;
-  asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(value) : "r"(pattern));
-  return value;
 }
 
 // A constant that the compiler does not know: an instruction holds one constant, and two of them cost two instructions.
