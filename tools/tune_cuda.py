@@ -66,13 +66,15 @@ def shape_of(kernel: str, tuning: tuple, bits: int, M: int, N: int, K: int, gpu:
 
 
 def candidates(bits: int, M: int, N: int, K: int, gpu: dict):
-    """(kernel, tuning, shape), each shape once; qmv as its table has it."""
+    """(kernel, tuning, shape), each shape once and what the tables choose first; of qmv only that."""
     from mlxq.ops import cuda
 
     seen = []
     columns = next(c for c in (1, 2, 4, 8) if c >= M)
-    table = cuda.qmv_tuning(bits, columns, -(-N // 16), gpu["multiprocessors"])
-    for kernel, tunings in (("qmv_stream", STREAM), ("qmv", [table])):
+    tiles = -(-N // 16), gpu["multiprocessors"]
+    now = cuda.stream_tuning(bits, K * bits // 8, *tiles)
+    table = cuda.qmv_tuning(bits, columns, *tiles)
+    for kernel, tunings in (("qmv_stream", [now, *STREAM]), ("qmv", [table])):
         for tuning in tunings:
             if kernel == "qmv_stream" and tuning[0] * tuning[1] > K * bits // 8:
                 continue  # some warps would have nothing
