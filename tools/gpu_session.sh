@@ -14,7 +14,7 @@
 #   start    the start of smollm2, on the CPU, so that it finds it there
 #   parity   tools/parity_smollm2.py: mlxq parity at 4, 2, 8 bits and W8A8, and with a bit flipped
 #   mixed    tools/eval_mixed.py, chat tools/eval_chat.py: on the CPU only; after model
-#   quality  tools/eval_quality.py with mlx-lm's GPTQ and DWQ, all cores but four, and --method train on the GPU; after model
+#   quality  tools/eval_quality.py with mlx-lm's GPTQ and DWQ, all cores but four; --method train and train --qat on the GPU; after model
 #
 #   smollm2cpu  the same on four cores, scales and biases only, from the start that smollm2 makes beside it
 #   nccl     tools/train_nccl.py: mlxq train in two processes, whole and with --fsdp, beside one
@@ -22,8 +22,8 @@
 # `setup model together small smollm2 tests,bench` runs two stages, then three lanes at the same time.
 # `setup begin bench,small tests` leaves its lanes running when the call returns; what they write goes to $WORK/out,
 # and a later call's last stage, `collect=SECONDS`, waits for all lanes begun so far, keeping $OUT/results.tar.gz
-# up to date until then. With two GPUs each stage has one of them (ON, below); nccl has both. With 32 cores the
-# stages that compute on the CPU have cores of their own (CORES, below).
+# up to date until then. With two GPUs each stage has one of them (ON, below); nccl has both. With 16 cores, or 32
+# and more, the stages that compute on the CPU have cores of their own (CORES, below).
 #   sanitize  compute-sanitizer's memcheck and racecheck over some of tests/test_cuda.py
 #   amx      tests/test_q8mm.py and tools/amx_device_check.sh: the AMX families beside AVX-512; needs g++
 #   w8a8     tools/eval_w8a8.py, on the CPU: KL and tokens a second beside W8A16; after model

@@ -440,9 +440,9 @@ def _check_product(op: str, x_shape, x_type: str, w: format.Packed, transpose: b
 
 
 def rows_best_alone(bits: int, tiles: int, multiprocessors: int) -> int:
-    """Up to how many rows (of 16-bit x, in groups of 64) qmv.cu is faster than qmv_stream.cu on an H200.
+    """Up to how many rows (of 16-bit x, in groups of 64) qmv.cu is to serve before qmv_stream.cu does.
 
-    tiles: of 16 outputs. By prediction, as stream_tuning.
+    tiles: of 16 outputs. By prediction: tools/tune_cuda.py is to tell.
     """
     if tiles > 2 * multiprocessors:
         return 0
@@ -546,7 +546,7 @@ STREAM_REGISTERS = 64  # that a thread may fill with x
 
 
 def stream_tuning(bits: int, row_bytes: int, tiles: int, multiprocessors: int) -> tuple[int, ...]:
-    """How qmv_stream.cu is to run; best by prediction (docs/kernels-cuda.md), to be measured on an H200.
+    """How qmv_stream.cu is to run: on large grids as was best on an H200, else by prediction.
 
     (warps, bytes of a row in a warp's part of a stage, stages at most, blocks that fit a multiprocessor,
     blocks that are started for each, units whose products are interleaved)
