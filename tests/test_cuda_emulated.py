@@ -76,8 +76,25 @@ def stored(values: np.ndarray, dtype: str):
     else:
         wide = values.astype(np.float32).view(np.uint32)
         bits = ((wide + 0x7FFF + (wide >> 16 & 1)) >> 16).astype(np.uint16)
-        exact = (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        exact = floats(bits, dtype)
     return aligned(bits), exact
+
+
+def floats(bits: np.ndarray, dtype: str) -> np.ndarray:
+    """The float64 values of what is stored as these bits."""
+    if dtype == "bfloat16":
+        return (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return bits.view(dtype).astype(np.float64)
+
+
+def packed(rng, fmt: Format, shape: tuple[int, ...], s_type: str):
+    """(words, scales, biases, their float64 weights) of random codes (..., N, K)."""
+    codes, size = rng.integers(0, fmt.levels, shape, dtype=np.uint8, endpoint=True), fmt.group_size
+    groups = (*shape[:-1], shape[-1] // size)
+    scales, exact_scales = stored(rng.normal(0, 0.02, groups), s_type)
+    biases, exact_biases = stored(rng.normal(0, 0.1, groups), s_type)
+    w = np.repeat(exact_scales, size, -1) * codes + np.repeat(exact_biases, size, -1)
+    return aligned(pack(codes, fmt.bits)), scales, biases, w
 
 
 def aligned(a: np.ndarray) -> np.ndarray:
@@ -108,12 +125,7 @@ def run(
     batches, ranks = more.get("batches", 1), more.get("ranks")
     order_seed = more.get("order_seed", seed)
     rng, fmt = np.random.default_rng(seed), Format(bits, group_size)
-    codes = rng.integers(0, fmt.levels, (max(1, experts), N, K), dtype=np.uint8, endpoint=True)
-    words = aligned(pack(codes, bits))
-    groups = (*codes.shape[:-1], K // group_size)
-    scales, exact_scales = stored(rng.normal(0, 0.02, groups), s_type)
-    biases, exact_biases = stored(rng.normal(0, 0.1, groups), s_type)
-    w = np.repeat(exact_scales, group_size, -1) * codes + np.repeat(exact_biases, group_size, -1)
+    words, scales, biases, w = packed(rng, fmt, (max(1, experts), N, K), s_type)
     w = w.swapaxes(-1, -2) if transpose else w  # (experts, reduced, out)
     x, exact_x = stored(rng.normal(0, 1, (batches, M, w.shape[-2])), x_type)
     y = aligned(np.full((batches, M, w.shape[-1]), 0xFFFF, np.uint16))
@@ -136,10 +148,7 @@ def run(
     library.run(
         shape["ranks"], shape["out_tiles"], tiles, shape["shared"], int(late), order_seed, pointers, numbers
     )
-    values = y.view(np.float16).astype(np.float64)
-    if x_type == "bfloat16":
-        values = (y.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return values, want, shape
+    return floats(y, x_type), want, shape
 
 
 def error(values, want) -> float:
@@ -232,9 +241,7 @@ def run_q8(build, bits, group_size, s_type, y_type, M, N, K, per_row, kind, late
     pointers = (ctypes.c_void_p * 8)(*(a.ctypes.data for a in arrays))
     grid = ranks or shape["ranks"], shape["out_tiles"], -(-M // shape["rows"])
     library.run(*grid, shape["shared"], int(late), seed, pointers, (ctypes.c_int * 4)(M, N, K, 0))
-    if y_type == "bfloat16":
-        return (y.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64), want
-    return y.view(y_type).astype(np.float64), want
+    return floats(y, y_type), want
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
@@ -287,12 +294,7 @@ def run_stream(
 ):
     """(y, the float64 answer) of qmm_stream.cu; changed: macros other than qmm_stream_shape gives."""
     rng, fmt = np.random.default_rng(0), Format(bits, group_size)
-    codes = rng.integers(0, fmt.levels, (N, K), dtype=np.uint8, endpoint=True)
-    words = aligned(pack(codes, bits))
-    groups = N, K // group_size
-    scales, exact_scales = stored(rng.normal(0, 0.02, groups), s_type)
-    biases, exact_biases = stored(rng.normal(0, 0.1, groups), s_type)
-    w = np.repeat(exact_scales, group_size, 1) * codes + np.repeat(exact_biases, group_size, 1)
+    words, scales, biases, w = packed(rng, fmt, (N, K), s_type)
     w = w.T if transpose else w  # (reduced, out)
     x, exact_x = stored(rng.normal(0, 1, (M, len(w))), x_type)
     y = aligned(np.full((M, w.shape[1]), 0xFFFF, np.uint16))
@@ -305,10 +307,7 @@ def run_stream(
     pointers = (ctypes.c_void_p * 8)(*(a.ctypes.data for a in (*maps, y, y, y, y)))
     grid = ranks, shape["out_tiles"], -(-M // shape["rows"])
     library.run(*grid, shape["shared"], int(late), order_seed, pointers, (ctypes.c_int * 4)(M, N, K, 0))
-    values = y.view(np.float16).astype(np.float64)
-    if x_type == "bfloat16":
-        values = (y.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return values, exact_x @ w
+    return floats(y, x_type), exact_x @ w
 
 
 STREAMED = [  # bits, group size, x, scales, M, N, K, transpose, (rows, blocks), ranks, macros

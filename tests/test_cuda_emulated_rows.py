@@ -9,9 +9,9 @@ import ctypes
 
 import numpy as np
 import pytest
-from test_cuda_emulated import H100, aligned, build, error, stored
+from test_cuda_emulated import H100, aligned, build, error, floats, packed, stored
 
-from mlxq.format import Format, pack
+from mlxq.format import Format
 from mlxq.ops import cuda
 
 
@@ -23,11 +23,7 @@ def run_stream(
     Raises RuntimeError saying what the emulation met: a deadlock, an address outside of shared memory, ..
     """
     rng, fmt = np.random.default_rng(seed), Format(bits, group_size)
-    codes = rng.integers(0, fmt.levels, (N, K), dtype=np.uint8, endpoint=True)
-    words, groups = aligned(pack(codes, bits)), (N, K // group_size)
-    scales, exact_scales = stored(rng.normal(0, 0.02, groups), s_type)
-    biases, exact_biases = stored(rng.normal(0, 0.1, groups), s_type)
-    w = np.repeat(exact_scales, group_size, -1) * codes + np.repeat(exact_biases, group_size, -1)
+    words, scales, biases, w = packed(rng, fmt, (N, K), s_type)
     x, exact_x = stored(rng.normal(0, 1, (M, K)) * factor, x_type)
     y = aligned(np.full((M, N), 0xFFFF, np.uint16))
     with pytest.MonkeyPatch.context() as patch:
@@ -46,10 +42,7 @@ def run_stream(
     failed = library.run(shape["grid_x"], shape["shared"], order, seed, pointers, described, sizes)
     if failed:
         raise RuntimeError(failed.decode())
-    values = y.view(np.float16).astype(np.float64)
-    if x_type == "bfloat16":
-        values = (y.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return values, exact_x @ w.T
+    return floats(y, x_type), exact_x @ w.T
 
 
 SMALL_H100 = H100 | {"multiprocessors": 1}  # every block has many tiles
