@@ -57,7 +57,7 @@ def test_a_tiny_model_is_trained_rounded_and_trained_again(start, texts, tmp_pat
     assert list(rows) == ["float", "rtn 2", *(["gptq 2"] if start == "gptq" else []), "qat 2"]
     if start == "gptq":  # its codes are what training begins with
         begun = next(point["loss"] for point in result["curves"] if point["what"] == "qat 2")
-        assert abs(begun / rows["gptq 2"]["kl"] - 1) < 0.5 and begun < rows["rtn 2"]["kl"] / 2
+        assert begun < rows["rtn 2"]["kl"] / 2 > rows["gptq 2"]["kl"]
     assert (rows["rtn 2"]["measured"], rows["qat 2"]["measured"]) == ("packed", "packed")
     assert rows["float"]["kl"] == 0 and rows["rtn 2"]["kl"] > 0
     assert rows["qat 2"]["steps"] == 2 and [p["steps"] for p in rows["qat 2"]["probes"]] == [1, 1, 1]
