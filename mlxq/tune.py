@@ -209,7 +209,7 @@ def _estimated(report: Report, minutes, method: str, steps, device: str | None, 
         return report
     seconds = report.planned.seconds
     if steps is None:
-        seconds += 60 * max(plan.minutes, LEAST_MINUTES)
+        seconds = max(60 * (MINUTES if minutes is None else minutes), seconds + 60 * LEAST_MINUTES)
     memory = (anonymous_bytes() or 0) + _bytes_to_train(report, plan)
     report.planned = replace(report.planned, seconds=seconds, memory=max(report.planned.memory, memory))
     return report
