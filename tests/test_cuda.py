@@ -113,6 +113,23 @@ def test_few_rows_equal_float64_however_long_and_large(fmt, x_type):
         assert bool((ops.qmm(x, w) == ops.qmm(x, w)).all()), "not the same bits when repeated"
 
 
+@pytest.mark.parametrize("ranks", (0, 2, 4))
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_products_shared_by_the_blocks_of_a_cluster_equal_float64(fmt, ranks, monkeypatch):
+    """ranks: 0 as the table has it, else as many, on any shape that they serve."""
+    gpu = cuda._device(torch_gpu().cuda.current_device())
+    if not gpu["early"]:
+        pytest.skip("needs a Hopper GPU: clusters")
+    if ranks:
+        monkeypatch.setattr(cuda, "stream_tunings", lambda *a: [(8, 64, 6, 2, 1, 2, ranks)])
+    for M, N, K in [(8, 4096, 14336), (5, 70, 14336), (7, 1000, 24576), (1, 4096, 8192), (3, 14336, 4096)]:
+        x, w = problem(fmt, M, N, K, "bfloat16", "bfloat16")
+        y = ops.qmm(x, w)
+        assert relative(y, x.double() @ exact(w).T) < ROUNDING["bfloat16"], (M, N, K)
+        for _ in range(20):  # the ranks' order is another each time
+            assert bool((ops.qmm(x, w) == y).all()), "not the same bits when repeated"
+
+
 @pytest.mark.parametrize("x_type", STORAGE)
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_transposed_products_equal_float64(fmt, x_type):

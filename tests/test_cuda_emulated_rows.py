@@ -27,7 +27,7 @@ def run_stream(
     x, exact_x = stored(rng.normal(0, 1, (M, K)) * factor, x_type)
     y = aligned(np.full((M, N), 0xFFFF, np.uint16))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "stream_tuning", lambda *a: tuning)
+        patch.setattr(cuda, "stream_tunings", lambda *a: [tuning])
         shape = cuda.stream_shape(M, N, K, fmt, x_type, s_type, SMALL_H100)
     defines = shape["defines"] | dict(changed)
     tensors = [
@@ -47,21 +47,28 @@ def run_stream(
 
 SMALL_H100 = H100 | {"multiprocessors": 1}  # every block has many tiles
 ROUNDED_ONCE = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # only y is rounded: half an ulp of the largest
-# (warps, segment, stages at most, blocks that fit, blocks started, units together), product
+# (warps, segment, stages at most, blocks that fit, blocks started, units together, ranks), product
 STREAM_CASES = [
-    ((8, 128, 4, 2, 2, 2), 2, 64, "bfloat16", "bfloat16", 8, 150, 4096),
-    ((8, 128, 3, 2, 1, 4), 2, 64, "bfloat16", "bfloat16", 3, 100, 2560),
-    ((8, 64, 3, 2, 2, 2), 2, 64, "bfloat16", "bfloat16", 5, 70, 4096),
-    ((16, 64, 4, 1, 1, 2), 2, 64, "bfloat16", "bfloat16", 1, 41, 4096),
-    ((8, 128, 4, 2, 2, 2), 2, 128, "bfloat16", "float16", 8, 70, 3072),
-    ((8, 64, 4, 2, 1, 2), 4, 32, "bfloat16", "bfloat16", 7, 90, 2048),
-    ((8, 128, 5, 2, 2, 2), 4, 64, "bfloat16", "bfloat16", 8, 70, 4096),
-    ((16, 64, 6, 1, 1, 2), 4, 128, "float16", "float16", 4, 33, 2048),
-    ((8, 128, 5, 2, 2, 2), 8, 64, "bfloat16", "bfloat16", 8, 70, 2048),
-    ((8, 128, 2, 2, 2, 2), 8, 64, "bfloat16", "bfloat16", 8, 70, 4096),
-    ((8, 64, 3, 2, 1, 2), 4, 64, "bfloat16", "bfloat16", 4, 50, 4096),
-    ((8, 64, 6, 2, 1, 2), 8, 128, "bfloat16", "bfloat16", 6, 50, 3072),
-    ((16, 64, 6, 1, 1, 2), 8, 32, "float16", "float32", 2, 40, 1280),
+    ((8, 128, 4, 2, 2, 2, 1), 2, 64, "bfloat16", "bfloat16", 8, 150, 4096),
+    ((8, 128, 3, 2, 1, 4, 1), 2, 64, "bfloat16", "bfloat16", 3, 100, 2560),
+    ((8, 64, 3, 2, 2, 2, 1), 2, 64, "bfloat16", "bfloat16", 5, 70, 4096),
+    ((16, 64, 4, 1, 1, 2, 1), 2, 64, "bfloat16", "bfloat16", 1, 41, 4096),
+    ((8, 128, 4, 2, 2, 2, 1), 2, 128, "bfloat16", "float16", 8, 70, 3072),
+    ((8, 64, 4, 2, 1, 2, 1), 4, 32, "bfloat16", "bfloat16", 7, 90, 2048),
+    ((8, 128, 5, 2, 2, 2, 1), 4, 64, "bfloat16", "bfloat16", 8, 70, 4096),
+    ((16, 64, 6, 1, 1, 2, 1), 4, 128, "float16", "float16", 4, 33, 2048),
+    ((8, 128, 5, 2, 2, 2, 1), 8, 64, "bfloat16", "bfloat16", 8, 70, 2048),
+    ((8, 128, 2, 2, 2, 2, 1), 8, 64, "bfloat16", "bfloat16", 8, 70, 4096),
+    ((8, 64, 3, 2, 1, 2, 1), 4, 64, "bfloat16", "bfloat16", 4, 50, 4096),
+    ((8, 64, 6, 2, 1, 2, 1), 8, 128, "bfloat16", "bfloat16", 6, 50, 3072),
+    ((16, 64, 6, 1, 1, 2, 1), 8, 32, "float16", "float32", 2, 40, 1280),
+    ((8, 64, 4, 2, 2, 4, 2), 2, 64, "bfloat16", "bfloat16", 8, 150, 4096),
+    ((8, 128, 3, 2, 4, 2, 4), 2, 64, "bfloat16", "bfloat16", 5, 200, 14336),
+    ((7, 128, 4, 2, 4, 2, 4), 2, 64, "bfloat16", "bfloat16", 8, 100, 14336),
+    ((7, 128, 5, 2, 4, 2, 4), 4, 64, "bfloat16", "bfloat16", 8, 70, 14336),
+    ((12, 128, 4, 1, 1, 2, 3), 2, 64, "bfloat16", "bfloat16", 8, 70, 18432),
+    ((4, 128, 3, 2, 2, 2, 2), 4, 32, "float16", "float16", 3, 100, 3072),
+    ((8, 128, 3, 2, 2, 2, 2), 8, 64, "bfloat16", "float32", 8, 70, 3072),
 ]
 
 
@@ -83,26 +90,32 @@ def test_streamed_products_have_the_same_bits_in_any_order(build):
     assert all(np.array_equal(first, other) for other in others)
 
 
-STREAM_DEFECTS = {
-    "places asked for before they are free": ("barrier_wait(empty + 8 * slot, (round - 1) & 1);", ""),
-    "no wait for the words": ("barrier_wait(full + 8 * slot, round & 1);", ""),
-    "no wait for the biases": ("barrier_wait(full + 8 * at, times & 1);", ""),
-    "no wait for the warps' sums": ("barrier_wait(summed + 8 * buffer, buffer_round & 1);", ""),
-    "sums written before they were taken": ("barrier_wait(taken + 8 * buffer, (buffer_round - 1) & 1);", ""),
-    "no wait for the sums of x": ("all_sync((WARPS + 1) * 32);", ""),
-    "swizzled wrongly": ("lane / 16) ^ lane % 8) * 16;", "lane / 16)) * 16;"),
-    "scales' ring too short": {"SCALE_DEPTH": 1},
+ALONE, RANKED = STREAM_CASES[1], STREAM_CASES[-6]
+STREAM_DEFECTS = {  # (case, what stands there, what then does) or (case, other macros)
+    "places asked for before they are free": (ALONE, "barrier_wait(empty + 8 * slot, (round - 1) & 1);", ""),
+    "no wait for the words": (ALONE, "barrier_wait(full + 8 * slot, round & 1);", ""),
+    "no wait for the biases": (ALONE, "barrier_wait(full + 8 * at, times & 1);", ""),
+    "no wait for the warps' sums": (ALONE, "barrier_wait(summed + 8 * buffer, this_round & 1);", ""),
+    "sums written before they were taken": (ALONE, "barrier_wait(taken + 8 * place, (round - 1) & 1);", ""),
+    "no wait for the sums of x": (ALONE, "all_sync((WARPS + 1) * 32);", ""),
+    "swizzled wrongly": (ALONE, "lane / 16) ^ lane % 8) * 16;", "lane / 16)) * 16;"),
+    "scales' ring too short": (ALONE, {"SCALE_DEPTH": 1}),
+    "no wait for the ranks' sums": (RANKED, "barrier_wait(summed + 8 * buffer, this_round & 1);", ""),
+    "sums sent before they were taken": (RANKED, "barrier_wait(taken + 8 * place, (round - 1) & 1);", ""),
+    "a rank ends before the others": (RANKED, "cluster_ends(), cluster_wait();  // nobody", ";  // nobody"),
+    "a rank begins before the others": (RANKED, "if (RANKS > 1) cluster_wait();", ""),
+    "a rank has another's x": (RANKED, "x += rank * PART * 2;", ""),
 }
 
 
 @pytest.mark.parametrize("defect", STREAM_DEFECTS)
 def test_a_defect_planted_in_the_stream_shows(build, defect):
-    planted = STREAM_DEFECTS[defect]
-    how = {"changed": planted} if isinstance(planted, dict) else {"replaced": (planted,)}
+    case, *planted = STREAM_DEFECTS[defect]
+    how = {"changed": planted[0]} if len(planted) == 1 else {"replaced": (tuple(planted),)}
     text = (cuda.HERE / "qmv_stream.cu").read_text(encoding="utf-8")
-    assert isinstance(planted, dict) or planted[0] in text, "an error below would be taken for the defect's"
+    assert len(planted) == 1 or planted[0] in text, "an error below would be taken for the defect's"
     orders = [(0, 0), *((order, seed) for order in (1, 2) for seed in range(6))]
     with pytest.raises((AssertionError, RuntimeError)):
         for order, seed in orders:
-            found = run_stream(build, *STREAM_CASES[1], order=order, seed=seed, **how)
+            found = run_stream(build, *case, order=order, seed=seed, **how)
             assert error(*found) < ROUNDED_ONCE["bfloat16"]

@@ -307,8 +307,9 @@ def test_gradients_of_a_cuda_graph_equal_those_without(kind):
                 parameter.grad = None
         trainer.graphed = True
         (loss, gradient), (want, expected) = found
-        assert loss == pytest.approx(want, rel=1e-5) and expected.norm() > 0
-        close(gradient, expected, 1e-4)
+        # 128 tokens' differences of float32 logarithms near -5; cuBLAS may add in another order in a graph
+        assert abs(loss - want) < 128 * 5 * 2.0**-24 and expected.norm() > 0
+        close(gradient, expected, 1e-3)
         losses.append(trainer.step(batch, 1e-3))
     assert trainer.graph is not None and len(set(losses)) == len(losses)
 

@@ -5,9 +5,9 @@
 
 For the large shapes of bench_cuda.py and 1, 2, 4 and 8 rows of bfloat16, in groups of 64, qmv.cu as its
 table has it (warps, blocks that fit a multiprocessor, bytes of a chunk, log2 of warps a tile) and every
-candidate of qmv_stream.cu (as ops.cuda.stream_tuning: warps, bytes of a segment, stages at most, blocks that
-fit a multiprocessor, blocks started for each, units at a time) are checked against float64, twice with the
-same bits, and timed as bench_cuda.py times. 8 rows and 1 row come first; for 2 and 4 only what was within
+candidate of qmv_stream.cu (as ops.cuda.stream_tunings: warps, bytes of a segment, stages at most, blocks that
+fit a multiprocessor, blocks started for each, units at a time, ranks) are checked against float64, twice with
+the same bits, and timed as bench_cuda.py times. 8 rows and 1 row come first; for 2 and 4 only what was within
 4 % of the best for these. FILE:
 
     best   [{bits, N, K, M, kernel, tuning, us, now: {kernel, tuning, us}}]   now: what the tables choose
@@ -32,19 +32,24 @@ from mlxq.format import Format
 
 ROWS = (8, 1, 4, 2)
 CLOSE = 1.04
-# (warps, segment, blocks that fit, blocks started, units at a time), and KiB of a block's ring of words
+# (warps, segment, blocks that fit, blocks started, units at a time, ranks), KiB of a block's ring of words
 STREAM = [
-    (warps, segment, kib * 64 // (warps * segment), *blocks, together)
-    for (warps, segment, *blocks, together), rings in [
-        ((8, 64, 2, 1, 2), (48, 64, 96)),
-        ((8, 128, 2, 1, 2), (32, 64, 96)),
-        ((16, 64, 1, 1, 2), (64, 96, 192)),
-        ((16, 128, 1, 1, 2), (96, 128, 192)),
-        ((8, 64, 2, 2, 2), (48, 64)),
-        ((8, 128, 2, 2, 2), (32, 64)),
+    (warps, segment, kib * 64 // (warps * segment), *blocks, together, ranks)
+    for (warps, segment, *blocks, together, ranks), rings in [
+        ((8, 128, 2, 1, 2, 2), (64, 96)),
+        ((8, 64, 2, 1, 4, 2), (64, 96)),
+        ((14, 128, 1, 1, 2, 2), (112, 196)),
+        ((16, 64, 1, 1, 2, 2), (96, 192)),
+        ((8, 128, 2, 2, 2, 2), (48,)),
+        ((8, 64, 2, 2, 4, 2), (48,)),
+        ((8, 64, 2, 1, 2, 1), (64, 96)),
+        ((8, 128, 2, 1, 2, 1), (64, 96)),
+        ((16, 64, 1, 1, 2, 1), (96, 192)),
+        ((16, 128, 1, 1, 2, 1), (160,)),
     ]
     for kib in rings
 ]
+SHAPES = (bench.MAIN_SHAPES[1], bench.MAIN_SHAPES[0], bench.LONG_SHAPE, bench.MAIN_SHAPES[2])
 TYPES = "bfloat16", "bfloat16"
 
 
@@ -53,8 +58,8 @@ def forced(kernel: str, tuning: tuple):
     """ops.cuda with this tuning of this kernel."""
     from mlxq.ops import cuda
 
-    name = {"qmv": "qmv_tuning", "qmv_stream": "stream_tuning"}[kernel]
-    with mock.patch.object(cuda, name, lambda *a: tuning):
+    name, found = {"qmv": ("qmv_tuning", tuning), "qmv_stream": ("stream_tunings", [tuning])}[kernel]
+    with mock.patch.object(cuda, name, lambda *a: found):
         yield cuda
 
 
@@ -65,18 +70,25 @@ def shape_of(kernel: str, tuning: tuple, bits: int, M: int, N: int, K: int, gpu:
         return make(M, N, K, Format(bits, bench.GROUP_SIZE), *TYPES, gpu)
 
 
+def table_of(bits: int, M: int, N: int, K: int, gpu: dict) -> tuple[int, ...]:
+    """What ops.cuda chooses of qmv_stream.cu's tunings."""
+    from mlxq.ops import cuda
+
+    tunings = cuda.stream_tunings(bits, K * bits // 8, -(-N // 16), gpu["multiprocessors"], M)
+    return next(t for t in tunings if shape_of("qmv_stream", t, bits, M, N, K, gpu))
+
+
 def candidates(bits: int, M: int, N: int, K: int, gpu: dict):
     """(kernel, tuning, shape), each shape once and what the tables choose first; of qmv only that."""
     from mlxq.ops import cuda
 
     seen = []
     columns = next(c for c in (1, 2, 4, 8) if c >= M)
-    tiles = -(-N // 16), gpu["multiprocessors"]
-    now = cuda.stream_tuning(bits, K * bits // 8, *tiles)
-    table = cuda.qmv_tuning(bits, columns, *tiles)
+    now = table_of(bits, M, N, K, gpu)
+    table = cuda.qmv_tuning(bits, columns, -(-N // 16), gpu["multiprocessors"])
     for kernel, tunings in (("qmv_stream", [now, *STREAM]), ("qmv", [table])):
         for tuning in tunings:
-            if kernel == "qmv_stream" and tuning[0] * tuning[1] > K * bits // 8:
+            if kernel == "qmv_stream" and tuning[0] * tuning[1] * tuning[-1] > K * bits // 8:
                 continue  # some warps would have nothing
             shape = shape_of(kernel, tuning, bits, M, N, K, gpu)
             if shape is not None and (kernel, shape) not in seen:
@@ -96,7 +108,7 @@ def apply(best: list[dict]) -> None:
     from mlxq.ops import cuda
 
     chosen = {(b["bits"], b["N"], b["K"], b["M"]): (b["kernel"], tuple(b["tuning"])) for b in best}
-    qmv, stream, alone = cuda._qmv, cuda._stream, cuda.rows_best_alone
+    qmv, stream = cuda._qmv, cuda._stream
 
     def of(fmt, N, K, M):
         return chosen.get((fmt.bits, N, K, M)) if fmt.group_size == bench.GROUP_SIZE else None
@@ -108,15 +120,12 @@ def apply(best: list[dict]) -> None:
 
     def _stream(device, pointers, M, N, K, fmt, *rest):
         found = of(fmt, N, K, M)
-        if found is None:
-            tiles = -(-N // 16), cuda._device(device)["multiprocessors"]
-            return None if M <= alone(fmt.bits, *tiles) else stream(device, pointers, M, N, K, fmt, *rest)
-        if found[0] == "qmv":
+        if found and found[0] == "qmv":
             return None
-        with forced(*found):
+        with forced(*found) if found else contextlib.nullcontext():
             return stream(device, pointers, M, N, K, fmt, *rest)
 
-    cuda._qmv, cuda._stream, cuda.rows_best_alone = _qmv, _stream, lambda *a: 0
+    cuda._qmv, cuda._stream = _qmv, _stream
 
 
 def compile_all(cells, gpu: dict) -> None:
@@ -139,7 +148,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=60, help="seconds after which no cell is begun")
     parser.add_argument("--prepare", action="store_true", help="compile on all cores and stop")
     args = parser.parse_args()
-    cells = [(bits, M, *shape) for M in ROWS for shape in bench.MAIN_SHAPES for bits in (2, 8, 4)]
+    cells = [(bits, M, *shape) for M in ROWS for shape in SHAPES for bits in (8, 2, 4)]
     import torch
 
     from mlxq.ops import cuda
@@ -203,11 +212,7 @@ def main() -> int:
                 if "launch failure" in str(error) or "illegal" in str(error):
                     raise
         every += rows
-        tiles = -(-N // 16), gpu["multiprocessors"]
-        if M <= cuda.rows_best_alone(bits, *tiles):
-            now, table = "qmv", cuda.qmv_tuning(bits, M, *tiles)
-        else:
-            now, table = "qmv_stream", cuda.stream_tuning(bits, K * bits // 8, *tiles)
+        now, table = "qmv_stream", table_of(bits, M, N, K, gpu)
         same = [r for r in rows if r["kernel"] == now and tuple(r["tuning"]) == tuple(table)]
         for row in rows:
             if "failed" in row:

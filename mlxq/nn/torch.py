@@ -220,7 +220,7 @@ def dequantize(w: Packed, dtype=None):
 
 def _autocast(x):
     where = x.device.type
-    if torch.amp.is_autocast_available(where) and torch.is_autocast_enabled(where) and x.dtype in _FLOATS:
+    if where != "meta" and torch.is_autocast_enabled(where) and x.dtype in _FLOATS:
         return x.to(torch.get_autocast_dtype(where))
     return x
 

@@ -47,3 +47,27 @@ __device__ __forceinline__ void tensor_copy(unsigned int to, const TensorMap& ma
 
 __device__ __forceinline__ void dependents_may_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void predecessor_done() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Between the blocks of a cluster: an address of shared memory as another rank has it; 16 bytes to there, which count at a
+// barrier of that rank as a copy's do; an arrival there. None of them waits for what was written before: a fence would be one of
+// the whole GPU.
+__device__ __forceinline__ unsigned int at_rank(unsigned int at, int rank) {
+  unsigned int there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
+  return there;
+}
+
+__device__ __forceinline__ void remote_store(unsigned int there, float4 v, unsigned int barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(there),
+               "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
+               : "memory");
+}
+
+__device__ __forceinline__ void remote_arrive(unsigned int there) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(there) : "memory");
+}
+
+// All blocks of a cluster have begun, their barriers made (barriers_ready), and all that is left of them has come to its end.
+__device__ __forceinline__ void cluster_begun() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_ends() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }

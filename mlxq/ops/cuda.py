@@ -37,7 +37,7 @@ PLANS_KEPT = 4096
 _MULTIPROCESSORS, _MAJOR, _MINOR, _SHARED_OPTIN = 16, 75, 76, 97
 _FUNCTION_SHARED, _FUNCTION_CARVEOUT = 8, 9
 _INVALID_CONTEXT = 201
-_CLUSTER, _PROGRAMMATIC_SERIALIZATION = 4, 6  # CUlaunchAttributeID
+_CLUSTER, _CLUSTER_POLICY, _PROGRAMMATIC_SERIALIZATION = 4, 5, 6  # CUlaunchAttributeID
 
 
 class Kernel:
@@ -193,19 +193,22 @@ class _Launch:
     kernel itself waits for it before it touches anything but the weights).
     """
 
-    def __init__(self, kernel: Kernel, grid, threads: int, arguments, changing, cluster: int = 1):
+    def __init__(
+        self, kernel: Kernel, grid, threads: int, arguments, changing, cluster: int = 1, spread: bool = False
+    ):
         """arguments: ctypes values in the kernel's order; changing: positions that __call__ sets.
 
-        cluster: how many blocks along the grid's x share a cluster
+        cluster: how many blocks along the grid's x share a cluster; spread: on as many multiprocessors
         """
         self.slots = [arguments[i] for i in changing]
         self.keep = arguments
         self.pointers = (ctypes.c_void_p * len(arguments))(
             *(ctypes.addressof(getattr(a, "buffer", a)) for a in arguments)
         )
-        self.always = int(cluster > 1)  # attributes of every start
-        attributes = (_Attribute * 2)()
+        self.always = int(cluster > 1) + spread  # attributes of every start
+        attributes = (_Attribute * 3)()
         attributes[0].id, attributes[0].value[:3] = _CLUSTER, (cluster, 1, 1)
+        attributes[1].id, attributes[1].value[0] = _CLUSTER_POLICY, 1  # spread
         attributes[self.always].id = _PROGRAMMATIC_SERIALIZATION
         attributes[self.always].value[0] = 1
         first = ctypes.cast(attributes, ctypes.POINTER(_Attribute))
@@ -439,16 +442,6 @@ def _check_product(op: str, x_shape, x_type: str, w: format.Packed, transpose: b
         raise ValueError(f"{op}: x has {name}={got} but w holds {name}={inner}")
 
 
-def rows_best_alone(bits: int, tiles: int, multiprocessors: int) -> int:
-    """Up to how many rows (of 16-bit x, in groups of 64) qmv.cu is to serve before qmv_stream.cu does.
-
-    tiles: of 16 outputs. By prediction: tools/tune_cuda.py is to tell.
-    """
-    if tiles > 2 * multiprocessors:
-        return 0
-    return 4 if bits < 8 else 1
-
-
 def qmv_tuning(bits: int, columns: int, tiles: int, multiprocessors: int) -> tuple[int, int, int, int]:
     """(warps, blocks that fit a multiprocessor, chunk bytes, log2 of warps a tile) that were best on an H200.
 
@@ -541,22 +534,37 @@ def qmv_shared(K: int, fmt: format.Format, s_bytes: int, columns, chunk_bytes, w
     return chunks * chunk * columns * 2 + floats * 4 + warps * depth * stage
 
 
-STREAM_BUFFERS = 2  # of qmv_stream.cu
-STREAM_REGISTERS = 64  # that a thread may fill with x
+STREAM_REGISTERS = 64  # of qmv_stream.cu, that a thread may fill with x
 
 
-def stream_tuning(bits: int, row_bytes: int, tiles: int, multiprocessors: int) -> tuple[int, ...]:
-    """How qmv_stream.cu is to run: on large grids as was best on an H200, else by prediction.
+def stream_tunings(bits: int, row_bytes: int, tiles: int, multiprocessors: int, M: int) -> list[tuple]:
+    """Ways to run qmv_stream.cu, of which the first that serves is taken: what was best on an H200 first.
 
     (warps, bytes of a row in a warp's part of a stage, stages at most, blocks that fit a multiprocessor,
-    blocks that are started for each, units whose products are interleaved)
+    blocks that are started for each, units whose products are interleaved, ranks). Fewer warps than were best
+    come first where more would leave more of the last stage without columns.
     """
+    wide = 8 * STREAM_REGISTERS * bits  # bytes whose x fills the registers of 8 warps
     small = tiles <= 2 * multiprocessors
-    if row_bytes > 8 * STREAM_REGISTERS * bits:  # x fills the registers of 16 warps
-        return (16, 64, 12, 1, 1, 2) if bits == 8 else (16, 128, 5, 1, 1, 2)
-    if small:
-        return 8, 128, 5, 2, 1, 2
-    return 8, 64, 8 if bits == 2 else 12, 2, 1, 2
+    if row_bytes > 2 * wide:
+        best = 16, 128, 4, 1, 1, 2, -(-row_bytes // (2 * wide))
+    elif row_bytes > wide:
+        best = {2: (8, 128, 3, 2, 2, 2, 2), 4: (8, 64, 6, 2, 2, 4, 2), 8: (8, 128, 4, 2, 1, 2, 2)}[bits]
+    elif bits == 2:
+        best = 8, 64, 12, 2, 1, 2, 1
+    elif bits == 4 or small or M > 4:
+        best = 8, 128, 4, 2, 1, 2, 2 if small or bits == 8 else 1
+    else:
+        best = 16, 64, 12, 1, 1, 2, 1
+    found = []
+    for warps, segment, *rest, ranks in (best, (8, 64, 8, 2, 1, 2, 1), (16, 128, 5, 1, 1, 2, 1)):
+
+        def padded(w: int, stage=segment * ranks) -> int:
+            return -(-row_bytes // (w * stage)) * w
+
+        fewer = sorted(range(warps, warps * 3 // 4 - 1, -1), key=padded)
+        found += [(w, segment, *rest, ranks) for w in fewer]
+    return found
 
 
 def stream_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict) -> dict | None:
@@ -564,34 +572,48 @@ def stream_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict) -> dict | No
 
     defines, grid_x, threads, shared (bytes).
     """
-    row_bytes, s_bytes = K * fmt.bits // 8, SIZES[s_type]
-    tiles = -(-N // 16)
-    tuning = stream_tuning(fmt.bits, row_bytes, tiles, gpu["multiprocessors"])
-    warps, segment, most, fit, started, together = tuning
-    scale_bytes = K // fmt.group_size * s_bytes
-    unit = min(fmt.group_size, segment * 8 // fmt.bits)  # codes of one scale
-    stages = -(-row_bytes // (warps * segment))
+    row_bytes = K * fmt.bits // 8
     if (
         not gpu["early"]
         or x_type == "float32"
         or M > 8
         or row_bytes % 128
-        or scale_bytes % 16
-        or unit * fmt.bits < 128
-        or stages * segment // fmt.bits > STREAM_REGISTERS
+        or K // fmt.group_size * SIZES[s_type] % 16
     ):
         return None
-    units = stages * warps * segment * 8 // fmt.bits // unit
-    scale_columns = -(-scale_bytes // 128)
-    grid = min(started * gpu["multiprocessors"], tiles)
-    fixed = STREAM_BUFFERS * warps * 512 + units * 32
-    if x_type == s_type == "bfloat16":
+    tunings = stream_tunings(fmt.bits, row_bytes, -(-N // 16), gpu["multiprocessors"], M)
+    shapes = (_stream_shape(t, N, K, fmt, x_type, s_type, gpu) for t in tunings)
+    return next(filter(None, shapes), None)
+
+
+def _stream_shape(tuning: tuple, N, K, fmt, x_type: str, s_type: str, gpu: dict) -> dict | None:
+    warps, segment, most, fit, started, together, ranks = tuning
+    row_bytes, s_bytes, tiles = K * fmt.bits // 8, SIZES[s_type], -(-N // 16)
+    unit = min(fmt.group_size, segment * 8 // fmt.bits)  # codes of one scale
+    stages = -(-row_bytes // (ranks * warps * segment))
+    part_bytes = stages * warps * segment  # of a row in a block
+    part_scales = part_bytes * 8 // fmt.bits // fmt.group_size * s_bytes
+    if (
+        ranks > 8
+        or unit * fmt.bits < 128
+        or stages * segment // fmt.bits > STREAM_REGISTERS
+        or part_bytes * 8 // fmt.bits % fmt.group_size
+        or (ranks > 1 and part_scales % 16)
+        or (ranks - 1) * part_bytes >= row_bytes
+    ):
+        return None
+    units, buffers = part_bytes * 8 // fmt.bits // unit, 2 if ranks == 1 else 1
+    scale_columns = -(-part_scales // 128)
+    clusters = max(1, min(started * gpu["multiprocessors"] // ranks, tiles))
+    matrix_biases = x_type == s_type == "bfloat16"
+    fixed = buffers * 512 * ranks * (warps + (matrix_biases and ranks > 1)) + units * 32
+    fixed += 8 * (buffers + ranks * buffers)
+    if matrix_biases:
         fixed += -(-units * unit // fmt.group_size // 16) * 768
-    most = min(most, max(2, -(-tiles // grid) * stages))
+    most = min(most, max(2, -(-tiles // clusters) * stages))
     for blocks, depth in itertools.product((fit, 1), range(most, 1, -1)):
         scale_depth = -(-(depth - 1) // stages) + 1  # a tile's stay until its last stage is through
-        shared = fixed + depth * 16 * warps * segment + scale_depth * scale_columns * 4096
-        shared += 16 * (depth + STREAM_BUFFERS)
+        shared = fixed + depth * (16 * part_bytes // stages + 16) + scale_depth * scale_columns * 4096
         if shared <= (gpu["shared"] if blocks == 1 else gpu["shared"] // blocks - 1024):  # 1 KiB a block
             break
     else:
@@ -607,11 +629,12 @@ def stream_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict) -> dict | No
         "DEPTH": depth,
         "SCALE_DEPTH": scale_depth,
         "SCALE_COLUMNS": scale_columns,
-        "BUFFERS": STREAM_BUFFERS,
+        "BUFFERS": buffers,
         "BLOCKS": blocks,
         "TOGETHER": together,
+        "RANKS": ranks,
     }
-    return {"defines": defines, "grid_x": grid, "threads": 32 * (warps + 1), "shared": shared}
+    return {"defines": defines, "grid_x": clusters * ranks, "threads": 32 * (warps + 1), "shared": shared}
 
 
 def _tensor_map(pointer: int, sizes, strides, box, swizzle: int):
@@ -677,7 +700,8 @@ def _stream(device: int, pointers, M: int, N: int, K: int, fmt, x_type, s_type):
     tensors = stream_tensors(N, K, fmt, s_type, shape["defines"])
     maps = [_tensor_map(p, *of) for p, of in zip(pointers, tensors, strict=True)]
     arguments = [ctypes.c_void_p(), *maps, ctypes.c_void_p(), *(ctypes.c_int(v) for v in (M, N, K))]
-    return _Launch(kernel, (shape["grid_x"], 1, 1), shape["threads"], arguments, (0, 4))
+    grid, ranks = (shape["grid_x"], 1, 1), shape["defines"]["RANKS"]
+    return _Launch(kernel, grid, shape["threads"], arguments, (0, 4), ranks, spread=ranks > 1)
 
 
 def _qmv(device: int, pointers, batches: int, M: int, N: int, K: int, fmt, x_type, s_type, indices):
@@ -990,9 +1014,7 @@ class _Product:
             about = N, K, w.format, self.x_type, format.dtype_name(w.scales)
             with side.on(device):
                 if transpose and M <= ROWS_BEST_IN_QMV:
-                    alone = rows_best_alone(w.format.bits, -(-N // 16), _device(device)["multiprocessors"])
-                    if M > alone:
-                        self.launch = _stream(device, self.pointers, M, *about)
+                    self.launch = _stream(device, self.pointers, M, *about)
                 if not transpose or M > ROWS_BEST_IN_QMV:
                     many = device, self.pointers, M, *about, transpose
                     self.launch = _many_streamed(*many) or _many(*many)

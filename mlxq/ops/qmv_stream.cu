@@ -13,6 +13,8 @@
 //            stays in registers: 2 * SEGMENT * 8 / BITS / 16 a stage, whatever M is. One more asks for a stage as soon as
 //            its place is free, adds the warps' sums up, in their order, when a tile is through, and writes y
 //   sums     a warp's 16 x 8 sums of a tile go to one of BUFFERS places, as its lanes have them
+//   ranks    RANKS neighbouring blocks, a cluster, share a tile: rank r has the r-th part of K, so a block reads no more of x
+//            than that, and needs fewer registers for it. Their sums go to the block whose turn it is, rank after rank
 //   unit     the codes of a warp's stage with one scale; products of TOGETHER units are interleaved, for each of a unit's
 //            waits for the one before
 //   biases   times the sums of x over groups: where biases and x are bfloat16 a product of its own, 16 groups a step, by the
@@ -26,7 +28,7 @@
 // whose x has a value of 2^36 or more (or NaN, infinity) does not raise its x. float16 has too few exponents for that:
 // there u * (C + code) as in qmv.cu.
 //
-// Rows of words of whole 128 bytes, of scales of whole 16; K / 8 * BITS at most STAGES * WARPS * SEGMENT: what lies beyond K
+// Rows of words of whole 128 bytes, of scales of whole 16; K / 8 * BITS at most RANKS * STAGES * WARPS * SEGMENT: what lies beyond K
 // are zeros, and not left out, so that nothing branches. Any N, M <= 8. Limit: the bytes of W at the memory's rate.
 
 typedef unsigned int u32;
@@ -49,8 +51,19 @@ constexpr int S_BYTES = S_TYPE == 0 ? 4 : 2;
 constexpr int SCALE_STAGE = 2 * SCALE_COLUMNS * 2048;       // bytes of a tile's scales and biases
 constexpr int S_WORDS = (UNITS * S_BYTES + 3) / 4;          // of a row in a warp's part of a stage
 constexpr bool MATRIX_BIASES = X_TYPE == 2 && S_TYPE == 2;
-constexpr int ALL_UNITS = STAGES * WARPS * UNITS;           // of a row; the last may lie beyond K
-constexpr int BIAS_STEPS = (ALL_UNITS * UNIT / GROUP + 15) / 16;  // of 16 groups
+constexpr int PART = STAGES * WARPS * CODES;                // of a row, that a block has; the last may lie beyond K
+constexpr int ALL_UNITS = STAGES * WARPS * UNITS;           // of it
+constexpr int BIAS_STEPS = (PART / GROUP + 15) / 16;        // of 16 groups
+constexpr bool SENT_BIASES = MATRIX_BIASES && RANKS > 1;    // their products come from each rank
+constexpr int SUMS = RANKS * WARPS + SENT_BIASES * RANKS;   // that a tile's y is added up from
+constexpr int PLACES = RANKS * BUFFERS;                     // of tiles' sums in a cluster, taken in turn
+static_assert(PART % GROUP == 0, "a block has whole groups");
+
+// Lanes of a warp that say it is through. One is enough, for __syncwarp has ordered the others' accesses before; racecheck
+// follows a barrier only for the thread that arrived: for it, -DARRIVALS=32.
+#ifndef ARRIVALS
+#define ARRIVALS 1
+#endif
 
 #if X_TYPE == 1
 constexpr int POSITION = BITS == 2 ? 8 : BITS == 4 ? 6 : 2;
@@ -109,47 +122,67 @@ qmv_stream(const char* __restrict__ x, const __grid_constant__ TensorMap words, 
            const __grid_constant__ TensorMap biases, u16* __restrict__ y, int M, int N, int K) {
   SHARED_MEMORY(shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int tiles = (N + 15) / 16;
+  const int tiles = (N + 15) / 16, rank = RANKS > 1 ? blockIdx.x % RANKS : 0;
+  const int first_tile = blockIdx.x / RANKS, tile_step = gridDim.x / RANKS, left = K - rank * PART;  // columns from here on
+  x += rank * PART * 2;
   const int row_at = lane / 8 % 2 * 1024 + lane % 8 * 128;  // where load_rows finds this lane's row of 16
   // words [DEPTH][columns of 128 bytes][16][128], scales [SCALE_DEPTH][2][SCALE_COLUMNS][16][128], partial sums
-  // [BUFFERS][WARPS][lane], parts of sums of x [BIAS_STEPS][3][lane], sums of x over units [ALL_UNITS][8], barriers
+  // [BUFFERS][SUMS][lane], parts of sums of x [BIAS_STEPS][3][lane], sums of x over units [ALL_UNITS][8], barriers
   char* const scale_ring = shared + DEPTH * STAGE_BYTES;
   float4* const partial = reinterpret_cast<float4*>(scale_ring + SCALE_DEPTH * SCALE_STAGE);
-  uint2* const parts = reinterpret_cast<uint2*>(partial + BUFFERS * WARPS * 32);
+  uint2* const parts = reinterpret_cast<uint2*>(partial + BUFFERS * SUMS * 32);
   float* const x_sums = reinterpret_cast<float*>(parts + (MATRIX_BIASES ? BIAS_STEPS * 3 * 32 : 0));
   const u32 base = shared_address(shared);
   const u32 full = shared_address(x_sums + ALL_UNITS * 8);
   const u32 empty = full + 8 * DEPTH, summed = empty + 8 * DEPTH, taken = summed + 8 * BUFFERS;
   if (threadIdx.x == WARPS * 32) {
     tensor_expected(words), tensor_expected(scales), tensor_expected(biases);
-    for (int i = 0; i < DEPTH; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, WARPS);
-    for (int i = 0; i < BUFFERS; i++) barrier_init(summed + 8 * i, WARPS), barrier_init(taken + 8 * i, 1);
+    for (int i = 0; i < DEPTH; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, WARPS * ARRIVALS);
+    for (int i = 0; i < BUFFERS; i++) barrier_init(summed + 8 * i, RANKS > 1 ? 1 : WARPS * ARRIVALS);
+    for (int i = 0; i < PLACES; i++) barrier_init(taken + 8 * i, ARRIVALS);
     barriers_ready();
   }
   __syncthreads();
+  if (RANKS > 1) cluster_begun();  // once all have, they may write and arrive here
+
+  // A warp's sums of the tile at this place of PLACES, or its biases', to the rank whose turn it is.
+  auto send = [&](int place, int round, int entry, float4 sums) {
+    const int buffer = place / RANKS, home = place % RANKS;
+    float4* const to = partial + (buffer * SUMS + entry) * 32 + lane;
+    barrier_wait(taken + 8 * place, (round - 1) & 1);
+    if (RANKS > 1) {
+      remote_store(at_rank(shared_address(to), home), sums, at_rank(summed + 8 * buffer, home));
+      return;
+    }
+    *to = sums;
+    __syncwarp();
+    if (lane < ARRIVALS) barrier_arrive(summed + 8 * buffer);
+  };
 
   if (warp == WARPS) {  // the copies, and y
     dependents_may_start();
-    int next_tile = blockIdx.x, next_stage = 0, slot = 0, round = 0, scale_slot = 0;
+    int next_tile = first_tile, next_stage = 0, slot = 0, round = 0, scale_slot = 0;
     auto ask = [&]() {  // for the next stage, once its place is free
       if (next_tile >= tiles) return;
       if (lane == 0) {
         const u32 done = full + 8 * slot;
         barrier_wait(empty + 8 * slot, (round - 1) & 1);  // a barrier begins as if a phase of parity 1 were over
         barrier_expect(done, STAGE_BYTES + (next_stage ? 0 : SCALE_STAGE));
-        tensor_copy(base + slot * STAGE_BYTES, words, 0, next_tile * 16, next_stage * (WARPS * SEGMENT / 128), done);
+        tensor_copy(base + slot * STAGE_BYTES, words, 0, next_tile * 16,
+                    (rank * STAGES + next_stage) * (WARPS * SEGMENT / 128), done);
         if (next_stage == 0) {
           const u32 to = base + DEPTH * STAGE_BYTES + scale_slot * SCALE_STAGE;
 #pragma unroll
           for (int c = 0; c < SCALE_COLUMNS; c++) {
-            tensor_copy(to + c * 2048, scales, c * 128, next_tile * 16, done);
-            tensor_copy(to + (SCALE_COLUMNS + c) * 2048, biases, c * 128, next_tile * 16, done);
+            const int at = rank * (PART / GROUP * S_BYTES) + c * 128;
+            tensor_copy(to + c * 2048, scales, at, next_tile * 16, done);
+            tensor_copy(to + (SCALE_COLUMNS + c) * 2048, biases, at, next_tile * 16, done);
           }
         }
       }
       if (++slot == DEPTH) slot = 0, round++;
       if (++next_stage == STAGES) {
-        next_stage = 0, next_tile += gridDim.x;
+        next_stage = 0, next_tile += tile_step;
         if (++scale_slot == SCALE_DEPTH) scale_slot = 0;
       }
     };
@@ -183,9 +216,11 @@ qmv_stream(const char* __restrict__ x, const __grid_constant__ TensorMap words, 
         }
       }
     }
-    int at = 0, times = 0, scale_at = 0, buffer = 0, buffer_round = 0;
+    __syncwarp();
+    if (RANKS > 1) cluster_wait();
+    int at = 0, times = 0, scale_at = 0, place = 0, place_round = 0;
 #pragma unroll 1
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    for (int tile = first_tile; tile < tiles; tile += tile_step) {
       float sums[3][4] = {};
       if (MATRIX_BIASES) {  // before the places of this tile's scales are asked for again
         barrier_wait(full + 8 * at, times & 1);
@@ -195,7 +230,7 @@ qmv_stream(const char* __restrict__ x, const __grid_constant__ TensorMap words, 
         if (++scale_at == SCALE_DEPTH) scale_at = 0;
 #pragma unroll 2
         for (int step = 0; step < BIAS_STEPS; step++) {
-          if (step * 16 * GROUP >= K) break;
+          if (step * 16 * GROUP >= left) break;
           u32 of[4];
           load_rows(of, from + step / 4 * 2048 + row_at + ((step % 4 * 2 + lane / 16) ^ lane % 8) * 16);
 #pragma unroll
@@ -207,20 +242,33 @@ qmv_stream(const char* __restrict__ x, const __grid_constant__ TensorMap words, 
       }
 #pragma unroll 1
       for (int s = 0; s < STAGES; s++) ask();
-      barrier_wait(summed + 8 * buffer, buffer_round & 1);
+      const float4 mine = make_float4(sums[2][0] + sums[1][0] + sums[0][0], sums[2][1] + sums[1][1] + sums[0][1],
+                                      sums[2][2] + sums[1][2] + sums[0][2], sums[2][3] + sums[1][3] + sums[0][3]);
+      const int here = place, this_round = place_round, buffer = place / RANKS;
+      if (++place == PLACES) place = 0, place_round++;
+      if (RANKS > 1 && here % RANKS != rank) {
+        if (MATRIX_BIASES) send(here, this_round, RANKS * WARPS + rank, mine);
+        continue;
+      }
+      if (RANKS > 1 && lane == 0) barrier_expect(summed + 8 * buffer, (SUMS - SENT_BIASES) * 512);
+      barrier_wait(summed + 8 * buffer, this_round & 1);
       float4 sum = make_float4(0, 0, 0, 0);
+      auto add = [&](float4 part) { sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w; };
+      const float4* const from = partial + buffer * SUMS * 32 + lane;
 #pragma unroll
-      for (int w = 0; w < WARPS; w++) {
-        const float4 part = partial[(buffer * WARPS + w) * 32 + lane];
-        sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-      }
+      for (int w = 0; w < RANKS * WARPS; w++) add(from[w * 32]);
+#pragma unroll
+      for (int r = 0; r < RANKS; r++)
+        if (MATRIX_BIASES) add(r == rank ? mine : from[(RANKS * WARPS + r) * 32]);
       __syncwarp();
-      if (lane == 0) barrier_arrive(taken + 8 * buffer);
-      if (++buffer == BUFFERS) buffer = 0, buffer_round++;
-      if (MATRIX_BIASES) {
-        sum.x += sums[2][0] + sums[1][0] + sums[0][0], sum.y += sums[2][1] + sums[1][1] + sums[0][1];
-        sum.z += sums[2][2] + sums[1][2] + sums[0][2], sum.w += sums[2][3] + sums[1][3] + sums[0][3];
-      }
+      if (lane < ARRIVALS)
+#pragma unroll
+        for (int r = 0; r < RANKS; r++) {
+          if (RANKS == 1)
+            barrier_arrive(taken + 8 * here);
+          else
+            remote_arrive(at_rank(taken + 8 * here, r));
+        }
       const int n = tile * 16 + g, m = 2 * t;
       const u32 top = round2(sum.x, sum.y), low = round2(sum.z, sum.w);
       u16* const to = y + size_t(m) * N + n;
@@ -229,6 +277,8 @@ qmv_stream(const char* __restrict__ x, const __grid_constant__ TensorMap words, 
       if (m + 1 < M && n < N) to[N] = static_cast<u16>(top >> 16);
       if (m + 1 < M && n + 8 < N) to[N + 8] = static_cast<u16>(low >> 16);
     }
+    __syncwarp();
+    if (RANKS > 1) cluster_ends(), cluster_wait();  // nobody arrives here after this block has ended
     return;
   }
 
@@ -245,7 +295,7 @@ qmv_stream(const char* __restrict__ x, const __grid_constant__ TensorMap words, 
       const char* from = x + (size_t(g) * K + k) * 2;
 #pragma unroll
       for (int w = 0; w < LANE_WORDS; w++) {
-        const bool valid = g < M && k + w * 4 * P < K;
+        const bool valid = g < M && k + w * 4 * P < left;
         if (P == 4) {
           const uint2 r = valid ? *reinterpret_cast<const uint2*>(from + w * 8 * P) : make_uint2(0, 0);
           v[2 * w] = r.x, v[2 * w + 1] = r.y;
@@ -308,9 +358,10 @@ qmv_stream(const char* __restrict__ x, const __grid_constant__ TensorMap words, 
   constexpr int PIECES = SEGMENT / 16;  // of a row in a warp's part of a stage
   const u32 words_at =
       base + warp * SEGMENT / 128 * 2048 + row_at + ((warp * PIECES % 8 + lane / 16) ^ lane % 8) * 16;  // two pieces
-  int slot = 0, round = 0, scale_slot = 0, buffer = 0, buffer_round = 0;
+  if (RANKS > 1) cluster_wait();
+  int slot = 0, round = 0, scale_slot = 0, place = 0, place_round = 0;
 #pragma unroll 1
-  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+  for (int tile = first_tile; tile < tiles; tile += tile_step) {
     float total[4] = {0, 0, 0, 0}, offset[4] = {0, 0, 0, 0};
     const char* const scales_of = scale_ring + scale_slot * SCALE_STAGE + g * 128;
 #pragma unroll
@@ -320,7 +371,7 @@ qmv_stream(const char* __restrict__ x, const __grid_constant__ TensorMap words, 
       u32 scale_words[2][S_WORDS], bias_words[2][S_WORDS];
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        const int byte = s < STAGES - 1 || first < K ? first / GROUP * S_BYTES : 0;  // of a row's
+        const int byte = first / GROUP * S_BYTES;  // of a row's
         const char* const at = scales_of + byte / 128 * 2048 + h * 1024;
         read_scales(scale_words[h], at, byte % 128, g);
         if (!MATRIX_BIASES) read_scales(bias_words[h], at + SCALE_COLUMNS * 2048, byte % 128, g);
@@ -368,19 +419,16 @@ qmv_stream(const char* __restrict__ x, const __grid_constant__ TensorMap words, 
         }
       }
       __syncwarp();
-      if (lane == 0) barrier_arrive(empty + 8 * slot);
+      if (lane < ARRIVALS) barrier_arrive(empty + 8 * slot);
       if (++slot == DEPTH) slot = 0, round++;
     }
     if (++scale_slot == SCALE_DEPTH) scale_slot = 0;
     if (large)
 #pragma unroll
       for (int j = 0; j < 4; j++) total[j] *= __uint_as_float((127u + 63u) << 23);
-    barrier_wait(taken + 8 * buffer, (buffer_round - 1) & 1);
-    partial[(buffer * WARPS + warp) * 32 + lane] =
-        make_float4(__fmaf_rn(total[0], down, offset[0]), __fmaf_rn(total[1], down, offset[1]),
-                    __fmaf_rn(total[2], down, offset[2]), __fmaf_rn(total[3], down, offset[3]));
-    __syncwarp();
-    if (lane == 0) barrier_arrive(summed + 8 * buffer);
-    if (++buffer == BUFFERS) buffer = 0, buffer_round++;
+    send(place, place_round, rank * WARPS + warp,
+         make_float4(__fmaf_rn(total[0], down, offset[0]), __fmaf_rn(total[1], down, offset[1]),
+                     __fmaf_rn(total[2], down, offset[2]), __fmaf_rn(total[3], down, offset[3])));
+    if (++place == PLACES) place = 0, place_round++;
   }
 }

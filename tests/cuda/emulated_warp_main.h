@@ -1,8 +1,9 @@
-// The entry that Python calls: every block of the grid, one after the other.
+// The entry that Python calls: every cluster of the grid, one after the other.
 static const char* x_of; static TensorMap maps[3]; static u16* y_of; static int sizes_of[3];
 static void entry() {
   qmv_stream(x_of, maps[0], maps[1], maps[2], y_of, sizes_of[0], sizes_of[1], sizes_of[2]);
   emu::now->done = emu::moved = true;
+  emu::block().running--, emu::check_cluster();
   swapcontext(&emu::now->context, &emu::home);
 }
 #include <malloc.h>
@@ -22,27 +23,28 @@ extern "C" const char* run(int blocks, int shared_bytes, int order, int seed, vo
     std::copy(tensors + 6, tensors + 9, maps[i].box);
     if (maps[i].swizzle != 128 || maps[i].box[0] != 128) return "swizzled within 128 bytes";
   }
-  for (int number = 0; number < blocks; number++) {
-    emu::block = {unsigned(number), 0, 0};
-    emu::shared.assign(shared_bytes + 1024, char(0xff));
-    for (auto& w : emu::warps) w = {};
-    emu::all = emu::named = {}, emu::barriers.clear(), emu::copies.clear();
-    emu::fibers.clear(), emu::fibers.resize(emu::THREADS);
-    for (int i = 0; i < emu::THREADS; i++) {
+  for (int number = 0; number < blocks; number += RANKS) {
+    emu::blocks.clear(), emu::blocks.resize(RANKS), emu::copies.clear(), emu::phase = 0;
+    for (auto& b : emu::blocks) b.shared.assign(shared_bytes + 1024, char(0xff));
+    emu::fibers.clear(), emu::fibers.resize(RANKS * emu::THREADS);
+    for (int i = 0; i < RANKS * emu::THREADS; i++) {
       auto& f = emu::fibers[i];
-      f.stack.resize(1 << 16), f.thread = {unsigned(i), 0, 0}, f.turn = 0, f.done = false;
+      f.rank = i / emu::THREADS, f.thread = {unsigned(i % emu::THREADS), 0, 0}, f.block = {unsigned(number + f.rank), 0, 0};
+      f.stack.resize(1 << 16), f.turn = 0, f.done = f.arrived = false;
       getcontext(&f.context), f.context.uc_stack.ss_sp = f.stack.data(), f.context.uc_stack.ss_size = f.stack.size();
       f.context.uc_link = nullptr, makecontext(&f.context, entry, 0);
     }
-    std::vector<int> ready(WARPS + 1), lanes(32);
-    for (int i = 0; i <= WARPS; i++) ready[i] = i;
+    std::vector<int> ready(RANKS * (WARPS + 1)), lanes(32);
+    for (int i = 0; i < int(ready.size()); i++) ready[i] = i;
     for (int i = 0; i < 32; i++) lanes[i] = i;
-    const int slow = order ? int(emu::random_() % (WARPS + 1)) : -1;  // runs only when no other warp can
+    // a warp, or all of a block, runs only when no other can, perhaps not even while copies are left
+    const int patience = emu::random_() % 2 ? 2 : 6;
+    const int slow = order ? int(emu::random_() % ready.size()) : -1, whole = RANKS > 1 && emu::random_() % 2 ? WARPS + 1 : 1;
     for (int idle = 0; !ready.empty(); idle = emu::moved ? 0 : idle + 1) {
       emu::moved = false;
       std::shuffle(ready.begin(), ready.end(), emu::random_), std::shuffle(lanes.begin(), lanes.end(), emu::random_);
       for (int w : ready) {
-        if (w == slow && idle < 2 && ready.size() > 1) continue;
+        if (slow >= 0 && w / whole == slow / whole && idle < patience && int(ready.size()) > whole) continue;
         if (order == 2 && emu::random_() % 2) continue;
         for (int lane : lanes) {
           emu::now = &emu::fibers[w * 32 + lane];
@@ -55,10 +57,13 @@ extern "C" const char* run(int blocks, int shared_bytes, int order, int seed, vo
         return true;
       });
       if (!emu::copies.empty() && (order == 2 ? emu::random_() % 8 == 0 : idle >= 4)) {
-        std::swap(emu::copies[emu::random_() % emu::copies.size()], emu::copies.back());
-        auto copy = emu::copies.back();
-        emu::copies.pop_back(), emu::now = nullptr, idle = 0;
-        try { copy(); } catch (const char* what) { return what; }
+        emu::now = nullptr, idle = 0;
+        for (size_t n = 1 + emu::copies.size() / 16; n > 0; n--) {
+          std::swap(emu::copies[emu::random_() % emu::copies.size()], emu::copies.back());
+          auto copy = emu::copies.back();
+          emu::copies.pop_back();
+          try { copy(); } catch (const char* what) { return what; }
+        }
       }
       if (idle > 100) return "deadlock";
     }
