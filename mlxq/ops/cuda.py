@@ -541,23 +541,23 @@ def stream_tunings(bits: int, row_bytes: int, tiles: int, multiprocessors: int, 
     """Ways to run qmv_stream.cu, of which the first that serves is taken: what was best on an H200 first.
 
     (warps, bytes of a row in a warp's part of a stage, stages at most, blocks that fit a multiprocessor,
-    blocks that are started for each, units whose products are interleaved, ranks). Fewer warps than were best
-    come first where more would leave more of the last stage without columns.
+    blocks that are started for each, units whose products are interleaved, rows of a tile, ranks). Fewer warps
+    than were best come first where more would leave more of the last stage without columns.
     """
     wide = 8 * STREAM_REGISTERS * bits  # bytes whose x fills the registers of 8 warps
     small = tiles <= 2 * multiprocessors
     if row_bytes > 2 * wide:
-        best = 16, 128, 4, 1, 1, 2, -(-row_bytes // (2 * wide))
+        best = 16, 128, 4, 1, 1, 2, 16, -(-row_bytes // (2 * wide))
     elif row_bytes > wide:
-        best = {2: (8, 128, 3, 2, 2, 2, 2), 4: (8, 64, 6, 2, 2, 4, 2), 8: (8, 128, 4, 2, 1, 2, 2)}[bits]
+        best = {2: (8, 128, 3, 2, 2, 2, 16, 2), 4: (8, 64, 6, 2, 2, 4, 16, 2), 8: (8, 128, 4, 2, 1, 2, 16, 2)}[bits]
     elif bits == 2:
-        best = 8, 64, 12, 2, 1, 2, 1
+        best = 8, 64, 12, 2, 1, 2, 16, 1
     elif bits == 4 or small or M > 4:
-        best = 8, 128, 4, 2, 1, 2, 2 if small or bits == 8 else 1
+        best = 8, 128, 4, 2, 1, 2, 16, 2 if small or bits == 8 else 1
     else:
-        best = 16, 64, 12, 1, 1, 2, 1
+        best = 16, 64, 12, 1, 1, 2, 16, 1
     found = []
-    for warps, segment, *rest, ranks in (best, (8, 64, 8, 2, 1, 2, 1), (16, 128, 5, 1, 1, 2, 1)):
+    for warps, segment, *rest, ranks in (best, (8, 64, 8, 2, 1, 2, 16, 1), (16, 128, 5, 1, 1, 2, 16, 1)):
 
         def padded(w: int, stage=segment * ranks) -> int:
             return -(-row_bytes // (w * stage)) * w
@@ -587,8 +587,8 @@ def stream_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict) -> dict | No
 
 
 def _stream_shape(tuning: tuple, N, K, fmt, x_type: str, s_type: str, gpu: dict) -> dict | None:
-    warps, segment, most, fit, started, together, ranks = tuning
-    row_bytes, s_bytes, tiles = K * fmt.bits // 8, SIZES[s_type], -(-N // 16)
+    warps, segment, most, fit, started, together, rows, ranks = tuning
+    row_bytes, s_bytes, tiles = K * fmt.bits // 8, SIZES[s_type], -(-N // rows)
     unit = min(fmt.group_size, segment * 8 // fmt.bits)  # codes of one scale
     stages = -(-row_bytes // (ranks * warps * segment))
     part_bytes = stages * warps * segment  # of a row in a block
@@ -606,14 +606,14 @@ def _stream_shape(tuning: tuple, N, K, fmt, x_type: str, s_type: str, gpu: dict)
     scale_columns = -(-part_scales // 128)
     clusters = max(1, min(started * gpu["multiprocessors"] // ranks, tiles))
     matrix_biases = x_type == s_type == "bfloat16"
-    fixed = buffers * 512 * ranks * (warps + (matrix_biases and ranks > 1)) + units * 32
+    fixed = buffers * 32 * rows * ranks * (warps + (matrix_biases and ranks > 1)) + units * 32
     fixed += 8 * (buffers + ranks * buffers)
     if matrix_biases:
         fixed += -(-units * unit // fmt.group_size // 16) * 768
     most = min(most, max(2, -(-tiles // clusters) * stages))
     for blocks, depth in itertools.product((fit, 1), range(most, 1, -1)):
         scale_depth = -(-(depth - 1) // stages) + 1  # a tile's stay until its last stage is through
-        shared = fixed + depth * (16 * part_bytes // stages + 16) + scale_depth * scale_columns * 4096
+        shared = fixed + depth * (rows * part_bytes // stages + 16) + scale_depth * scale_columns * 256 * rows
         if shared <= (gpu["shared"] if blocks == 1 else gpu["shared"] // blocks - 1024):  # 1 KiB a block
             break
     else:
@@ -632,6 +632,7 @@ def _stream_shape(tuning: tuple, N, K, fmt, x_type: str, s_type: str, gpu: dict)
         "BUFFERS": buffers,
         "BLOCKS": blocks,
         "TOGETHER": together,
+        "ROWS": rows,
         "RANKS": ranks,
     }
     return {"defines": defines, "grid_x": clusters * ranks, "threads": 32 * (warps + 1), "shared": shared}
@@ -685,8 +686,8 @@ def stream_tensors(N: int, K: int, fmt: format.Format, s_type: str, defines: dic
     """(sizes, strides, box, swizzle) of words, scales and biases, as qmv_stream.cu copies them."""
     row, scales = K * fmt.bits // 8, K // fmt.group_size * SIZES[s_type]
     columns = defines["WARPS"] * defines["SEGMENT"] // 128
-    words = (128, N, row // 128), (row, 128), (128, 16, columns), 128
-    return [words, *[((scales, N), (scales,), (128, 16), 128)] * 2]
+    words = (128, N, row // 128), (row, 128), (128, defines["ROWS"], columns), 128
+    return [words, *[((scales, N), (scales,), (128, defines["ROWS"]), 128)] * 2]
 
 
 def _stream(device: int, pointers, M: int, N: int, K: int, fmt, x_type, s_type):

@@ -4,19 +4,19 @@
 //   words    u32  (N, K * BITS / 32)    scales, biases  S (N, K / GROUP), S_TYPE 0 float32, 1 float16, 2 bfloat16
 //   y        X    (M, N)
 //
-//   tile     16 rows of W; blocks are persistent and take tiles blockIdx.x, + gridDim.x, ...
-//   stage    the 16 rows x WARPS * SEGMENT bytes of words, one copy of a box (128 bytes, 16 rows, columns of 128 bytes) whose
+//   tile     ROWS of W, 16 or 32; blocks are persistent and take tiles blockIdx.x, + gridDim.x, ...
+//   stage    the rows x WARPS * SEGMENT bytes of words, one copy of a box (128 bytes, ROWS, columns of 128 bytes) whose
 //            16-byte pieces are swizzled (eight rows x four lanes: no bank twice), in a ring of DEPTH; the tile's scales
 //            and biases come with its first stage into a ring of their own. One copy at a time: each takes the engine
 //            some 40 ns however small it is, and 48 of them a stage (a row each) were the first version's time
 //   warps    WARPS multiply: warp w has bytes w * SEGMENT .. of every stage, so its part of x is the same for every tile and
 //            stays in registers: 2 * SEGMENT * 8 / BITS / 16 a stage, whatever M is. One more asks for a stage as soon as
 //            its place is free, adds the warps' sums up, in their order, when a tile is through, and writes y
-//   sums     a warp's 16 x 8 sums of a tile go to one of BUFFERS places, as its lanes have them
+//   sums     a warp's ROWS x 8 sums of a tile go to one of BUFFERS places, as its lanes have them
 //   ranks    RANKS neighbouring blocks, a cluster, share a tile: rank r has the r-th part of K, so a block reads no more of x
 //            than that, and needs fewer registers for it. Their sums go to the block whose turn it is, rank after rank
-//   unit     the codes of a warp's stage with one scale; products of TOGETHER units are interleaved, for each of a unit's
-//            waits for the one before
+//   unit     the codes of a warp's stage with one scale; products of TOGETHER units (of 16 rows each) are interleaved, for
+//            each of a unit's waits for the one before
 //   biases   times the sums of x over groups: where biases and x are bfloat16 a product of its own, 16 groups a step, by the
 //            warp that writes y (the sums in three parts, 24 bits, as its lanes need them); else each warp's, unit by unit
 //
@@ -46,16 +46,19 @@ constexpr int UNITS = CODES / UNIT;
 constexpr int BATCH = UNITS < TOGETHER ? UNITS : TOGETHER;  // units at a time
 constexpr int LANE_WORDS = UNIT * BITS / 128;               // of a unit: four lanes share 16 bytes of a row
 static_assert(BATCH * LANE_WORDS % 2 == 0, "load_rows brings two words");
-constexpr int STAGE_BYTES = 16 * WARPS * SEGMENT;
+constexpr int HALVES = ROWS / 16;                           // of a tile, each a product's rows
+constexpr int COLUMN = ROWS * 128;                          // bytes of a box's column of 128
+constexpr int STAGE_BYTES = ROWS * WARPS * SEGMENT;
 constexpr int S_BYTES = S_TYPE == 0 ? 4 : 2;
-constexpr int SCALE_STAGE = 2 * SCALE_COLUMNS * 2048;       // bytes of a tile's scales and biases
-constexpr int S_WORDS = (UNITS * S_BYTES + 3) / 4;          // of a row in a warp's part of a stage
+constexpr int SCALE_STAGE = 2 * SCALE_COLUMNS * COLUMN;     // bytes of a tile's scales and biases
+constexpr int AT_ONCE = ROWS == 16 ? UNITS : BATCH;         // scales of a row that are held
+constexpr int S_WORDS = (AT_ONCE * S_BYTES + 3) / 4;
 constexpr bool MATRIX_BIASES = X_TYPE == 2 && S_TYPE == 2;
 constexpr int PART = STAGES * WARPS * CODES;                // of a row, that a block has; the last may lie beyond K
 constexpr int ALL_UNITS = STAGES * WARPS * UNITS;           // of it
 constexpr int BIAS_STEPS = (PART / GROUP + 15) / 16;        // of 16 groups
 constexpr bool SENT_BIASES = MATRIX_BIASES && RANKS > 1;    // their products come from each rank
-constexpr int SUMS = RANKS * WARPS + SENT_BIASES * RANKS;   // that a tile's y is added up from
+constexpr int SUMS = RANKS * WARPS + SENT_BIASES * RANKS;   // of each half that a tile's y is added up from
 constexpr int PLACES = RANKS * BUFFERS;                     // of tiles' sums in a cluster, taken in turn
 static_assert(PART % GROUP == 0, "a block has whole groups");
 
@@ -98,14 +101,14 @@ __device__ __forceinline__ u32 pair(u32 word, int p, u32 magic) {
 #endif
 }
 
-// The units' scales of a row of 128 swizzled bytes, from byte `at`, a multiple of their size.
+// AT_ONCE scales of a row of 128 swizzled bytes, from byte `at`, a multiple of their size.
 __device__ __forceinline__ void read_scales(u32* out, const char* row, int at, int g) {
   const char* from = row + ((at / 16) ^ g) * 16 + at % 16;
-  if (UNITS * S_BYTES == 2) {
+  if (AT_ONCE * S_BYTES == 2) {
     out[0] = *reinterpret_cast<const u16*>(from);
-  } else if (UNITS * S_BYTES == 4) {
+  } else if (AT_ONCE * S_BYTES == 4) {
     out[0] = *reinterpret_cast<const u32*>(from);
-  } else if (UNITS * S_BYTES == 8) {
+  } else if (AT_ONCE * S_BYTES == 8) {
     const uint2 v = *reinterpret_cast<const uint2*>(from);
     out[0] = v.x, out[1 % S_WORDS] = v.y;
   } else {
@@ -122,15 +125,15 @@ qmv_stream(const char* __restrict__ x, const __grid_constant__ TensorMap words, 
            const __grid_constant__ TensorMap biases, u16* __restrict__ y, int M, int N, int K) {
   SHARED_MEMORY(shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int tiles = (N + 15) / 16, rank = RANKS > 1 ? blockIdx.x % RANKS : 0;
+  const int tiles = (N + ROWS - 1) / ROWS, rank = RANKS > 1 ? blockIdx.x % RANKS : 0;
   const int first_tile = blockIdx.x / RANKS, tile_step = gridDim.x / RANKS, left = K - rank * PART;  // columns from here on
   x += rank * PART * 2;
   const int row_at = lane / 8 % 2 * 1024 + lane % 8 * 128;  // where load_rows finds this lane's row of 16
-  // words [DEPTH][columns of 128 bytes][16][128], scales [SCALE_DEPTH][2][SCALE_COLUMNS][16][128], partial sums
-  // [BUFFERS][SUMS][lane], parts of sums of x [BIAS_STEPS][3][lane], sums of x over units [ALL_UNITS][8], barriers
+  // words [DEPTH][columns of 128 bytes][ROWS][128], scales [SCALE_DEPTH][2][SCALE_COLUMNS][ROWS][128], partial sums
+  // [BUFFERS][SUMS][HALVES][lane], parts of sums of x [BIAS_STEPS][3][lane], sums of x over units [ALL_UNITS][8], barriers
   char* const scale_ring = shared + DEPTH * STAGE_BYTES;
   float4* const partial = reinterpret_cast<float4*>(scale_ring + SCALE_DEPTH * SCALE_STAGE);
-  uint2* const parts = reinterpret_cast<uint2*>(partial + BUFFERS * SUMS * 32);
+  uint2* const parts = reinterpret_cast<uint2*>(partial + BUFFERS * SUMS * HALVES * 32);
   float* const x_sums = reinterpret_cast<float*>(parts + (MATRIX_BIASES ? BIAS_STEPS * 3 * 32 : 0));
   const u32 base = shared_address(shared);
   const u32 full = shared_address(x_sums + ALL_UNITS * 8);
@@ -146,15 +149,18 @@ qmv_stream(const char* __restrict__ x, const __grid_constant__ TensorMap words, 
   if (RANKS > 1) cluster_begun();  // once all have, they may write and arrive here
 
   // A warp's sums of the tile at this place of PLACES, or its biases', to the rank whose turn it is.
-  auto send = [&](int place, int round, int entry, float4 sums) {
+  auto send = [&](int place, int round, int entry, const float4* sums) {
     const int buffer = place / RANKS, home = place % RANKS;
-    float4* const to = partial + (buffer * SUMS + entry) * 32 + lane;
+    float4* const to = partial + (buffer * SUMS + entry) * HALVES * 32 + lane;
     barrier_wait(taken + 8 * place, (round - 1) & 1);
-    if (RANKS > 1) {
-      remote_store(at_rank(shared_address(to), home), sums, at_rank(summed + 8 * buffer, home));
-      return;
+#pragma unroll
+    for (int half = 0; half < HALVES; half++) {
+      if (RANKS > 1)
+        remote_store(at_rank(shared_address(to + half * 32), home), sums[half], at_rank(summed + 8 * buffer, home));
+      else
+        to[half * 32] = sums[half];
     }
-    *to = sums;
+    if (RANKS > 1) return;
     __syncwarp();
     if (lane < ARRIVALS) barrier_arrive(summed + 8 * buffer);
   };
@@ -168,15 +174,15 @@ qmv_stream(const char* __restrict__ x, const __grid_constant__ TensorMap words, 
         const u32 done = full + 8 * slot;
         barrier_wait(empty + 8 * slot, (round - 1) & 1);  // a barrier begins as if a phase of parity 1 were over
         barrier_expect(done, STAGE_BYTES + (next_stage ? 0 : SCALE_STAGE));
-        tensor_copy(base + slot * STAGE_BYTES, words, 0, next_tile * 16,
+        tensor_copy(base + slot * STAGE_BYTES, words, 0, next_tile * ROWS,
                     (rank * STAGES + next_stage) * (WARPS * SEGMENT / 128), done);
         if (next_stage == 0) {
           const u32 to = base + DEPTH * STAGE_BYTES + scale_slot * SCALE_STAGE;
 #pragma unroll
           for (int c = 0; c < SCALE_COLUMNS; c++) {
             const int at = rank * (PART / GROUP * S_BYTES) + c * 128;
-            tensor_copy(to + c * 2048, scales, at, next_tile * 16, done);
-            tensor_copy(to + (SCALE_COLUMNS + c) * 2048, biases, at, next_tile * 16, done);
+            tensor_copy(to + c * COLUMN, scales, at, next_tile * ROWS, done);
+            tensor_copy(to + (SCALE_COLUMNS + c) * COLUMN, biases, at, next_tile * ROWS, done);
           }
         }
       }
@@ -221,45 +227,59 @@ qmv_stream(const char* __restrict__ x, const __grid_constant__ TensorMap words, 
     int at = 0, times = 0, scale_at = 0, place = 0, place_round = 0;
 #pragma unroll 1
     for (int tile = first_tile; tile < tiles; tile += tile_step) {
-      float sums[3][4] = {};
+      float sums[HALVES][3][4] = {};
       if (MATRIX_BIASES) {  // before the places of this tile's scales are asked for again
         barrier_wait(full + 8 * at, times & 1);
         at += STAGES % DEPTH, times += STAGES / DEPTH;
         if (at >= DEPTH) at -= DEPTH, times++;
-        const u32 from = base + DEPTH * STAGE_BYTES + scale_at * SCALE_STAGE + SCALE_COLUMNS * 2048;
+        const u32 from = base + DEPTH * STAGE_BYTES + scale_at * SCALE_STAGE + SCALE_COLUMNS * COLUMN;
         if (++scale_at == SCALE_DEPTH) scale_at = 0;
 #pragma unroll 2
         for (int step = 0; step < BIAS_STEPS; step++) {
           if (step * 16 * GROUP >= left) break;
-          u32 of[4];
-          load_rows(of, from + step / 4 * 2048 + row_at + ((step % 4 * 2 + lane / 16) ^ lane % 8) * 16);
+          u32 of[HALVES][4];
+#pragma unroll
+          for (int half = 0; half < HALVES; half++)
+            load_rows(of[half], from + step / 4 * COLUMN + half * 2048 + row_at + ((step % 4 * 2 + lane / 16) ^ lane % 8) * 16);
 #pragma unroll
           for (int part = 0; part < 3; part++) {
             const uint2 sums_of_x = parts[(step * 3 + part) * 32 + lane];
-            mma(sums[part], of[0], of[1], of[2], of[3], sums_of_x.x, sums_of_x.y);
+#pragma unroll
+            for (int half = 0; half < HALVES; half++)
+              mma(sums[half][part], of[half][0], of[half][1], of[half][2], of[half][3], sums_of_x.x, sums_of_x.y);
           }
         }
       }
 #pragma unroll 1
       for (int s = 0; s < STAGES; s++) ask();
-      const float4 mine = make_float4(sums[2][0] + sums[1][0] + sums[0][0], sums[2][1] + sums[1][1] + sums[0][1],
-                                      sums[2][2] + sums[1][2] + sums[0][2], sums[2][3] + sums[1][3] + sums[0][3]);
+      float4 mine[HALVES];
+#pragma unroll
+      for (int half = 0; half < HALVES; half++) {
+        const auto of = [&](int i) { return sums[half][2][i] + sums[half][1][i] + sums[half][0][i]; };
+        mine[half] = make_float4(of(0), of(1), of(2), of(3));
+      }
       const int here = place, this_round = place_round, buffer = place / RANKS;
       if (++place == PLACES) place = 0, place_round++;
       if (RANKS > 1 && here % RANKS != rank) {
         if (MATRIX_BIASES) send(here, this_round, RANKS * WARPS + rank, mine);
         continue;
       }
-      if (RANKS > 1 && lane == 0) barrier_expect(summed + 8 * buffer, (SUMS - SENT_BIASES) * 512);
+      if (RANKS > 1 && lane == 0) barrier_expect(summed + 8 * buffer, (SUMS - SENT_BIASES) * HALVES * 512);
       barrier_wait(summed + 8 * buffer, this_round & 1);
-      float4 sum = make_float4(0, 0, 0, 0);
-      auto add = [&](float4 part) { sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w; };
-      const float4* const from = partial + buffer * SUMS * 32 + lane;
+      float4 sum[HALVES];
 #pragma unroll
-      for (int w = 0; w < RANKS * WARPS; w++) add(from[w * 32]);
+      for (int half = 0; half < HALVES; half++) {
+        sum[half] = make_float4(0, 0, 0, 0);
+        auto add = [&](float4 part) {
+          sum[half].x += part.x, sum[half].y += part.y, sum[half].z += part.z, sum[half].w += part.w;
+        };
+        const float4* const from = partial + (buffer * SUMS * HALVES + half) * 32 + lane;
 #pragma unroll
-      for (int r = 0; r < RANKS; r++)
-        if (MATRIX_BIASES) add(r == rank ? mine : from[(RANKS * WARPS + r) * 32]);
+        for (int w = 0; w < RANKS * WARPS; w++) add(from[w * HALVES * 32]);
+#pragma unroll
+        for (int r = 0; r < RANKS; r++)
+          if (MATRIX_BIASES) add(r == rank ? mine[half] : from[(RANKS * WARPS + r) * HALVES * 32]);
+      }
       __syncwarp();
       if (lane < ARRIVALS)
 #pragma unroll
@@ -269,13 +289,16 @@ qmv_stream(const char* __restrict__ x, const __grid_constant__ TensorMap words, 
           else
             remote_arrive(at_rank(taken + 8 * here, r));
         }
-      const int n = tile * 16 + g, m = 2 * t;
-      const u32 top = round2(sum.x, sum.y), low = round2(sum.z, sum.w);
-      u16* const to = y + size_t(m) * N + n;
-      if (m < M && n < N) to[0] = static_cast<u16>(top);
-      if (m < M && n + 8 < N) to[8] = static_cast<u16>(low);
-      if (m + 1 < M && n < N) to[N] = static_cast<u16>(top >> 16);
-      if (m + 1 < M && n + 8 < N) to[N + 8] = static_cast<u16>(low >> 16);
+#pragma unroll
+      for (int half = 0; half < HALVES; half++) {
+        const int n = tile * ROWS + half * 16 + g, m = 2 * t;
+        const u32 top = round2(sum[half].x, sum[half].y), low = round2(sum[half].z, sum[half].w);
+        u16* const to = y + size_t(m) * N + n;
+        if (m < M && n < N) to[0] = static_cast<u16>(top);
+        if (m < M && n + 8 < N) to[8] = static_cast<u16>(low);
+        if (m + 1 < M && n < N) to[N] = static_cast<u16>(top >> 16);
+        if (m + 1 < M && n + 8 < N) to[N + 8] = static_cast<u16>(low >> 16);
+      }
     }
     __syncwarp();
     if (RANKS > 1) cluster_ends(), cluster_wait();  // nobody arrives here after this block has ended
@@ -357,45 +380,50 @@ qmv_stream(const char* __restrict__ x, const __grid_constant__ TensorMap words, 
 
   constexpr int PIECES = SEGMENT / 16;  // of a row in a warp's part of a stage
   const u32 words_at =
-      base + warp * SEGMENT / 128 * 2048 + row_at + ((warp * PIECES % 8 + lane / 16) ^ lane % 8) * 16;  // two pieces
+      base + warp * SEGMENT / 128 * COLUMN + row_at + ((warp * PIECES % 8 + lane / 16) ^ lane % 8) * 16;  // two pieces
   if (RANKS > 1) cluster_wait();
   int slot = 0, round = 0, scale_slot = 0, place = 0, place_round = 0;
 #pragma unroll 1
   for (int tile = first_tile; tile < tiles; tile += tile_step) {
-    float total[4] = {0, 0, 0, 0}, offset[4] = {0, 0, 0, 0};
+    float total[HALVES][4] = {}, offset[HALVES][4] = {};
     const char* const scales_of = scale_ring + scale_slot * SCALE_STAGE + g * 128;
 #pragma unroll
     for (int s = 0; s < STAGES; s++) {
       barrier_wait(full + 8 * slot, round & 1);
       const int first = (s * WARPS + warp) * CODES;
-      u32 scale_words[2][S_WORDS], bias_words[2][S_WORDS];
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const int byte = first / GROUP * S_BYTES;  // of a row's
-        const char* const at = scales_of + byte / 128 * 2048 + h * 1024;
-        read_scales(scale_words[h], at, byte % 128, g);
-        if (!MATRIX_BIASES) read_scales(bias_words[h], at + SCALE_COLUMNS * 2048, byte % 128, g);
-      }
+      u32 scale_words[2 * HALVES][S_WORDS], bias_words[2 * HALVES][S_WORDS];  // of rows 8 * h + g
 #pragma unroll
       for (int b = 0; b < UNITS; b += BATCH) {
-        u32 w[BATCH * LANE_WORDS][2];  // of rows g and g + 8
+        if (b % AT_ONCE == 0)
 #pragma unroll
-        for (int i = 0; i < BATCH * LANE_WORDS; i += 2) {
-          const int piece = b * LANE_WORDS + i;
-          load_rows(w[i], words_at + slot * STAGE_BYTES + piece / 8 * 2048 ^ piece % 8 * 16);
-        }
-        float acc[BATCH][4] = {};
+          for (int h = 0; h < 2 * HALVES; h++) {
+            const int byte = (first / GROUP + b) * S_BYTES;  // of a row's
+            const char* const at = scales_of + byte / 128 * COLUMN + h * 1024;
+            read_scales(scale_words[h], at, byte % 128, g);
+            if (!MATRIX_BIASES) read_scales(bias_words[h], at + SCALE_COLUMNS * COLUMN, byte % 128, g);
+          }
+        u32 w[HALVES][BATCH * LANE_WORDS][2];  // of rows g and g + 8
+#pragma unroll
+        for (int half = 0; half < HALVES; half++)
+#pragma unroll
+          for (int i = 0; i < BATCH * LANE_WORDS; i += 2) {
+            const int piece = b * LANE_WORDS + i;
+            load_rows(w[half][i], words_at + slot * STAGE_BYTES + piece / 8 * COLUMN + half * 2048 ^ piece % 8 * 16);
+          }
+        float acc[HALVES][BATCH][4] = {};
 #pragma unroll
         for (int i = 0; i < LANE_WORDS; i++)
 #pragma unroll
           for (int j = 0; j < P / 4; j++)
 #pragma unroll
-            for (int u = 0; u < BATCH; u++) {
-              const u32 top = w[u * LANE_WORDS + i][0], low = w[u * LANE_WORDS + i][1];
-              const u32* const of_x = xs[s][b + u][i] + 2 * j;
-              mma(acc[u], pair(top, 2 * j, magic), pair(low, 2 * j, magic), pair(top, 2 * j + 1, magic),
-                  pair(low, 2 * j + 1, magic), of_x[0], of_x[1]);
-            }
+            for (int u = 0; u < BATCH; u++)
+#pragma unroll
+              for (int half = 0; half < HALVES; half++) {
+                const u32 top = w[half][u * LANE_WORDS + i][0], low = w[half][u * LANE_WORDS + i][1];
+                const u32* const of_x = xs[s][b + u][i] + 2 * j;
+                mma(acc[half][u], pair(top, 2 * j, magic), pair(low, 2 * j, magic), pair(top, 2 * j + 1, magic),
+                    pair(low, 2 * j + 1, magic), of_x[0], of_x[1]);
+              }
 #pragma unroll
         for (int u = 0; u < BATCH; u++) {
           float sum_0 = 0, sum_1 = 0;
@@ -404,17 +432,18 @@ qmv_stream(const char* __restrict__ x, const __grid_constant__ TensorMap words, 
             sum_0 = of_x[0], sum_1 = of_x[1];
           }
 #pragma unroll
-          for (int h = 0; h < 2; h++) {
-            const float scale = element<S_TYPE>(scale_words[h], b + u);
-            total[2 * h] = __fmaf_rn(scale, acc[u][2 * h], total[2 * h]);
-            total[2 * h + 1] = __fmaf_rn(scale, acc[u][2 * h + 1], total[2 * h + 1]);
+          for (int h = 0; h < 2 * HALVES; h++) {
+            const float scale = element<S_TYPE>(scale_words[h], b % AT_ONCE + u);
+            float* const to = total[h / 2] + h % 2 * 2;
+            const float* const of = acc[h / 2][u] + h % 2 * 2;
+            to[0] = __fmaf_rn(scale, of[0], to[0]), to[1] = __fmaf_rn(scale, of[1], to[1]);
             if (MATRIX_BIASES) continue;
-            float bias = element<S_TYPE>(bias_words[h], b + u);
+            float bias = element<S_TYPE>(bias_words[h], b % AT_ONCE + u);
 #if X_TYPE == 1
             bias = __fmaf_rn(-CENTRE, scale, bias);
 #endif
-            offset[2 * h] = __fmaf_rn(bias, sum_0, offset[2 * h]);
-            offset[2 * h + 1] = __fmaf_rn(bias, sum_1, offset[2 * h + 1]);
+            float* const rest = offset[h / 2] + h % 2 * 2;
+            rest[0] = __fmaf_rn(bias, sum_0, rest[0]), rest[1] = __fmaf_rn(bias, sum_1, rest[1]);
           }
         }
       }
@@ -423,12 +452,16 @@ qmv_stream(const char* __restrict__ x, const __grid_constant__ TensorMap words, 
       if (++slot == DEPTH) slot = 0, round++;
     }
     if (++scale_slot == SCALE_DEPTH) scale_slot = 0;
-    if (large)
+    float4 sums[HALVES];
 #pragma unroll
-      for (int j = 0; j < 4; j++) total[j] *= __uint_as_float((127u + 63u) << 23);
-    send(place, place_round, rank * WARPS + warp,
-         make_float4(__fmaf_rn(total[0], down, offset[0]), __fmaf_rn(total[1], down, offset[1]),
-                     __fmaf_rn(total[2], down, offset[2]), __fmaf_rn(total[3], down, offset[3])));
+    for (int half = 0; half < HALVES; half++) {
+      const auto of = [&](int i) {
+        const float sum = large ? total[half][i] * __uint_as_float((127u + 63u) << 23) : total[half][i];
+        return __fmaf_rn(sum, down, offset[half][i]);
+      };
+      sums[half] = make_float4(of(0), of(1), of(2), of(3));
+    }
+    send(place, place_round, rank * WARPS + warp, sums);
     if (++place == PLACES) place = 0, place_round++;
   }
 }
