@@ -6,8 +6,8 @@
 For the large shapes of bench_cuda.py and 1, 2, 4 and 8 rows of bfloat16, in groups of 64, qmv.cu as its
 table has it (warps, blocks that fit a multiprocessor, bytes of a chunk, log2 of warps a tile) and every
 candidate of qmv_stream.cu (as ops.cuda.stream_tunings: warps, bytes of a segment, stages at most, blocks that
-fit a multiprocessor, blocks started for each, units at a time, ranks) are checked against float64, twice with
-the same bits, and timed as bench_cuda.py times. 8 rows and 1 row come first; for 2 and 4 only what was within
+fit a multiprocessor, blocks started for each, units at a time, rows, ranks) are checked against float64,
+twice with the same bits, and timed as bench_cuda.py times. 8 rows and 1 row come first; for 2 and 4 only what was within
 4 % of the best for these. FILE:
 
     best   [{bits, N, K, M, kernel, tuning, us, now: {kernel, tuning, us}}]   now: what the tables choose
@@ -32,20 +32,32 @@ from mlxq.format import Format
 
 ROWS = (8, 1, 4, 2)
 CLOSE = 1.04
-# (warps, segment, blocks that fit, blocks started, units at a time, ranks), KiB of a block's ring of words
+# (warps, segment, blocks that fit, blocks started, units at a time, rows, ranks), KiB of a block's ring of words
 STREAM = [
-    (warps, segment, kib * 64 // (warps * segment), *blocks, together, ranks)
-    for (warps, segment, *blocks, together, ranks), rings in [
-        ((8, 128, 2, 1, 2, 2), (64, 96)),
-        ((8, 64, 2, 1, 4, 2), (64, 96)),
-        ((14, 128, 1, 1, 2, 2), (112, 196)),
-        ((16, 64, 1, 1, 2, 2), (96, 192)),
-        ((8, 128, 2, 2, 2, 2), (48,)),
-        ((8, 64, 2, 2, 4, 2), (48,)),
-        ((8, 64, 2, 1, 2, 1), (64, 96)),
-        ((8, 128, 2, 1, 2, 1), (64, 96)),
-        ((16, 64, 1, 1, 2, 1), (96, 192)),
-        ((16, 128, 1, 1, 2, 1), (160,)),
+    (warps, segment, kib * 1024 // (rows * warps * segment), *blocks, together, rows, ranks)
+    for (warps, segment, *blocks, together, rows, ranks), rings in [
+        ((8, 128, 2, 1, 2, 16, 2), (64,)),
+        ((8, 64, 2, 1, 4, 16, 2), (64, 96)),
+        ((14, 128, 1, 1, 2, 16, 2), (112, 196)),
+        ((16, 64, 1, 1, 2, 16, 2), (96,)),
+        ((8, 128, 2, 2, 2, 16, 2), (48,)),
+        ((8, 64, 2, 2, 4, 16, 2), (48,)),
+        ((8, 64, 2, 1, 2, 16, 1), (64, 96)),
+        ((8, 128, 2, 1, 2, 16, 1), (64,)),
+        ((16, 64, 1, 1, 2, 16, 1), (96, 192)),
+        ((8, 64, 2, 1, 2, 32, 1), (64, 96)),
+        ((8, 64, 2, 1, 2, 32, 2), (64, 96)),
+        ((8, 64, 2, 1, 1, 32, 2), (64, 96)),
+        ((8, 128, 2, 1, 2, 32, 2), (64, 96)),
+        ((8, 128, 1, 1, 2, 32, 2), (96, 192)),
+        ((14, 128, 1, 1, 2, 32, 2), (112, 168)),
+        ((16, 64, 1, 1, 2, 32, 2), (96, 160)),
+        ((16, 64, 1, 1, 2, 32, 1), (96, 160)),
+        ((8, 128, 2, 1, 2, 32, 4), (64, 96)),
+        ((8, 64, 2, 1, 2, 32, 4), (64,)),
+        ((8, 64, 2, 2, 2, 32, 2), (48, 64)),
+        ((8, 64, 2, 2, 1, 32, 2), (48, 64)),
+        ((8, 128, 2, 2, 2, 32, 2), (64,)),
     ]
     for kib in rings
 ]
@@ -90,6 +102,8 @@ def candidates(bits: int, M: int, N: int, K: int, gpu: dict):
         for tuning in tunings:
             if kernel == "qmv_stream" and tuning[0] * tuning[1] * tuning[-1] > K * bits // 8:
                 continue  # some warps would have nothing
+            if kernel == "qmv_stream" and min(64, tuning[1] * 8 // bits) * bits * tuning[5] < 256:
+                continue  # words are brought by twos
             shape = shape_of(kernel, tuning, bits, M, N, K, gpu)
             if shape is not None and (kernel, shape) not in seen:
                 seen.append((kernel, shape))
