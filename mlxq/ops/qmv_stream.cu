@@ -57,6 +57,7 @@ constexpr bool MATRIX_BIASES = X_TYPE == 2 && S_TYPE == 2;
 constexpr int PART = STAGES * WARPS * CODES;                // of a row, that a block has; the last may lie beyond K
 constexpr int ALL_UNITS = STAGES * WARPS * UNITS;           // of it
 constexpr int BIAS_STEPS = (PART / GROUP + 15) / 16;        // of 16 groups
+constexpr int BIAS_BATCH = BIAS_STEPS % 4 == 0 ? 4 : BIAS_STEPS % 3 == 0 ? 3 : BIAS_STEPS % 2 == 0 ? 2 : 1;
 constexpr bool SENT_BIASES = MATRIX_BIASES && RANKS > 1;    // their products come from each rank
 constexpr int SUMS = RANKS * WARPS + SENT_BIASES * RANKS;   // of each half that a tile's y is added up from
 constexpr int PLACES = RANKS * BUFFERS;                     // of tiles' sums in a cluster, taken in turn
@@ -234,20 +235,28 @@ qmv_stream(const char* __restrict__ x, const __grid_constant__ TensorMap words, 
         if (at >= DEPTH) at -= DEPTH, times++;
         const u32 from = base + DEPTH * STAGE_BYTES + scale_at * SCALE_STAGE + SCALE_COLUMNS * COLUMN;
         if (++scale_at == SCALE_DEPTH) scale_at = 0;
-#pragma unroll 2
-        for (int step = 0; step < BIAS_STEPS; step++) {
-          if (step * 16 * GROUP >= left) break;
-          u32 of[HALVES][4];
+#pragma unroll 1
+        for (int first = 0; first < BIAS_STEPS; first += BIAS_BATCH) {  // all that is read before the first product
+          u32 of[BIAS_BATCH][HALVES][4];
+          uint2 sums_of_x[BIAS_BATCH][3];
 #pragma unroll
-          for (int half = 0; half < HALVES; half++)
-            load_rows(of[half], from + step / 4 * COLUMN + half * 2048 + row_at + ((step % 4 * 2 + lane / 16) ^ lane % 8) * 16);
-#pragma unroll
-          for (int part = 0; part < 3; part++) {
-            const uint2 sums_of_x = parts[(step * 3 + part) * 32 + lane];
+          for (int i = 0; i < BIAS_BATCH; i++) {
+            const int step = first + i;
 #pragma unroll
             for (int half = 0; half < HALVES; half++)
-              mma(sums[half][part], of[half][0], of[half][1], of[half][2], of[half][3], sums_of_x.x, sums_of_x.y);
+              load_rows(of[i][half], from + step / 4 * COLUMN + half * 2048 + row_at + ((step % 4 * 2 + lane / 16) ^ lane % 8) * 16);
+#pragma unroll
+            for (int part = 0; part < 3; part++) sums_of_x[i][part] = parts[(step * 3 + part) * 32 + lane];
           }
+#pragma unroll
+          for (int i = 0; i < BIAS_BATCH; i++)
+#pragma unroll
+            for (int part = 0; part < 3; part++)
+#pragma unroll
+              for (int half = 0; half < HALVES; half++) {
+                const u32* const a = of[i][half];
+                mma(sums[half][part], a[0], a[1], a[2], a[3], sums_of_x[i][part].x, sums_of_x[i][part].y);
+              }
         }
       }
 #pragma unroll 1
@@ -309,36 +318,40 @@ qmv_stream(const char* __restrict__ x, const __grid_constant__ TensorMap words, 
   predecessor_done();
   dependents_may_start();
   u32 xs[STAGES][UNITS][LANE_WORDS][P / 2], largest = 0;
+  const char* const of_row = x + (size_t(g) * K + warp * CODES + t * P) * 2;
+#pragma unroll
+  for (int s = 0; s < STAGES; s++) {
+    const bool valid = g < M && (s * WARPS + warp) * CODES < left;  // K is whole 128 bytes of words: all of it or none
+#pragma unroll
+    for (int u = 0; u < UNITS; u++)
+#pragma unroll
+      for (int w = 0; w < LANE_WORDS; w++) {
+        const char* const from = of_row + (s * WARPS * CODES + u * UNIT + w * 4 * P) * 2;
+        u32* const to = xs[s][u][w];
+        if (P == 4)
+          load_if<2>(to, from, valid);
+        else
+#pragma unroll
+          for (int i = 0; i < P / 2; i += 4) load_if<4>(to + i, from + 4 * i, valid);
+      }
+  }
+  __syncwarp();  // all of it is asked for before any is waited for
 #pragma unroll
   for (int s = 0; s < STAGES; s++)
 #pragma unroll
-    for (int u = 0; u < UNITS; u++) {
-      const int k = (s * WARPS + warp) * CODES + u * UNIT + t * P;
-      u32 v[LANE_WORDS * P / 2];
-      const char* from = x + (size_t(g) * K + k) * 2;
+    for (int u = 0; u < UNITS; u++)
 #pragma unroll
       for (int w = 0; w < LANE_WORDS; w++) {
-        const bool valid = g < M && k + w * 4 * P < left;
-        if (P == 4) {
-          const uint2 r = valid ? *reinterpret_cast<const uint2*>(from + w * 8 * P) : make_uint2(0, 0);
-          v[2 * w] = r.x, v[2 * w + 1] = r.y;
-        } else {
-#pragma unroll
-          for (int i = 0; i < P / 2; i += 4) {
-            const uint4 r = valid ? *reinterpret_cast<const uint4*>(from + w * 8 * P + 4 * i) : make_uint4(0, 0, 0, 0);
-            v[w * P / 2 + i] = r.x, v[w * P / 2 + i + 1] = r.y, v[w * P / 2 + i + 2] = r.z, v[w * P / 2 + i + 3] = r.w;
-          }
-        }
-      }
-#pragma unroll
-      for (int w = 0; w < LANE_WORDS; w++)
+        u32* const of = xs[s][u][w];
+        u32 pairs[P / 2];
 #pragma unroll
         for (int p = 0; p < P / 2; p++) {
-          const u32* of = v + w * P / 2;
-          xs[s][u][w][p] = __byte_perm(of[p / 2], of[p / 2 + P / 4], p % 2 ? 0x7632 : 0x5410);
+          pairs[p] = __byte_perm(of[p / 2], of[p / 2 + P / 4], p % 2 ? 0x7632 : 0x5410);
           largest = max2(largest, of[p] & 0x7fff7fffu);
         }
-    }
+#pragma unroll
+        for (int p = 0; p < P / 2; p++) of[p] = pairs[p];
+      }
 #pragma unroll
   for (int s = 0; s < STAGES; s++)
 #pragma unroll

@@ -20,6 +20,23 @@ __device__ __forceinline__ void load_rows(unsigned int* words, unsigned int at) 
                : "memory");
 }
 
+// N words of global memory, or zeros. Not moved behind the next barrier: the compiler else asks late for what is wanted late.
+template <int N>
+__device__ __forceinline__ void load_if(unsigned int* words, const void* from, bool valid) {
+  if (N == 2)
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\nmov.u32 %0, 0;\nmov.u32 %1, 0;\n@p ld.global.v2.u32 {%0, %1}, [%2];\n}"
+                 : "=r"(words[0]), "=r"(words[1])
+                 : "l"(from), "r"(int(valid))
+                 : "memory");
+  else
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\nmov.u32 %0, 0;\nmov.u32 %1, 0;\nmov.u32 %2, 0;\nmov.u32 %3, 0;\n"
+        "@p ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+        : "=r"(words[0]), "=r"(words[1]), "=r"(words[2 % N]), "=r"(words[3 % N])
+        : "l"(from), "r"(int(valid))
+        : "memory");
+}
+
 // The larger of each two halves, as unsigned integers.
 __device__ __forceinline__ unsigned int max2(unsigned int a, unsigned int b) {
   unsigned int d;

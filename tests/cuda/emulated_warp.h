@@ -133,6 +133,11 @@ inline void load_rows(uint32_t* words, uint32_t from) {
     memcpy(words + i, at(emu::block(), a + lane % 4 * 4, 4), 4);
   }
 }
+template <int N>
+void load_if(uint32_t* words, const void* from, bool valid) {
+  if (valid && uintptr_t(from) % (4 * N)) emu::fail("loads begin at multiples of their size");
+  for (int i = 0; i < N; i++) words[i] = valid ? static_cast<const uint32_t*>(from)[i] : 0;
+}
 inline void barrier_init(uint32_t a, int count) { at(emu::block(), a, 8); emu::block().barriers[a] = {count, count, 0, 0}; }
 inline void barriers_ready() {}
 inline void arrive(emu::Barrier& b) {
