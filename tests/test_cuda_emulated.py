@@ -300,7 +300,7 @@ def run_stream(
     y = aligned(np.full((M, w.shape[1]), 0xFFFF, np.uint16))
     shape = cuda.qmm_stream_shape(M, N, K, fmt, x_type, s_type, H100, transpose, tuning, **changed)
     assert -(-shape["units"] // ranks) * (ranks - 1) < shape["units"], "a rank without a share"
-    library = build("qmm_stream.cu", (*shape["defines"].items(), ("THREADS", 384)), replaced)
+    library = build("qmm_stream.cu", (*shape["defines"].items(), ("THREADS", shape["threads"])), replaced)
     box = 128 if transpose else 16 * bits
     maps = [tensor(x, (64, shape["rows"]), 128), tensor(words.view(np.uint8), (box, 128), box)]
     maps += [tensor(a.view(np.uint8), (16, 128), 0) for a in (scales, biases)]
@@ -310,6 +310,7 @@ def run_stream(
     return floats(y, x_type), exact_x @ w
 
 
+SINGLE, BOTH_HALVES = {"BUFFERS": 1}, {"BUFFERS": 2, "TURNED": 1, "HALVES": 2}
 STREAMED = [  # bits, group size, x, scales, M, N, K, transpose, (rows, blocks), ranks, macros
     (2, 64, "bfloat16", "bfloat16", 13, 200, 1536, True, (16, 3), 3, {}),
     (2, 64, "bfloat16", "bfloat16", 40, 131, 1024, True, (32, 2), 2, {"TURNED": 0}),
@@ -319,11 +320,26 @@ STREAMED = [  # bits, group size, x, scales, M, N, K, transpose, (rows, blocks),
     (4, 32, "bfloat16", "bfloat16", 33, 129, 2304, True, (64, 2), 5, {"BUFFERS": 1}),
     (4, 128, "float16", "bfloat16", 9, 140, 1024, True, (16, 3), 4, {}),
     (4, 64, "float16", "float16", 130, 100, 512, True, (128, 1), 1, {"TURNED": 0}),
+    (4, 64, "bfloat16", "bfloat16", 130, 300, 1024, True, (128, 1), 2, {"TURNED": 1, "HALVES": 2, **SINGLE}),
+    (8, 128, "float16", "float16", 50, 270, 1024, True, (64, 1), 1, {"HALVES": 2, **SINGLE}),
     (8, 64, "bfloat16", "bfloat16", 60, 130, 1536, True, (64, 2), 6, {}),
     (8, 32, "float16", "float32", 16, 129, 640, True, (16, 3), 3, {}),
     (2, 64, "bfloat16", "bfloat16", 30, 328, 1024, False, (32, 2), 3, {}),
     (4, 32, "float16", "bfloat16", 16, 200, 512, False, (16, 2), 1, {"BUFFERS": 1}),
     (8, 128, "bfloat16", "bfloat16", 17, 136, 1024, False, (64, 2), 1, {}),
+    (2, 64, "bfloat16", "bfloat16", 30, 328, 1024, False, (32, 2), 3, {"TURNED": 1}),
+    (2, 32, "float16", "float16", 9, 200, 512, False, (16, 2), 2, {"TURNED": 1}),
+    (2, 128, "float16", "float32", 20, 456, 1024, False, (32, 2), 2, {"TURNED": 1, "BUFFERS": 2}),
+    (4, 32, "bfloat16", "bfloat16", 130, 200, 768, False, (128, 1), 2, {"TURNED": 1, "BUFFERS": 2}),
+    (4, 64, "float16", "bfloat16", 16, 328, 1024, False, (16, 2), 3, {"TURNED": 1}),
+    (4, 64, "bfloat16", "bfloat16", 40, 1160, 512, False, (32, 1), 4, BOTH_HALVES),
+    (4, 32, "bfloat16", "float32", 33, 200, 384, False, (64, 2), 1, {"TURNED": 1}),
+    (8, 32, "bfloat16", "float16", 40, 136, 512, False, (64, 2), 1, {"TURNED": 1, "BUFFERS": 2}),
+    (8, 64, "float16", "float16", 5, 264, 1024, False, (16, 2), 2, {"TURNED": 1}),
+    (2, 32, "bfloat16", "bfloat16", 130, 328, 512, False, (128, 1), 2, {"TURNED": 1, "HALVES": 2}),
+    (4, 64, "bfloat16", "bfloat16", 40, 200, 512, False, (64, 1), 1, {"TURNED": 1, "HALVES": 2}),
+    (8, 32, "bfloat16", "float32", 20, 264, 384, False, (32, 1), 1, {"TURNED": 1, "HALVES": 2}),
+    (8, 128, "bfloat16", "bfloat16", 260, 200, 1024, False, (256, 1), 1, {"TURNED": 1}),
 ]  # fmt: skip
 
 
@@ -341,7 +357,7 @@ def test_the_same_bits_come_from_streams_in_any_order_of_the_threads(build):
 
 
 STREAM_DEFECTS = {
-    "x read before it is turned": ("TURNED ? s_empty + 8 * S_STAGES : x_full", "x_full"),
+    "x read before it is turned": ("X_TURNED ? s_empty + 8 * S_STAGES : x_full", "x_full"),
     "words given back before they are read": ("if (in_w == W_STEPS - 1) {", "if (in_w == 0) {"),
     "scales given back before they are read": ("if (in_s == S_STEPS - 1) {", "if (in_s == 0) {"),
     "no wait for the scales of a share that begins among them": (
@@ -349,23 +365,35 @@ STREAM_DEFECTS = {
         "in_s == 0",
     ),
     "no wait for the product before the last": ("wgmma_wait<1>(sums);", ""),
-    "sums written over what others read": ("    workers_sync();  // all have", "    // all have"),
+    "sums written over what others read": ("    workers_sync<WORKERS>();  // all have", "    // all have"),
     "sums read before all are there": ("    if (ranks > 1)\n      cluster_sync();\n    else\n", ""),
+}
+
+TURNED_DEFECTS = {  # of transpose=False
+    "scales read before they are packed": ("W_TURNED ? s_empty + 8 * S_STAGES : s_full", "s_full"),
+    "scales packed before they are there": ("        barrier_wait(s_full + 8 * slot, parity);\n", ""),
+    "the codes of another warp": ("pairs[i] >> behind", "pairs[i]"),
+    "the words of the other half": ("half * W_HALF + (flat", "(flat"),
+    "the sums of the other half": ("(sums_at + place(m) + o) * 4", "(place(m) + o) * 4"),
+    "rows of x in each other's place": ("m % 2 * 4 + m % 8 / 2", "m % 2 * 4 + m % 8 / 4"),
 }
 
 NOT_PLANTED = 2  # exit status of a child whose text has nothing to replace, or does not compile
 
 
-@pytest.mark.parametrize("defect", STREAM_DEFECTS)
+@pytest.mark.parametrize("defect", [*STREAM_DEFECTS, *TURNED_DEFECTS])
 def test_a_planted_defect_shows_in_a_stream(build, defect):
     about = 4, 64, "bfloat16", "bfloat16", 40, 200, 4608, True, (32, 2), 4  # the last rank has less to do
+    planted, changed = (STREAM_DEFECTS | TURNED_DEFECTS)[defect], {"BUFFERS": 2}
+    if defect in TURNED_DEFECTS:
+        about, changed = (*about[:5], 1160, 512, False, (32, 1), 4), BOTH_HALVES
     right = []
     for late in (False, True):
         child = os.fork()  # the emulation ends the process that waits in vain or arrives too often
         if not child:
             code = NOT_PLANTED
             with contextlib.suppress(BaseException):
-                found = error(*run_stream(build, *about, late, (STREAM_DEFECTS[defect],), BUFFERS=2))
+                found = error(*run_stream(build, *about, late, (planted,), **changed))
                 code = int(not found < BOUND["bfloat16"])
             os._exit(code)
         ended = os.waitpid(child, 0)[1]
