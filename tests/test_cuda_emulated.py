@@ -324,6 +324,16 @@ STREAMED = [  # bits, group size, x, scales, M, N, K, transpose, (rows, blocks),
     (2, 64, "bfloat16", "bfloat16", 30, 328, 1024, False, (32, 2), 3, {}),
     (4, 32, "float16", "bfloat16", 16, 200, 512, False, (16, 2), 1, {"BUFFERS": 1}),
     (8, 128, "bfloat16", "bfloat16", 17, 136, 1024, False, (64, 2), 1, {}),
+    (2, 64, "bfloat16", "bfloat16", 30, 328, 1024, False, (32, 2), 3, {"TURNED": 1}),
+    (2, 32, "float16", "float16", 9, 200, 512, False, (16, 2), 2, {"TURNED": 1}),
+    (2, 128, "float16", "float32", 20, 456, 1024, False, (32, 2), 2, {"TURNED": 1, "BUFFERS": 2}),
+    (4, 32, "bfloat16", "bfloat16", 130, 200, 768, False, (128, 1), 2, {"TURNED": 1, "BUFFERS": 2}),
+    (4, 64, "float16", "bfloat16", 16, 328, 1024, False, (16, 2), 3, {"TURNED": 1}),
+    (4, 64, "bfloat16", "bfloat16", 40, 1160, 512, False, (32, 2), 4, {"TURNED": 1, "BUFFERS": 2}),
+    (4, 32, "bfloat16", "float32", 33, 200, 384, False, (64, 2), 1, {"TURNED": 1}),
+    (8, 32, "bfloat16", "float16", 40, 136, 512, False, (64, 2), 1, {"TURNED": 1, "BUFFERS": 2}),
+    (8, 64, "float16", "float16", 5, 264, 1024, False, (16, 2), 2, {"TURNED": 1}),
+    (8, 128, "bfloat16", "bfloat16", 260, 200, 1024, False, (256, 1), 1, {"TURNED": 1}),
 ]  # fmt: skip
 
 
@@ -341,7 +351,7 @@ def test_the_same_bits_come_from_streams_in_any_order_of_the_threads(build):
 
 
 STREAM_DEFECTS = {
-    "x read before it is turned": ("TURNED ? s_empty + 8 * S_STAGES : x_full", "x_full"),
+    "x read before it is turned": ("X_TURNED ? s_empty + 8 * S_STAGES : x_full", "x_full"),
     "words given back before they are read": ("if (in_w == W_STEPS - 1) {", "if (in_w == 0) {"),
     "scales given back before they are read": ("if (in_s == S_STEPS - 1) {", "if (in_s == 0) {"),
     "no wait for the scales of a share that begins among them": (
@@ -353,19 +363,29 @@ STREAM_DEFECTS = {
     "sums read before all are there": ("    if (ranks > 1)\n      cluster_sync();\n    else\n", ""),
 }
 
+TURNED_DEFECTS = {  # of transpose=False
+    "scales read before they are packed": ("W_TURNED ? s_empty + 8 * S_STAGES : s_full", "s_full"),
+    "scales packed before they are there": ("        barrier_wait(s_full + 8 * slot, parity);\n        pack", "        pack"),
+    "the codes of another warp": ("pairs[i] >> behind", "pairs[i]"),
+    "rows of x in each other's place": ("m % 2 * 4 + m % 8 / 2", "m % 2 * 4 + m % 8 / 4"),
+}
+
 NOT_PLANTED = 2  # exit status of a child whose text has nothing to replace, or does not compile
 
 
-@pytest.mark.parametrize("defect", STREAM_DEFECTS)
+@pytest.mark.parametrize("defect", [*STREAM_DEFECTS, *TURNED_DEFECTS])
 def test_a_planted_defect_shows_in_a_stream(build, defect):
     about = 4, 64, "bfloat16", "bfloat16", 40, 200, 4608, True, (32, 2), 4  # the last rank has less to do
+    planted, changed = (STREAM_DEFECTS | TURNED_DEFECTS)[defect], {"BUFFERS": 2}
+    if defect in TURNED_DEFECTS:
+        about, changed = (*about[:5], 1160, 512, False, (32, 2), 4), {"BUFFERS": 2, "TURNED": 1}
     right = []
     for late in (False, True):
         child = os.fork()  # the emulation ends the process that waits in vain or arrives too often
         if not child:
             code = NOT_PLANTED
             with contextlib.suppress(BaseException):
-                found = error(*run_stream(build, *about, late, (STREAM_DEFECTS[defect],), BUFFERS=2))
+                found = error(*run_stream(build, *about, late, (planted,), **changed))
                 code = int(not found < BOUND["bfloat16"])
             os._exit(code)
         ended = os.waitpid(child, 0)[1]

@@ -42,7 +42,7 @@ def cells(bits: list[int], rows: list[int] | None) -> list[tuple]:
         *((512, *SMALL, True), (128, *LARGE, True), (32, *LARGE, True)),
         *((M, *WIDE, True) for M in (16, 64, 32, 128, 512)),
         *((M, *LONG, True) for M in (16, 32, 128)),
-        *((512, *WIDE, False), (512, *LARGE, True), (512, *LONG, True)),
+        *((512, *WIDE, False), (2048, *WIDE, False), (512, *LARGE, True), (512, *LONG, True)),
     ]
     return [(b, *cell) for cell in found for b in bits if not rows or cell[0] in rows]
 
@@ -59,6 +59,8 @@ def forms(bits: int, M: int, transpose: bool) -> list[tuple]:
         128: [((64, 2), plain), ((128, 1), plain), ((64, 2), single), ((64, 1), plain), ((128, 1), single)],
         256: [((256, 1), plain), ((128, 1), plain), ((64, 2), plain)],
     }[rows]
+    if not transpose:  # words turned as they are read, or not
+        found = [(tuning, (("TURNED", turned), changed[1])) for turned in (1, 0) for tuning, changed in found]
     if transpose and bits < 8:
         found += [(tuning, (("TURNED", 0), ("BUFFERS", 2))) for tuning, _ in found[: 2 if rows >= 128 else 1]]
         # elsewhere a stage of words lasts two steps

@@ -810,7 +810,7 @@ def qmm_stream_shape(
     for w_stages in range(12, 1, -1):
         s_stages = -(-w_stages * w_steps // s_steps) + 1
         shared = x_stages * rows * 128 + w_stages * w_stage + s_stages * 4096
-        shared += 16 * (x_stages + w_stages + s_stages) + 8 * x_stages
+        shared += 16 * (x_stages + w_stages + s_stages) + 8 * (x_stages if transpose else s_stages)
         if shared <= limit:
             break
     else:

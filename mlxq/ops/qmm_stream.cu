@@ -23,6 +23,10 @@
 //            the same place of two: one byte-permute serves eight pairs. x follows: its eight pieces of eight columns are
 //            a matrix of 8 x 8, which two warps turn in its stage. With bfloat16 scales a weight is made 2^-32 of itself by one
 //            fma from the subnormal (scales below 2^26), and the sums are multiplied by 2^32
+//   TURNED   (not FORWARD) ldmatrix turns words as they are read: of 8 rows x 16 bytes thread (g, t) gets the g-th 16 bits of rows
+//            2 t and 2 t + 1, which are 16 / BITS pairs; its warp unpacks two of them, for out g and g + 8 of wgmma, and the
+//            8 / BITS warps that read the same bytes the others. Two idle warps write the scales and biases of a pair of rows
+//            beside each other, where they lie and as the fma wants them: eight loads a step instead of 32. FOLDED as above
 //   BUFFERS  2: the next step is unpacked while the matrix units multiply; 1: other blocks fill that time
 //   split    the blocks of a cluster share the reduced columns; their float32 sums meet through distributed shared memory
 //            and are added in rank order: the same bits every time
@@ -72,6 +76,8 @@ __device__ __forceinline__ Undo undo(int low, int high) {
 #endif
 }
 constexpr float LIFT = X_TYPE == 2 ? 0.015625f : 1.0f;  // 2^(127 - 133)
+#define X_TURNED (FORWARD && TURNED)
+#define W_TURNED (!FORWARD && TURNED)
 #define FOLDED (TURNED && X_TYPE == 2 && S_TYPE == 2)
 
 // Of a row or a pair of rows: scale / LIFT and bias.
@@ -128,7 +134,52 @@ __device__ __forceinline__ u64 descriptor(u32 at) {
   return u64((at & 0x3ffffu) >> 4) | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
 }
 
-#if TURNED
+#if W_TURNED
+constexpr u32 BY_UNIT = 127 * 0x00800080u, BY_LIFT = 133 * 0x00800080u, BY_PART = u32(127 - 32) * 0x00800080u;
+
+// Of rows 2 j and 2 j + 1 of a stage, whose 2 x 32 bytes begin at `pair`: scales and biases of the i-th group from `first` on go to
+// the i-th 8 bytes.
+__device__ __forceinline__ void pack_scales(char* pair, int first) {
+  Scales found[128 / GROUP];
+#pragma unroll
+  for (int i = 0; i < 128 / GROUP; i++) found[i] = scales_of<16>(pair + first + i * S_BYTES);
+#pragma unroll
+  for (int i = 0; i < 128 / GROUP; i++) {
+#if X_TYPE == S_TYPE
+    const u32 s = FOLDED ? mul2(found[i].s, BY_PART + BY_LIFT) : found[i].s, b = FOLDED ? mul2(found[i].b, BY_PART) : found[i].b;
+    *reinterpret_cast<uint2*>(pair + 8 * i) = make_uint2(s, b);
+#else
+    *reinterpret_cast<float2*>(pair + 8 * i) = make_float2(found[i].s[0], found[i].s[1]);
+    *reinterpret_cast<float2*>(pair + 2048 + 8 * i) = make_float2(found[i].b[0], found[i].b[1]);
+#endif
+  }
+}
+
+__device__ __forceinline__ Scales packed_scales(const char* at) {
+#if X_TYPE == S_TYPE
+  const uint2 both = *reinterpret_cast<const uint2*>(at);
+  return {both.x, both.y};
+#else
+  const float2 s = *reinterpret_cast<const float2*>(at), b = *reinterpret_cast<const float2*>(at + 2048);
+  return {{s.x, s.y}, {b.x, b.y}};
+#endif
+}
+
+// The pair that stands BITS * PLACE above the lowest bits of `pairs`, as weights.
+template <int PLACE>
+__device__ __forceinline__ u32 weights_at(u32 pairs, const Scales& scale) {
+  constexpr int POSITION = BITS == 8 ? 0 : BITS * PLACE;
+  constexpr u32 ABOVE = X_TYPE == 2 ? 0u : 0x64u;
+  const u32 pair = BITS == 8 && PLACE ? __byte_perm(pairs, ABOVE, 0x4341) : masked(pairs, FIELD * 0x10001u << POSITION);
+#if FOLDED
+  return fma2(pair, POSITION ? mul2(scale.s, BY_UNIT - POSITION * 0x00800080u) : scale.s, scale.b);
+#else
+  return weights(pair, undo(POSITION, POSITION), scale);
+#endif
+}
+#endif
+
+#if X_TURNED
 // Pairs p = 0..7 of a row, code * 2^position(p): columns 16 t + p and 16 t + 8 + p of a step.
 __device__ __forceinline__ int position(int p) { return BITS * (p % (8 / BITS)); }
 
@@ -155,12 +206,13 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
   constexpr int W_RING = X_STAGES * X_STAGE, S_RING = W_RING + W_STAGES * W_STAGE, BARRIERS = S_RING + S_STAGES * S_STAGE;
   const u32 x_full = base + BARRIERS, x_empty = x_full + 8 * X_STAGES, w_full = x_empty + 8 * X_STAGES;
   const u32 w_empty = w_full + 8 * W_STAGES, s_full = w_empty + 8 * W_STAGES, s_empty = s_full + 8 * S_STAGES;
-  const u32 x_ready = TURNED ? s_empty + 8 * S_STAGES : x_full;
+  const u32 x_ready = X_TURNED ? s_empty + 8 * S_STAGES : x_full, s_ready = W_TURNED ? s_empty + 8 * S_STAGES : s_full;
   if (tid == 0) {
     for (int i = 0; i < X_STAGES; i++) barrier_init(x_full + 8 * i, 1), barrier_init(x_empty + 8 * i, 8);
     for (int i = 0; i < W_STAGES; i++) barrier_init(w_full + 8 * i, 1), barrier_init(w_empty + 8 * i, 8);
     for (int i = 0; i < S_STAGES; i++) barrier_init(s_full + 8 * i, 1), barrier_init(s_empty + 8 * i, 8);
-    for (int i = 0; i < X_STAGES * TURNED; i++) barrier_init(x_ready + 8 * i, 2);
+    for (int i = 0; i < X_STAGES * X_TURNED; i++) barrier_init(x_ready + 8 * i, 2);
+    for (int i = 0; i < S_STAGES * W_TURNED; i++) barrier_init(s_ready + 8 * i, 2);
     barriers_ready();
   }
   __syncthreads();
@@ -202,7 +254,7 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
         tensor_copy(base + slot * X_STAGE, x_map, step * 64, m0, x_full + 8 * slot);
         if (++slot == X_STAGES) slot = 0, round++;
       }
-    } else if (TURNED && warp >= 10) {  // x, turned where it lies: a lane says where a piece of eight columns is
+    } else if (X_TURNED && warp >= 10) {  // x, turned where it lies: a lane says where a piece of eight columns is
       const u32 own = base + (warp - 10) * 512 + lane / 8 * 128 + (lane % 8 ^ ((warp - 10) * 4 + lane / 8)) * 16;
       int slot = 0, parity = 0;
 #pragma unroll 1
@@ -220,11 +272,27 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
         if (lane == 0) barrier_arrive(x_ready + 8 * slot);
         if (++slot == X_STAGES) slot = 0, parity ^= 1;
       }
+#if W_TURNED
+    } else if (warp >= 10) {  // scales, a pair of rows a lane
+      char* const own = shared + S_RING + (warp - 10) * 1024 + lane * 32;
+      int slot = 0, parity = 0;
+#pragma unroll 1
+      for (int step = begin; step < end; step += S_STEPS) {
+        barrier_wait(s_full + 8 * slot, parity);
+        pack_scales(own + slot * S_STAGE, out0 / GROUP * S_BYTES % 16);
+        fence_async();  // the copy engine writes there next
+        __syncwarp();
+        if (lane == 0) barrier_arrive(s_ready + 8 * slot);
+        if (++slot == S_STAGES) slot = 0, parity ^= 1;
+      }
+#endif
     }
   } else {
     registers_up<REGISTERS>();
     dependents_may_start();
     const int group = warp / 4, g = lane / 4, t = lane % 4, first = group * 64 + warp % 4 * 16;  // of the warp's 16 out
+    constexpr int READERS = 8 / BITS;  // warps of the same words, if those are turned
+    const int out = W_TURNED ? warp / READERS * (128 / BITS) + g * (16 / BITS) + warp % READERS * 2 : first + g, next_out = W_TURNED ? 1 : 8;
     float sums[BN / 2];
 #pragma unroll
     for (int i = 0; i < BN / 2; i++) sums[i] = opaque(0.0f);
@@ -232,6 +300,11 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
 #if !TURNED
     const Undo of = undo(0, BITS == 8 ? 0 : BITS);
 #endif
+#elif TURNED
+    const int behind = warp % READERS * 2 * BITS;  // bits of other warps
+    const int flat = lane * W_ROW + warp / READERS * 16;
+    const u32 own = base + W_RING + (flat ^ (flat >> 7 & (BITS - 1)) << 4);  // row `lane` of a stage
+    const char* const of_groups = shared + S_RING + t * 32 + out / GROUP * 8;
 #else
     const int position = g * BITS % 8, byte = g * BITS / 8 % 4;  // of out g's code in its word
     const Undo of = undo(position, position);
@@ -250,9 +323,9 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
     auto unpack = [&](u32* to, int step, int in_w) {
       const int in_s = (W_STEPS % S_STEPS ? step : in_w) & (S_STEPS - 1);
       if (in_w == 0) barrier_wait(w_full + 8 * w_slot, w_parity);
-      if (in_s == 0 || (W_STEPS % S_STEPS && step == begin)) barrier_wait(s_full + 8 * s_slot, s_parity);
+      if (in_s == 0 || (W_STEPS % S_STEPS && step == begin)) barrier_wait(s_ready + 8 * s_slot, s_parity);
       const char* const w_stage = shared + W_RING + w_slot * W_STAGE;
-#if TURNED
+#if X_TURNED
 #pragma unroll
       for (int h = 0; h < 2; h++) {  // out g and g + 8
         const int row = first + g + 8 * h;
@@ -299,6 +372,16 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
 #endif
           to[4 * s + h] = weights(low, of, scale), to[4 * s + 2 + h] = weights(high, of, scale);
         }
+      }
+#elif TURNED
+      u32 pairs[8];
+      const u32 words = own + w_slot * W_STAGE + in_w * 64 * W_ROW;
+      load_turned(pairs, words), load_turned(pairs + 4, words + 32 * W_ROW);
+#pragma unroll
+      for (int i = 0; i < 8; i++) {  // rows 8 i + 2 t, + 1
+        const Scales scale = packed_scales(of_groups + s_slot * S_STAGE + in_w * 1024 + i * 128);
+        const u32 shifted = BITS == 8 ? pairs[i] : pairs[i] >> behind;
+        to[2 * i] = weights_at<0>(shifted, scale), to[2 * i + 1] = weights_at<1>(shifted, scale);
       }
 #else
 #pragma unroll
@@ -376,11 +459,13 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
     for (int i = 0; i < 16 * BUFFERS; i++) in_use(left[i / 16][i % 16]);
     workers_sync();  // all have read what the sums are written over
 
-    // sums[4 * j + 2 * i + c]: out g + 8 * i of the warp, row of x 8 * j + 2 * t + c
+    // sums[4 * j + 2 * i + c]: out and next_out * i more, row of x 8 * j + 2 * t + c. Turned words' outs are 16 / BITS apart:
+    // with odd rows of eight behind even ones fewer lanes meet in a bank.
+    auto place = [](int m) { return (W_TURNED ? m / 8 * 8 + m % 2 * 4 + m % 8 / 2 : m) * COLUMN; };
     float* const mine = reinterpret_cast<float*>(shared);
 #pragma unroll
     for (int i = 0; i < BN / 2; i++)
-      mine[(i / 4 * 8 + t * 2 + i % 2) * COLUMN + first + g + i / 2 % 2 * 8] = FOLDED ? sums[i] * 4294967296.0f : sums[i];
+      mine[place(i / 4 * 8 + t * 2 + i % 2) + out + i / 2 % 2 * next_out] = FOLDED ? sums[i] * 4294967296.0f : sums[i];
     predecessor_done();
     if (ranks > 1)
       cluster_sync();
@@ -389,12 +474,12 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
     const int o = lane * 4;  // four outs of a row of x
 #pragma unroll 1
     for (int m = rank + ranks * warp; m < BN && m0 + m < M && out0 + o < outs; m += 8 * ranks) {
-      float4 sum = *reinterpret_cast<const float4*>(mine + m * COLUMN + o);
+      float4 sum = *reinterpret_cast<const float4*>(mine + place(m) + o);
       if (ranks > 1) {
         float4 parts[8];
 #pragma unroll
         for (int r = 0; r < 8; r++)
-          if (r < ranks) parts[r] = remote(base + (m * COLUMN + o) * 4, r);
+          if (r < ranks) parts[r] = remote(base + (place(m) + o) * 4, r);
         sum = make_float4(0, 0, 0, 0);
 #pragma unroll
         for (int r = 0; r < 8; r++)
