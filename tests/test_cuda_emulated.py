@@ -300,7 +300,7 @@ def run_stream(
     y = aligned(np.full((M, w.shape[1]), 0xFFFF, np.uint16))
     shape = cuda.qmm_stream_shape(M, N, K, fmt, x_type, s_type, H100, transpose, tuning, **changed)
     assert -(-shape["units"] // ranks) * (ranks - 1) < shape["units"], "a rank without a share"
-    library = build("qmm_stream.cu", (*shape["defines"].items(), ("THREADS", 384)), replaced)
+    library = build("qmm_stream.cu", (*shape["defines"].items(), ("THREADS", shape["threads"])), replaced)
     box = 128 if transpose else 16 * bits
     maps = [tensor(x, (64, shape["rows"]), 128), tensor(words.view(np.uint8), (box, 128), box)]
     maps += [tensor(a.view(np.uint8), (16, 128), 0) for a in (scales, biases)]
@@ -310,6 +310,7 @@ def run_stream(
     return floats(y, x_type), exact_x @ w
 
 
+SINGLE, BOTH_HALVES = {"BUFFERS": 1}, {"BUFFERS": 2, "TURNED": 1, "HALVES": 2}
 STREAMED = [  # bits, group size, x, scales, M, N, K, transpose, (rows, blocks), ranks, macros
     (2, 64, "bfloat16", "bfloat16", 13, 200, 1536, True, (16, 3), 3, {}),
     (2, 64, "bfloat16", "bfloat16", 40, 131, 1024, True, (32, 2), 2, {"TURNED": 0}),
@@ -319,6 +320,8 @@ STREAMED = [  # bits, group size, x, scales, M, N, K, transpose, (rows, blocks),
     (4, 32, "bfloat16", "bfloat16", 33, 129, 2304, True, (64, 2), 5, {"BUFFERS": 1}),
     (4, 128, "float16", "bfloat16", 9, 140, 1024, True, (16, 3), 4, {}),
     (4, 64, "float16", "float16", 130, 100, 512, True, (128, 1), 1, {"TURNED": 0}),
+    (4, 64, "bfloat16", "bfloat16", 130, 300, 1024, True, (128, 1), 2, {"TURNED": 1, "HALVES": 2, **SINGLE}),
+    (8, 128, "float16", "float16", 50, 270, 1024, True, (64, 1), 1, {"HALVES": 2, **SINGLE}),
     (8, 64, "bfloat16", "bfloat16", 60, 130, 1536, True, (64, 2), 6, {}),
     (8, 32, "float16", "float32", 16, 129, 640, True, (16, 3), 3, {}),
     (2, 64, "bfloat16", "bfloat16", 30, 328, 1024, False, (32, 2), 3, {}),
@@ -329,10 +332,13 @@ STREAMED = [  # bits, group size, x, scales, M, N, K, transpose, (rows, blocks),
     (2, 128, "float16", "float32", 20, 456, 1024, False, (32, 2), 2, {"TURNED": 1, "BUFFERS": 2}),
     (4, 32, "bfloat16", "bfloat16", 130, 200, 768, False, (128, 1), 2, {"TURNED": 1, "BUFFERS": 2}),
     (4, 64, "float16", "bfloat16", 16, 328, 1024, False, (16, 2), 3, {"TURNED": 1}),
-    (4, 64, "bfloat16", "bfloat16", 40, 1160, 512, False, (32, 2), 4, {"TURNED": 1, "BUFFERS": 2}),
+    (4, 64, "bfloat16", "bfloat16", 40, 1160, 512, False, (32, 1), 4, BOTH_HALVES),
     (4, 32, "bfloat16", "float32", 33, 200, 384, False, (64, 2), 1, {"TURNED": 1}),
     (8, 32, "bfloat16", "float16", 40, 136, 512, False, (64, 2), 1, {"TURNED": 1, "BUFFERS": 2}),
     (8, 64, "float16", "float16", 5, 264, 1024, False, (16, 2), 2, {"TURNED": 1}),
+    (2, 32, "bfloat16", "bfloat16", 130, 328, 512, False, (128, 1), 2, {"TURNED": 1, "HALVES": 2}),
+    (4, 64, "bfloat16", "bfloat16", 40, 200, 512, False, (64, 1), 1, {"TURNED": 1, "HALVES": 2}),
+    (8, 32, "bfloat16", "float32", 20, 264, 384, False, (32, 1), 1, {"TURNED": 1, "HALVES": 2}),
     (8, 128, "bfloat16", "bfloat16", 260, 200, 1024, False, (256, 1), 1, {"TURNED": 1}),
 ]  # fmt: skip
 
@@ -359,14 +365,16 @@ STREAM_DEFECTS = {
         "in_s == 0",
     ),
     "no wait for the product before the last": ("wgmma_wait<1>(sums);", ""),
-    "sums written over what others read": ("    workers_sync();  // all have", "    // all have"),
+    "sums written over what others read": ("    workers_sync<WORKERS>();  // all have", "    // all have"),
     "sums read before all are there": ("    if (ranks > 1)\n      cluster_sync();\n    else\n", ""),
 }
 
 TURNED_DEFECTS = {  # of transpose=False
     "scales read before they are packed": ("W_TURNED ? s_empty + 8 * S_STAGES : s_full", "s_full"),
-    "scales packed before they are there": ("        barrier_wait(s_full + 8 * slot, parity);\n        pack", "        pack"),
+    "scales packed before they are there": ("        barrier_wait(s_full + 8 * slot, parity);\n", ""),
     "the codes of another warp": ("pairs[i] >> behind", "pairs[i]"),
+    "the words of the other half": ("half * W_HALF + (flat", "(flat"),
+    "the sums of the other half": ("(sums_at + place(m) + o) * 4", "(place(m) + o) * 4"),
     "rows of x in each other's place": ("m % 2 * 4 + m % 8 / 2", "m % 2 * 4 + m % 8 / 4"),
 }
 
@@ -378,7 +386,7 @@ def test_a_planted_defect_shows_in_a_stream(build, defect):
     about = 4, 64, "bfloat16", "bfloat16", 40, 200, 4608, True, (32, 2), 4  # the last rank has less to do
     planted, changed = (STREAM_DEFECTS | TURNED_DEFECTS)[defect], {"BUFFERS": 2}
     if defect in TURNED_DEFECTS:
-        about, changed = (*about[:5], 1160, 512, False, (32, 2), 4), {"BUFFERS": 2, "TURNED": 1}
+        about, changed = (*about[:5], 1160, 512, False, (32, 1), 4), BOTH_HALVES
     right = []
     for late in (False, True):
         child = os.fork()  # the emulation ends the process that waits in vain or arrives too often

@@ -52,15 +52,25 @@ def forms(bits: int, M: int, transpose: bool) -> list[tuple]:
     rows = next((n for n in (16, 32, 64, 128) if n >= M), 256)
     turned = int(transpose and bits < 8)
     plain, single = ((("TURNED", turned), ("BUFFERS", buffers)) for buffers in (2, 1))
+    wide = ("TURNED", 0), ("BUFFERS", 1), ("HALVES", 2)
     found = {
         16: [((16, 3), plain), ((16, 2), plain), ((16, 3), single), ((16, 2), single), ((16, 1), plain)],
         32: [((32, 2), plain), ((32, 3), single), ((32, 2), single), ((32, 1), plain)],
         64: [((64, 2), plain), ((64, 2), single), ((64, 1), plain), ((32, 3), single), ((32, 2), plain)],
-        128: [((64, 2), plain), ((128, 1), plain), ((64, 2), single), ((64, 1), plain), ((128, 1), single)],
-        256: [((256, 1), plain), ((128, 1), plain), ((64, 2), plain)],
+        128: [
+            ((64, 2), plain),
+            ((128, 1), plain),
+            ((64, 2), single),
+            ((64, 1), plain),
+            ((128, 1), single),
+            ((128, 1), wide),
+        ],
+        256: [((256, 1), plain), ((128, 1), plain), ((64, 2), plain), ((128, 1), wide)],
     }[rows]
     if not transpose:  # words turned as they are read, or not
-        found = [(tuning, (("TURNED", turned), changed[1])) for turned in (1, 0) for tuning, changed in found]
+        found = [
+            (tuning, (("TURNED", turned), *changed[1:])) for turned in (1, 0) for tuning, changed in found
+        ]
     if transpose and bits < 8:
         found += [(tuning, (("TURNED", 0), ("BUFFERS", 2))) for tuning, _ in found[: 2 if rows >= 128 else 1]]
         # elsewhere a stage of words lasts two steps
@@ -215,7 +225,9 @@ class Cell:
                     self.device, "qmm_stream.cu", "qmm_stream",
                     self.cuda.options(self.gpu["arch"], shape["defines"]), shape["shared"],
                 )  # fmt: skip
-                clusters[str(blocks)] = {r: self.cuda._clusters_at_once(kernel, 384, r) for r in range(2, 9)}
+                clusters[str(blocks)] = {
+                    r: self.cuda._clusters_at_once(kernel, shape["threads"], r) for r in range(2, 9)
+                }
             make = functools.partial(self.launch, shape=shape, ranks=launch.config.grid_x)
             row = self.timed(form, launch.config.grid_x, make)
             shapes.append((row, shape))

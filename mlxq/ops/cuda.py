@@ -793,23 +793,25 @@ def qmm_stream_shape(
 ) -> dict | None:
     """How qmm_stream.cu is compiled and started; None where it does not serve.
 
-    tuning: instead of qmm_stream_tuning's; changed: TURNED, BUFFERS, MOST_UNROLLED other than they would be.
-    defines, out_tiles, rows (of x a block), units (that ranks share, `steps` each), shared (bytes).
+    tuning: instead of qmm_stream_tuning's; changed: TURNED, BUFFERS, MOST_UNROLLED, HALVES other than they
+    would be. defines, out_tiles, rows (of x a block), units (that ranks share, `steps` each), threads, shared
+    (bytes).
     """
     out, reduced = (N, K) if transpose else (K, N)
     s_bytes = SIZES[s_type]
     row_bytes, scale_bytes = K * fmt.bits // 8, K // fmt.group_size * s_bytes
     if gpu["arch"] != "sm_90a" or x_type == "float32" or row_bytes % 16 or scale_bytes % 16 or reduced % 8:
         return None
-    out_tiles = -(-out // 128)
+    halves = changed.get("HALVES", 1)
+    out_tiles = -(-out // (128 * halves))
     rows, blocks = tuning or qmm_stream_tuning(M)
     w_steps, s_steps = (16 // fmt.bits, 16 // s_bytes * fmt.group_size // 64) if transpose else (2, 2)
-    w_stage = 128 * (128 if transpose else 16 * fmt.bits)
+    w_stage = 128 * (128 if transpose else 16 * fmt.bits) * halves
     x_stages = {256: 4, 128: 6}.get(rows, 8) if blocks == 1 else min(8, max(4, 32768 // (rows * 128)))
     limit = gpu["shared"] if blocks == 1 else (gpu["shared"] + 1024) // blocks - 1024  # 1 KiB a block
     for w_stages in range(12, 1, -1):
         s_stages = -(-w_stages * w_steps // s_steps) + 1
-        shared = x_stages * rows * 128 + w_stages * w_stage + s_stages * 4096
+        shared = x_stages * rows * 128 + w_stages * w_stage + s_stages * 4096 * halves
         shared += 16 * (x_stages + w_stages + s_stages) + 8 * (x_stages if transpose else s_stages)
         if shared <= limit:
             break
@@ -823,6 +825,7 @@ def qmm_stream_shape(
         "FORWARD": int(transpose),
         "BN": rows,
         "BLOCKS": blocks,
+        "HALVES": halves,
         "TURNED": int(transpose and fmt.bits < 8 and rows <= 32),  # turning x costs more with more of it
         "BUFFERS": 1 if rows <= 32 or (rows <= 128 and (fmt.bits == 8 or not transpose)) else 2,
         "MOST_UNROLLED": 8,
@@ -830,7 +833,7 @@ def qmm_stream_shape(
         "W_STAGES": w_stages,
         "S_STAGES": s_stages,
     } | changed
-    shared = max(shared, rows * 132 * 4)
+    shared = max(shared, rows * 132 * 4 * halves)
     steps = -(-reduced // 64)
     return {
         "defines": defines,
@@ -838,6 +841,7 @@ def qmm_stream_shape(
         "rows": rows,
         "units": -(-steps // w_steps),
         "steps": w_steps,
+        "threads": 128 + 256 * halves,
         "shared": shared,
     }
 
@@ -938,7 +942,7 @@ def _stream_launch(device, pointers, M, N, K, fmt, x_type, s_type, transpose, sh
         shape["steps"],
         shape["defines"]["BLOCKS"],
         gpu["multiprocessors"],
-        functools.partial(_clusters_at_once, kernel, 384),
+        functools.partial(_clusters_at_once, kernel, shape["threads"]),
     )
     row, scales = K * fmt.bits // 8, K // fmt.group_size * SIZES[s_type]
     box = 128 if transpose else 16 * fmt.bits
@@ -948,7 +952,7 @@ def _stream_launch(device, pointers, M, N, K, fmt, x_type, s_type, transpose, sh
     maps += [_tensor_map(p, (scales, N), (scales,), (16, 128), 0) for p in pointers[1:]]
     arguments = [x, *maps, ctypes.c_void_p(), *(ctypes.c_int(v) for v in (M, N, K))]
     grid = (ranks, shape["out_tiles"], -(-M // shape["rows"]))
-    return _Launch(kernel, grid, 384, arguments, (0, 4), ranks)
+    return _Launch(kernel, grid, shape["threads"], arguments, (0, 4), ranks)
 
 
 def _many(

@@ -34,8 +34,11 @@ __device__ __forceinline__ void group_sync(int group) {
     asm volatile("bar.sync 2, 128;" ::: "memory");
 }
 
-// A barrier of the first 256 threads of a block.
-__device__ __forceinline__ void workers_sync() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+// A barrier of the first warps of a block.
+template <int WARPS>
+__device__ __forceinline__ void workers_sync() {
+  asm volatile("bar.sync 1, %0;" ::"n"(32 * WARPS) : "memory");
+}
 
 // A warpgroup's registers a thread from here on, fewer or more than it was started with.
 template <int N>

@@ -6,9 +6,10 @@
 //   x  X (M, reduced), X_TYPE 1 float16, 2 bfloat16      words u32 (N, K * BITS / 32)
 //   y  X (M, out)                                        scales, biases S (N, K / GROUP), S_TYPE 0 float32, 1 float16, 2 bfloat16
 //
-// A block makes 128 out x BN rows of x, y transposed: W is the left operand. Two warpgroups multiply, 64 out each; one
-// warp asks for words and scales, another for x; all come as boxes of tensors, each kind in a ring of its own. BLOCKS of
-// them share a multiprocessor: while one waits the others issue.
+// A block makes 128 * HALVES out x BN rows of x, y transposed: W is the left operand. Warpgroups multiply, 64 out each, and two
+// are a half with words, scales and sums of its own; both halves read the same x. One warp asks for words and scales, another
+// for x; all come as boxes of tensors, each kind in a ring of its own. BLOCKS share a multiprocessor: while one waits the
+// others issue; two halves do so too, and x comes from L2 half as often.
 //
 //   step     64 reduced columns: a stage of x (BN, 64), swizzled as wgmma reads it; 64 x 64 weights a warpgroup
 //   words    FORWARD: 128 bytes of 128 rows (16 / BITS steps); otherwise 16 * BITS bytes (128 columns) of 128 rows (2 steps)
@@ -48,9 +49,11 @@ constexpr int W_STEPS = FORWARD ? 16 / BITS : 2;
 constexpr int S_STEPS = FORWARD ? 16 / S_BYTES * GROUP / 64 : 2;
 constexpr int UNIT = W_STEPS;  // steps that a rank's share is a multiple of
 constexpr int UNROLL = W_STEPS > MOST_UNROLLED ? MOST_UNROLLED : W_STEPS;
-constexpr int REGISTERS = BLOCKS == 1 ? 240 : BLOCKS == 2 ? 104 : 72;  // of a thread that multiplies
+constexpr int REGISTERS = HALVES == 2 ? 112 : BLOCKS == 1 ? 240 : BLOCKS == 2 ? 104 : 72;  // of a thread that multiplies
+constexpr int WORKERS = 8 * HALVES;                          // warps that multiply
 constexpr int W_ROW = FORWARD ? 128 : 16 * BITS;             // bytes
-constexpr int W_STAGE = 128 * W_ROW, S_STAGE = 2 * 128 * 16, X_STAGE = BN * 128;
+constexpr int W_HALF = 128 * W_ROW, S_HALF = 2 * 128 * 16;
+constexpr int W_STAGE = HALVES * W_HALF, S_STAGE = HALVES * S_HALF, X_STAGE = BN * 128;
 constexpr int COLUMN = 132;                                  // floats of a row of x in the sums: no bank twice
 constexpr u32 FIELD = (1u << BITS) - 1;
 
@@ -89,6 +92,10 @@ struct Scales {
 #endif
 };
 
+__device__ __forceinline__ float stored(const char* at) {
+  return S_TYPE == 0 ? *reinterpret_cast<const float*>(at) : low_value<S_TYPE>(*reinterpret_cast<const u16*>(at));
+}
+
 template <int FURTHER>  // bytes from the first row's to the second's, which are the same if 0
 __device__ __forceinline__ Scales scales_of(const char* first) {
   const char* const second = first + FURTHER;
@@ -103,15 +110,7 @@ __device__ __forceinline__ Scales scales_of(const char* first) {
   Scales out;
   const char* const at[2] = {first, second};
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
-    if (S_TYPE == 0) {
-      out.s[i] = *reinterpret_cast<const float*>(at[i]), out.b[i] = *reinterpret_cast<const float*>(at[i] + BIASES);
-    } else {
-      out.s[i] = low_value<S_TYPE>(*reinterpret_cast<const u16*>(at[i]));
-      out.b[i] = low_value<S_TYPE>(*reinterpret_cast<const u16*>(at[i] + BIASES));
-    }
-    out.s[i] *= 1.0f / LIFT;
-  }
+  for (int i = 0; i < 2; i++) out.s[i] = stored(at[i]) * (1.0f / LIFT), out.b[i] = stored(at[i] + BIASES);
   return out;
 #endif
 }
@@ -135,24 +134,34 @@ __device__ __forceinline__ u64 descriptor(u32 at) {
 }
 
 #if W_TURNED
+// Exponents of pairs of bfloat16: of 1, of what a subnormal code lacks, of 2^-32.
 constexpr u32 BY_UNIT = 127 * 0x00800080u, BY_LIFT = 133 * 0x00800080u, BY_PART = u32(127 - 32) * 0x00800080u;
 
-// Of rows 2 j and 2 j + 1 of a stage, whose 2 x 32 bytes begin at `pair`: scales and biases of the i-th group from `first` on go to
-// the i-th 8 bytes.
+// Of rows 2 j and 2 j + 1 of a stage, whose scales begin at `pair`: those of the i-th group from `first` on go to the i-th 8 bytes, of
+// one type with their biases; otherwise as floats, and biases where biases were.
 __device__ __forceinline__ void pack_scales(char* pair, int first) {
-  Scales found[128 / GROUP];
-#pragma unroll
-  for (int i = 0; i < 128 / GROUP; i++) found[i] = scales_of<16>(pair + first + i * S_BYTES);
-#pragma unroll
-  for (int i = 0; i < 128 / GROUP; i++) {
+  constexpr int GROUPS = 128 / GROUP;
 #if X_TYPE == S_TYPE
+  Scales found[GROUPS];
+#pragma unroll
+  for (int i = 0; i < GROUPS; i++) found[i] = scales_of<16>(pair + first + i * S_BYTES);
+#pragma unroll
+  for (int i = 0; i < GROUPS; i++) {
     const u32 s = FOLDED ? mul2(found[i].s, BY_PART + BY_LIFT) : found[i].s, b = FOLDED ? mul2(found[i].b, BY_PART) : found[i].b;
     *reinterpret_cast<uint2*>(pair + 8 * i) = make_uint2(s, b);
-#else
-    *reinterpret_cast<float2*>(pair + 8 * i) = make_float2(found[i].s[0], found[i].s[1]);
-    *reinterpret_cast<float2*>(pair + 2048 + 8 * i) = make_float2(found[i].b[0], found[i].b[1]);
-#endif
   }
+#else
+#pragma unroll
+  for (int part = 0; part < 2; part++) {  // scales, biases
+    const char* const at = pair + part * 2048 + first;
+    const float by = part ? 1.0f : 1.0f / LIFT;
+    float2 found[GROUPS];
+#pragma unroll
+    for (int i = 0; i < GROUPS; i++) found[i] = make_float2(by * stored(at + i * S_BYTES), by * stored(at + i * S_BYTES + 16));
+#pragma unroll
+    for (int i = 0; i < GROUPS; i++) *reinterpret_cast<float2*>(pair + part * 2048 + 8 * i) = found[i];
+  }
+#endif
 }
 
 __device__ __forceinline__ Scales packed_scales(const char* at) {
@@ -196,21 +205,22 @@ __device__ __forceinline__ void pairs_of(const char* from, u32* pairs) {
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(384, BLOCKS)
+extern "C" __global__ void __launch_bounds__(32 * WORKERS + 128, BLOCKS)
 qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap s_map,
            const __grid_constant__ TensorMap b_map, char* __restrict__ y, int M, int N, int K) {
   SHARED_MEMORY(shared);
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, rank = blockIdx.x, ranks = gridDim.x;
-  const int out0 = blockIdx.y * 128, outs = FORWARD ? N : K, reduced = FORWARD ? K : N, m0 = blockIdx.z * BN;
+  const int half = warp / 8 % HALVES, helper = warp - WORKERS;
+  const int out0 = (blockIdx.y * HALVES + half) * 128, outs = FORWARD ? N : K, reduced = FORWARD ? K : N, m0 = blockIdx.z * BN;
   const u32 base = shared_address(shared);
   constexpr int W_RING = X_STAGES * X_STAGE, S_RING = W_RING + W_STAGES * W_STAGE, BARRIERS = S_RING + S_STAGES * S_STAGE;
   const u32 x_full = base + BARRIERS, x_empty = x_full + 8 * X_STAGES, w_full = x_empty + 8 * X_STAGES;
   const u32 w_empty = w_full + 8 * W_STAGES, s_full = w_empty + 8 * W_STAGES, s_empty = s_full + 8 * S_STAGES;
   const u32 x_ready = X_TURNED ? s_empty + 8 * S_STAGES : x_full, s_ready = W_TURNED ? s_empty + 8 * S_STAGES : s_full;
   if (tid == 0) {
-    for (int i = 0; i < X_STAGES; i++) barrier_init(x_full + 8 * i, 1), barrier_init(x_empty + 8 * i, 8);
-    for (int i = 0; i < W_STAGES; i++) barrier_init(w_full + 8 * i, 1), barrier_init(w_empty + 8 * i, 8);
-    for (int i = 0; i < S_STAGES; i++) barrier_init(s_full + 8 * i, 1), barrier_init(s_empty + 8 * i, 8);
+    for (int i = 0; i < X_STAGES; i++) barrier_init(x_full + 8 * i, 1), barrier_init(x_empty + 8 * i, WORKERS);
+    for (int i = 0; i < W_STAGES; i++) barrier_init(w_full + 8 * i, 1), barrier_init(w_empty + 8 * i, WORKERS);
+    for (int i = 0; i < S_STAGES; i++) barrier_init(s_full + 8 * i, 1), barrier_init(s_empty + 8 * i, WORKERS);
     for (int i = 0; i < X_STAGES * X_TURNED; i++) barrier_init(x_ready + 8 * i, 2);
     for (int i = 0; i < S_STAGES * W_TURNED; i++) barrier_init(s_ready + 8 * i, 2);
     barriers_ready();
@@ -219,32 +229,39 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
   const int steps = (reduced + 63) / 64, share = ((steps + ranks - 1) / ranks + UNIT - 1) / UNIT * UNIT;
   const int begin = rank * share, end = min(begin + share, steps);  // the host starts no rank without a step
 
-  if (warp >= 8) {
-    registers_down<BLOCKS == 2 ? 32 : 24>();
+  if (helper >= 0) {
+    registers_down<BLOCKS == 2 || HALVES == 2 ? 32 : 24>();
     dependents_may_start();
-    if (warp == 8 && lane == 0) {  // words and scales
+    if (helper == 0 && lane == 0) {  // words and scales
       int w_slot = 0, w_round = 0, s_slot = 0, s_round = 0;
 #pragma unroll 1
       for (int step = begin; step < end; step++) {
         if (step % S_STEPS == 0 || step == begin) {
           if (s_round) barrier_wait(s_empty + 8 * s_slot, (s_round - 1) & 1);
           const u32 to = base + S_RING + s_slot * S_STAGE, done = s_full + 8 * s_slot;
-          const int column = FORWARD ? step / S_STEPS * 16 : out0 / GROUP * S_BYTES / 16 * 16, row = FORWARD ? out0 : step * 64;
           barrier_expect(done, S_STAGE);
-          tensor_copy(to, s_map, column, row, done);
-          tensor_copy(to + 2048, b_map, column, row, done);
+#pragma unroll
+          for (int h = 0; h < HALVES; h++) {
+            const int out = out0 + 128 * h, row = FORWARD ? out : step * 64;
+            const int column = FORWARD ? step / S_STEPS * 16 : out / GROUP * S_BYTES / 16 * 16;
+            tensor_copy(to + h * S_HALF, s_map, column, row, done);
+            tensor_copy(to + h * S_HALF + 2048, b_map, column, row, done);
+          }
           if (++s_slot == S_STAGES) s_slot = 0, s_round++;
         }
         if (step % W_STEPS == 0) {
           if (w_round) barrier_wait(w_empty + 8 * w_slot, (w_round - 1) & 1);
-          const u32 done = w_full + 8 * w_slot;
+          const u32 to = base + W_RING + w_slot * W_STAGE, done = w_full + 8 * w_slot;
           barrier_expect(done, W_STAGE);
-          tensor_copy(base + W_RING + w_slot * W_STAGE, w_map, FORWARD ? step / W_STEPS * 128 : out0 / 8 * BITS,
-                      FORWARD ? out0 : step * 64, done);
+#pragma unroll
+          for (int h = 0; h < HALVES; h++) {
+            const int out = out0 + 128 * h;
+            tensor_copy(to + h * W_HALF, w_map, FORWARD ? step / W_STEPS * 128 : out / 8 * BITS, FORWARD ? out : step * 64, done);
+          }
           if (++w_slot == W_STAGES) w_slot = 0, w_round++;
         }
       }
-    } else if (warp == 9 && lane == 0) {  // x
+    } else if (helper == 1 && lane == 0) {  // x
       predecessor_done();
       int slot = 0, round = 0;
 #pragma unroll 1
@@ -254,8 +271,8 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
         tensor_copy(base + slot * X_STAGE, x_map, step * 64, m0, x_full + 8 * slot);
         if (++slot == X_STAGES) slot = 0, round++;
       }
-    } else if (X_TURNED && warp >= 10) {  // x, turned where it lies: a lane says where a piece of eight columns is
-      const u32 own = base + (warp - 10) * 512 + lane / 8 * 128 + (lane % 8 ^ ((warp - 10) * 4 + lane / 8)) * 16;
+    } else if (X_TURNED && helper >= 2) {  // x, turned where it lies: a lane says where a piece of eight columns is
+      const u32 own = base + (helper - 2) * 512 + lane / 8 * 128 + (lane % 8 ^ ((helper - 2) * 4 + lane / 8)) * 16;
       int slot = 0, parity = 0;
 #pragma unroll 1
       for (int step = begin; step < end; step++) {
@@ -273,13 +290,14 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
         if (++slot == X_STAGES) slot = 0, parity ^= 1;
       }
 #if W_TURNED
-    } else if (warp >= 10) {  // scales, a pair of rows a lane
-      char* const own = shared + S_RING + (warp - 10) * 1024 + lane * 32;
+    } else if (helper >= 2) {  // scales, a pair of rows a lane
+      char* const own = shared + S_RING + (helper - 2) * 1024 + lane * 32;
       int slot = 0, parity = 0;
 #pragma unroll 1
       for (int step = begin; step < end; step += S_STEPS) {
         barrier_wait(s_full + 8 * slot, parity);
-        pack_scales(own + slot * S_STAGE, out0 / GROUP * S_BYTES % 16);
+#pragma unroll
+        for (int h = 0; h < HALVES; h++) pack_scales(own + slot * S_STAGE + h * S_HALF, (out0 + 128 * h) / GROUP * S_BYTES % 16);
         fence_async();  // the copy engine writes there next
         __syncwarp();
         if (lane == 0) barrier_arrive(s_ready + 8 * slot);
@@ -290,9 +308,10 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
   } else {
     registers_up<REGISTERS>();
     dependents_may_start();
-    const int group = warp / 4, g = lane / 4, t = lane % 4, first = group * 64 + warp % 4 * 16;  // of the warp's 16 out
+    const int g = lane / 4, t = lane % 4, first = warp % 8 * 16;  // of the warp's 16 out in its half
     constexpr int READERS = 8 / BITS;  // warps of the same words, if those are turned
-    const int out = W_TURNED ? warp / READERS * (128 / BITS) + g * (16 / BITS) + warp % READERS * 2 : first + g, next_out = W_TURNED ? 1 : 8;
+    const int out = W_TURNED ? warp % 8 / READERS * (128 / BITS) + g * (16 / BITS) + warp % READERS * 2 : first + g;
+    constexpr int NEXT_OUT = W_TURNED ? 1 : 8;
     float sums[BN / 2];
 #pragma unroll
     for (int i = 0; i < BN / 2; i++) sums[i] = opaque(0.0f);
@@ -302,9 +321,9 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
 #endif
 #elif TURNED
     const int behind = warp % READERS * 2 * BITS;  // bits of other warps
-    const int flat = lane * W_ROW + warp / READERS * 16;
-    const u32 own = base + W_RING + (flat ^ (flat >> 7 & (BITS - 1)) << 4);  // row `lane` of a stage
-    const char* const of_groups = shared + S_RING + t * 32 + out / GROUP * 8;
+    const int flat = lane * W_ROW + warp % 8 / READERS * 16;
+    const u32 own = base + W_RING + half * W_HALF + (flat ^ (flat >> 7 & (BITS - 1)) << 4);  // row `lane` of a stage
+    const char* const of_groups = shared + S_RING + half * S_HALF + t * 32 + out / GROUP * 8;
 #else
     const int position = g * BITS % 8, byte = g * BITS / 8 % 4;  // of out g's code in its word
     const Undo of = undo(position, position);
@@ -316,7 +335,7 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
       const int flat = (2 * t + r) * W_ROW + first * BITS / 8;
       own[r] = flat ^ (flat >> 7 & (BITS - 1)) << 4;
     }
-    const char* const of_groups = shared + S_RING + out0 / GROUP * S_BYTES % 16 + first / GROUP * S_BYTES;
+    const char* const of_groups = shared + S_RING + half * S_HALF + out0 / GROUP * S_BYTES % 16 + first / GROUP * S_BYTES;
 #endif
     u32 left[BUFFERS][16];
     int w_slot = 0, w_parity = 0, s_slot = 0, s_parity = 0, x_slot = 0, x_parity = 0;
@@ -324,12 +343,13 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
       const int in_s = (W_STEPS % S_STEPS ? step : in_w) & (S_STEPS - 1);
       if (in_w == 0) barrier_wait(w_full + 8 * w_slot, w_parity);
       if (in_s == 0 || (W_STEPS % S_STEPS && step == begin)) barrier_wait(s_ready + 8 * s_slot, s_parity);
-      const char* const w_stage = shared + W_RING + w_slot * W_STAGE;
+      const char* const w_stage = shared + W_RING + w_slot * W_STAGE + half * W_HALF;
 #if X_TURNED
 #pragma unroll
       for (int h = 0; h < 2; h++) {  // out g and g + 8
         const int row = first + g + 8 * h;
-        const Scales scale = scales_of<0>(shared + S_RING + s_slot * S_STAGE + row * 16 + u32(in_s * 64 + t * 16) / GROUP * S_BYTES);
+        const char* const s_row = shared + S_RING + s_slot * S_STAGE + half * S_HALF + row * 16;
+        const Scales scale = scales_of<0>(s_row + u32(in_s * 64 + t * 16) / GROUP * S_BYTES);
         u32 pairs[8];
 #if FOLDED
         const u32 bias = mul2(scale.b, u32(127 - 32) * 0x00800080u);
@@ -345,7 +365,7 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
         }
       }
 #elif FORWARD
-      const char* const s_row = shared + S_RING + s_slot * S_STAGE + (first + g) * 16;
+      const char* const s_row = shared + S_RING + s_slot * S_STAGE + half * S_HALF + (first + g) * 16;
 #pragma unroll
       for (int h = 0; h < 2; h++) {  // out g and g + 8
         const char* const row = w_stage + (first + g + 8 * h) * 128;
@@ -457,29 +477,30 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
     wgmma_wait<0>(sums);
 #pragma unroll
     for (int i = 0; i < 16 * BUFFERS; i++) in_use(left[i / 16][i % 16]);
-    workers_sync();  // all have read what the sums are written over
+    workers_sync<WORKERS>();  // all have read what the sums are written over
 
-    // sums[4 * j + 2 * i + c]: out and next_out * i more, row of x 8 * j + 2 * t + c. Turned words' outs are 16 / BITS apart:
+    // sums[4 * j + 2 * i + c]: out and NEXT_OUT * i more, row of x 8 * j + 2 * t + c. Turned words' outs are 16 / BITS apart:
     // with odd rows of eight behind even ones fewer lanes meet in a bank.
     auto place = [](int m) { return (W_TURNED ? m / 8 * 8 + m % 2 * 4 + m % 8 / 2 : m) * COLUMN; };
-    float* const mine = reinterpret_cast<float*>(shared);
+    const int sums_at = half * BN * COLUMN;
+    float* const mine = reinterpret_cast<float*>(shared) + sums_at;
 #pragma unroll
     for (int i = 0; i < BN / 2; i++)
-      mine[place(i / 4 * 8 + t * 2 + i % 2) + out + i / 2 % 2 * next_out] = FOLDED ? sums[i] * 4294967296.0f : sums[i];
+      mine[place(i / 4 * 8 + t * 2 + i % 2) + out + i / 2 % 2 * NEXT_OUT] = FOLDED ? sums[i] * 4294967296.0f : sums[i];
     predecessor_done();
     if (ranks > 1)
       cluster_sync();
     else
-      workers_sync();
+      workers_sync<WORKERS>();
     const int o = lane * 4;  // four outs of a row of x
 #pragma unroll 1
-    for (int m = rank + ranks * warp; m < BN && m0 + m < M && out0 + o < outs; m += 8 * ranks) {
+    for (int m = rank + ranks * (warp % 8); m < BN && m0 + m < M && out0 + o < outs; m += 8 * ranks) {
       float4 sum = *reinterpret_cast<const float4*>(mine + place(m) + o);
       if (ranks > 1) {
         float4 parts[8];
 #pragma unroll
         for (int r = 0; r < 8; r++)
-          if (r < ranks) parts[r] = remote(base + (place(m) + o) * 4, r);
+          if (r < ranks) parts[r] = remote(base + (sums_at + place(m) + o) * 4, r);
         sum = make_float4(0, 0, 0, 0);
 #pragma unroll
         for (int r = 0; r < 8; r++)

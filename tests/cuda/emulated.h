@@ -64,11 +64,11 @@ inline uint16_t float_to_bf(float f) { uint32_t u; memcpy(&u, &f, 4); if (f != f
 #define SHARED_MEMORY(name) char* name = emu::memory(emu::now->rank)
 inline void __syncthreads() { emu::sync(emu::block().all, THREADS); }
 inline void __syncwarp() { emu::sync(emu::block().warp[threadIdx.x / 32], 32); }
-inline void workers_sync() { emu::sync(emu::block().group[2], 256); }
+template <int WARPS> inline void workers_sync() { emu::sync(emu::block().group[2], 32 * WARPS); }
 template <int N> inline void registers_down() {}
 template <int N> inline void registers_up() {}
 inline void group_sync(int g) { emu::sync(emu::block().group[g], 128); }
-inline void cluster_sync() { emu::sync(emu::cluster, 256 * int(emu::grid.x)); }
+inline void cluster_sync() { emu::sync(emu::cluster, (THREADS == 256 ? 256 : THREADS - 128) * int(emu::grid.x)); }
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t s) {
   uint64_t v = a | uint64_t(b) << 32; uint32_t out = 0;
   for (int i = 0; i < 4; i++) out |= uint32_t((v >> (8 * ((s >> 4 * i) & 7))) & 255) << 8 * i;
