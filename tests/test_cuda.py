@@ -196,6 +196,119 @@ def test_experts_with_many_rows_equal_float64(fmt, transpose):
             assert bool((y == ops.gather_qmm(x, w, lhs, indices, transpose)).all())
 
 
+def of_experts(x, w, lhs, rhs, transpose):
+    """gather_qmm in float64, by torch on the GPU."""
+    torch = torch_gpu()
+    lhs, rhs = lhs.clamp(0, len(x) - 1).long(), rhs.clamp(0, len(w.words) - 1).long()
+    y = torch.empty((len(rhs), x.shape[1], w.N if transpose else w.K), device="cuda", dtype=torch.float64)
+    for e in rhs.unique().tolist():
+        at = (rhs == e).nonzero()[:, 0]
+        one = exact(format.Packed(w.words[e], w.scales[e], w.biases[e], w.format))
+        y[at] = x[lhs[at]].double() @ (one.T if transpose else one)
+    return y
+
+
+ROUTES = {  # blocks of x, rows of each, pairs, experts, how many are chosen (None: all; -1: the last alone)
+    "decode": (8, 1, 16, 8, None),
+    "one pair": (1, 1, 1, 5, None),
+    "1024 experts, most without rows": (40, 1, 300, 1024, None),
+    "all rows have one of many experts": (50, 1, 300, 20, -1),
+    "one expert": (30, 2, 100, 1, None),
+    "two of many": (64, 1, 200, 64, 2),
+    "prefill": (300, 1, 600, 5, None),
+    "blocks of rows": (7, 33, 11, 4, None),
+    "more rows than a tile": (4, 300, 5, 2, None),
+}
+
+
+def product_of(kernel: str, monkeypatch) -> None:
+    """Makes gather_qmm use this kernel for any number of rows, if it serves."""
+    cuda._plans.clear()
+    monkeypatch.setattr(cuda, "ROWS_BEST_IN_QMV_OF_EXPERTS", 1 << 30 if kernel == "qmv" else 0)
+    monkeypatch.setattr(cuda, "GROUPS_BEST_IN_QMV_STREAM", 1 << 30 if kernel == "qmv_stream" else 0)
+    if kernel == "qmm":
+        monkeypatch.setattr(cuda, "qmm_stream_shape", lambda *a, **k: None)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("kernel", ("qmv_stream", "qmm_stream", "qmm"))
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_rows_of_experts_equal_float64_by_every_kernel(fmt, kernel, route, monkeypatch):
+    torch = torch_gpu()
+    if cuda._device(torch.cuda.current_device())["arch"] != "sm_90a":
+        pytest.skip("needs a Hopper GPU")
+    product_of(kernel, monkeypatch)
+    blocks, M, pairs, experts, chosen = ROUTES[route]
+    for x_type, s_type, N in (("bfloat16", "bfloat16", 200), ("float16", "float32", 136)):
+        K = 16 * fmt.group_size if kernel != "qmm" else 5 * fmt.group_size
+        _, w = problem(fmt, 1, N, K, x_type, s_type, experts=(experts,))
+        lhs = torch.randint(0, blocks, (pairs,), device="cuda")
+        rhs = torch.randint(0, chosen if chosen and chosen > 0 else experts, (pairs,), device="cuda")
+        if chosen == -1:
+            rhs[:] = experts - 1
+        for transpose in (True, False) if kernel != "qmv_stream" else (True,):
+            x = torch.randn((blocks, M, K if transpose else N), device="cuda").to(getattr(torch, x_type))
+            for order in (torch.arange(pairs, device="cuda"), rhs.argsort(stable=True)):
+                y = ops.gather_qmm(x, w, lhs[order], rhs[order], transpose)
+                found = relative(y, of_experts(x, w, lhs[order], rhs[order], transpose))
+                assert found < 2 * ROUNDING[x_type], (x_type, transpose, found)
+                for _ in range(3):
+                    again = ops.gather_qmm(x, w, lhs[order], rhs[order], transpose)
+                    assert bool((again == y).all()), "not the same bits when repeated"
+    names = {plan.name for key, plan in cuda._plans.items() if key[0] == "gather"}
+    assert names == {kernel} or (kernel == "qmv_stream" and fmt == Format(2, 32) and names == {"qmm_stream"})
+    cuda._plans.clear()
+
+
+@pytest.mark.parametrize("kernel", ("qmv", "qmv_stream", "qmm_stream", "qmm"))
+def test_an_index_out_of_range_is_the_last_and_no_expert_spoils_another(kernel, monkeypatch):
+    torch = torch_gpu()
+    product_of(kernel, monkeypatch)
+    fmt, K, N = Format(4, 64), 1024, 200
+    _, w = problem(fmt, 1, N, K, "bfloat16", "bfloat16", experts=(6,))
+    x = torch.randn((9, 1, K), device="cuda").bfloat16()
+    rhs = torch.tensor([0, 7, -1, 2, 1 << 30, -(1 << 31), 5, 2, 0, 4] * 9, device="cuda", dtype=torch.int32)
+    lhs = torch.tensor([0, 9, 1 << 30, -1, 3, 8, 8, 2, 1, -(1 << 31)] * 9, device="cuda", dtype=torch.int32)
+    inside = [torch.where((a < 0) | (a >= n), n - 1, a) for a, n in ((lhs, 9), (rhs, 6))]
+    y = ops.gather_qmm(x, w, lhs, rhs)
+    assert relative(y, of_experts(x, w, *inside, True)) < 2 * ROUNDING["bfloat16"]
+    assert bool((y == ops.gather_qmm(x, w, *inside)).all())
+    w.scales[1], w.biases[1], w.scales[3] = float("nan"), float("nan"), float("inf")  # nobody's
+    assert bool((y == ops.gather_qmm(x, w, lhs, rhs)).all())
+    w.scales[4] = float("nan")
+    y = ops.gather_qmm(x, w, lhs, rhs)
+    assert torch.equal(torch.isnan(y).all(-1).reshape(-1), inside[1] == 4)
+    if kernel in ("qmm_stream", "qmm"):
+        x = torch.randn((9, 1, N), device="cuda").bfloat16()
+        y = ops.gather_qmm(x, w, lhs, rhs, transpose=False)
+        assert torch.equal(torch.isnan(y).any(-1).reshape(-1), inside[1] == 4)
+    cuda._plans.clear()
+
+
+@pytest.mark.parametrize("kernel", ("qmv_stream", "qmm_stream", "qmm"))
+def test_rows_of_experts_are_captured_by_a_cuda_graph_with_indices_that_change(kernel, monkeypatch):
+    torch = torch_gpu()
+    product_of(kernel, monkeypatch)
+    _, w = problem(Format(4, 64), 1, 264, 1024, "bfloat16", "bfloat16", experts=(12,))
+    x = torch.randn((30, 1, 1024), device="cuda").bfloat16()
+    lhs = torch.arange(30, device="cuda", dtype=torch.int32).repeat_interleave(2)
+    rhs = torch.randint(0, 12, (60,), device="cuda", dtype=torch.int32)
+    ops.gather_qmm(x, w, lhs, rhs)  # compiled and loaded
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        hidden = x * 2  # written just before: rows may not be sorted before it is there
+        y = ops.gather_qmm(hidden, w, lhs, rhs)
+        z = ops.gather_qmm(hidden, w, lhs, 11 - rhs)  # sorts anew while the product before still runs
+    for seed in range(20):
+        torch.manual_seed(seed)
+        x.copy_(torch.randn_like(x))
+        rhs.copy_(torch.randint(0, 12 if seed % 3 else 1, (60,), device="cuda", dtype=torch.int32))
+        graph.replay()
+        for found, chosen in ((y, rhs), (z, 11 - rhs)):
+            assert relative(found, of_experts(x * 2, w, lhs, chosen, True)) < 2 * ROUNDING["bfloat16"]
+    cuda._plans.clear()
+
+
 @pytest.mark.parametrize("per_row", (True, False))
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_products_of_int8_have_exact_sums(fmt, per_row):
@@ -366,6 +479,12 @@ def instances(gpu):
         streamed = cuda.qmm_stream_shape(rows, 512, 2048, fmt, x_type, s_type, gpu, M == 1)
         if streamed:
             yield "qmm_stream.cu", cuda.options(gpu["arch"], streamed["defines"])
+            grouped = cuda.qmm_stream_shape(
+                rows, 512, 2048, fmt, x_type, s_type, gpu, M == 1, cuda.grouped_tuning(rows, M), grouped=True
+            )
+            yield "qmm_stream.cu", cuda.options(gpu["arch"], grouped["defines"])
+            sort = cuda.sort_shape(rows, 1, M, 2048 if M == 1 else 2050, gpu)
+            yield "experts.cu", cuda.options(gpu["arch"], sort["defines"])
         many = cuda.qmm_shape(33 * M, 512, 1024, fmt, x_type, s_type, gpu, M == 1, 3 * (M == 8))
         if many:
             yield "qmm.cu", cuda.options(gpu["arch"], many["defines"])
@@ -376,6 +495,8 @@ def instances(gpu):
         yield "q8_rows.cu", cuda.options(gpu["arch"], rows, exact=True)
         stream = cuda.stream_shape(M, 512, 2048, fmt, x_type, s_type, gpu)
         if stream:
+            yield "qmv_stream.cu", cuda.options(gpu["arch"], stream["defines"])
+            stream = cuda.stream_shape(8, 512, 2048, fmt, x_type, s_type, gpu, groups=3 * (M == 8))
             yield "qmv_stream.cu", cuda.options(gpu["arch"], stream["defines"])
 
 
@@ -406,7 +527,7 @@ def test_the_kernels_compile_without_a_warning(arch, nvrtc):
     warned = re.findall(r"warning #(\S+?): (.*)", "\n".join(nvrtc.logs))
     # 177: a constant that this format has no use for
     assert len(nvrtc.logs) == len(chosen) and not [w for w in warned if w[0] != "177-D"]
-    hopper = {"qmm.cu", "qmm_stream.cu", "q8mm.cu"} if arch == "sm_90a" else set()
+    hopper = {"qmm.cu", "qmm_stream.cu", "q8mm.cu", "experts.cu"} if arch == "sm_90a" else set()
     streams = {"qmv_stream.cu"} if GPUS[arch]["early"] else set()
     assert set(files) == {"qmv.cu", "quantize.cu", "q8_rows.cu"} | hopper | streams
 

@@ -1,4 +1,4 @@
-"""The text of qmm.cu, qmm_stream.cu and q8mm.cu on a CPU: right in any order of threads and copies, no race.
+"""qmm.cu, qmm_stream.cu, experts.cu and q8mm.cu on a CPU: right in any order of threads and copies, no race.
 
 The instructions of Hopper (hopper.cuh, copies.cuh) are replaced by tests/cuda/emulated*.h; the grid, the
 shared memory and the macros are those that ops.cuda gives on an H100.
@@ -40,6 +40,9 @@ def build(tmp_path_factory):
         if "warp.cuh" in text:
             text = text.replace("warp.cuh", "emulated_warp.h").replace('#include "copies.cuh"', "")
             main = "emulated_warp_main.h"
+        text = text.replace(
+            '#include "halves.cuh"', '#define BN 8\n#define LEFT_TRANSPOSED 0\n#include "emulated.h"'
+        )
         text = text.replace("copies.cuh", "emulated_copies.h")
         for old, new in replaced:
             assert old in text
@@ -105,6 +108,22 @@ def aligned(a: np.ndarray) -> np.ndarray:
     return view
 
 
+def by_expert(x, lhs, rhs, experts: int, tile_rows: int):
+    """What experts.cu makes of x (blocks, M, K): (sorted, tiles, rows)."""
+    M, order = x.shape[1], np.argsort(rhs, kind="stable")
+    rows = (order[:, None] * M + np.arange(M)).reshape(-1).astype(np.int32)
+    found, first = [], 0
+    for expert, pairs in enumerate(np.bincount(rhs, minlength=experts)):
+        last = first + pairs * M
+        found += [(expert, at, min(tile_rows, last - at), 0) for at in range(first, last, tile_rows)]
+        first = last
+    most = cuda.most_tiles(len(rows), tile_rows, min(experts, len(rhs)))
+    table = np.zeros((most, 4), np.int32)
+    table[: len(found)] = found
+    table[:, 3] = len(found)
+    return aligned(x[lhs[order]].reshape(len(rows), -1)), aligned(table), aligned(rows)
+
+
 def run(
     build,
     bits,
@@ -133,18 +152,17 @@ def run(
     shape = cuda.qmm_shape(each, N, K, fmt, x_type, s_type, H100, transpose, experts)
     if ranks is not None:
         shape["ranks"] = ranks
-    order = lhs = offsets = np.zeros(1, np.int32)
+    table = rows = y
     tiles, want = -(-M // shape["rows"]), exact_x @ w[0]
     if experts:
         rhs = rng.integers(0, experts, batches)
         lhs = rng.integers(0, batches, batches, dtype=np.int32)
-        order = np.argsort(rhs, kind="stable").astype(np.int32)
-        offsets = np.searchsorted(rhs[order], np.arange(experts + 1)).astype(np.int32)
-        tiles, want = M * batches // shape["rows"] + min(experts, batches), exact_x[lhs] @ w[rhs]
+        x, table, rows = by_expert(x, lhs, rhs, experts, shape["rows"])
+        tiles, want = len(table), exact_x[lhs] @ w[rhs]
     library = build("qmm.cu", tuple(shape["defines"].items()), replaced)
-    arrays = (x, words, scales, biases, y, order, lhs, offsets)
+    arrays = (x, words, scales, biases, y, table, rows, y)
     pointers = (ctypes.c_void_p * 8)(*(a.ctypes.data for a in arrays))
-    numbers = (ctypes.c_int * 4)(M, N, K, experts)
+    numbers = (ctypes.c_int * 4)(M, N, K, 0)
     library.run(
         shape["ranks"], shape["out_tiles"], tiles, shape["shared"], int(late), order_seed, pointers, numbers
     )
@@ -268,11 +286,12 @@ def test_products_of_int8_are_exact(build, case, late):
     assert error(values, want) < {"float32": 1e-6, "float16": 2.0**-11, "bfloat16": 2.0**-8}[about[3]]
 
 
-def tensor(a: np.ndarray, box: tuple[int, int], swizzle: int) -> np.ndarray:
-    """What tests/cuda/emulated_copies.h has to know of rows of whole elements."""
-    rows, columns = a.shape
-    about = (a.ctypes.data, columns, rows, a.strides[0], *box, a.itemsize, swizzle)
-    return np.array((*about, *[0] * 8), np.uint64)
+def tensor(a: np.ndarray, box: tuple[int, int], swizzle: int, grouped: bool = False) -> np.ndarray:
+    """What tests/cuda/emulated_copies.h has to know of rows of whole elements; grouped: of experts."""
+    rows, columns = a.shape[-2:]
+    about = (a.ctypes.data, columns, rows, a.strides[-2], *box, a.itemsize, swizzle)
+    planes = (len(a), a.strides[0]) if grouped else (0, 0)
+    return np.array((*about, *planes, *[0] * 6), np.uint64)
 
 
 def run_stream(
@@ -292,22 +311,34 @@ def run_stream(
     order_seed=0,
     **changed,
 ):
-    """(y, the float64 answer) of qmm_stream.cu; changed: macros other than qmm_stream_shape gives."""
-    rng, fmt = np.random.default_rng(0), Format(bits, group_size)
-    words, scales, biases, w = packed(rng, fmt, (N, K), s_type)
-    w = w.T if transpose else w  # (reduced, out)
-    x, exact_x = stored(rng.normal(0, 1, (M, len(w))), x_type)
-    y = aligned(np.full((M, w.shape[1]), 0xFFFF, np.uint16))
-    shape = cuda.qmm_stream_shape(M, N, K, fmt, x_type, s_type, H100, transpose, tuning, **changed)
+    """(y, the float64 answer) of qmm_stream.cu; changed: macros other than qmm_stream_shape gives.
+
+    M: rows, or (blocks of x, rows of a block, experts of the pairs, how many experts there are)
+    """
+    rng, fmt, grouped = np.random.default_rng(0), Format(bits, group_size), not isinstance(M, int)
+    x_blocks, M, rhs, experts = M if grouped else (1, M, [0], 1)
+    words, scales, biases, w = packed(rng, fmt, (experts, N, K), s_type)
+    w = w.swapaxes(1, 2) if transpose else w  # (experts, reduced, out)
+    x, exact_x = stored(rng.normal(0, 1, (x_blocks, M, w.shape[1])), x_type)
+    lhs, rhs = rng.integers(0, x_blocks, len(rhs)), np.array(rhs)
+    y = aligned(np.full((len(rhs), M, w.shape[2]), 0xFFFF, np.uint16))
+    about = N, K, fmt, x_type, s_type, H100, transpose, tuning
+    shape = cuda.qmm_stream_shape(M, *about, grouped=grouped, **changed)
     assert -(-shape["units"] // ranks) * (ranks - 1) < shape["units"], "a rank without a share"
+    want, table, rows, tiles = exact_x[lhs] @ w[rhs], y, y, -(-M // shape["rows"])
+    if grouped:
+        x, table, rows = by_expert(x, lhs, rhs, experts, shape["rows"])
+        tiles = len(table)
+    else:
+        x = x[0]
     library = build("qmm_stream.cu", (*shape["defines"].items(), ("THREADS", shape["threads"])), replaced)
     box = 128 if transpose else 16 * bits
-    maps = [tensor(x, (64, shape["rows"]), 128), tensor(words.view(np.uint8), (box, 128), box)]
-    maps += [tensor(a.view(np.uint8), (16, 128), 0) for a in (scales, biases)]
-    pointers = (ctypes.c_void_p * 8)(*(a.ctypes.data for a in (*maps, y, y, y, y)))
-    grid = ranks, shape["out_tiles"], -(-M // shape["rows"])
+    maps = [tensor(x, (64, shape["rows"]), 128), tensor(words.view(np.uint8), (box, 128), box, grouped)]
+    maps += [tensor(a.view(np.uint8), (16, 128), 0, grouped) for a in (scales, biases)]
+    pointers = (ctypes.c_void_p * 8)(*(a.ctypes.data for a in (*maps, y, table, rows, y)))
+    grid = ranks, shape["out_tiles"], tiles
     library.run(*grid, shape["shared"], int(late), order_seed, pointers, (ctypes.c_int * 4)(M, N, K, 0))
-    return floats(y, x_type), exact_x @ w
+    return floats(y, x_type), want
 
 
 SINGLE, BOTH_HALVES = {"BUFFERS": 1}, {"BUFFERS": 2, "TURNED": 1, "HALVES": 2}
@@ -356,6 +387,122 @@ def test_the_same_bits_come_from_streams_in_any_order_of_the_threads(build):
     assert np.array_equal(first, other)
 
 
+ROUTED = 12, 1, [3, 0, 3, 3, 1, 3, 0, 3, 5, 3, 0, 3] * 3, 6  # experts 2 and 4 have no rows
+GROUPED = [  # as STREAMED; M: blocks of x, rows of each, experts of the pairs, experts
+    (2, 64, "bfloat16", "bfloat16", ROUTED, 200, 512, True, (16, 2), 1, {}),
+    (2, 64, "bfloat16", "bfloat16", (3, 7, [2, 0, 2, 2], 3), 131, 1024, True, (32, 2), 2, {"TURNED": 0}),
+    (4, 64, "bfloat16", "bfloat16", ROUTED, 136, 1536, True, (16, 2), 3, {}),
+    (4, 128, "float16", "bfloat16", (5, 33, [1, 1, 0], 2), 140, 1024, True, (80, 2), 1, {}),
+    (4, 32, "bfloat16", "bfloat16", (170, 1, [0] * 170, 1), 129, 256, True, (160, 1), 1, {}),
+    (8, 64, "bfloat16", "bfloat16", (2, 100, [4, 4], 7), 130, 512, True, (96, 2), 2, {}),
+    (8, 32, "float16", "float32", (200, 1, [1] * 200, 3), 129, 128, True, (192, 1), 1, {}),
+    (2, 64, "bfloat16", "bfloat16", ROUTED, 328, 1024, False, (16, 2), 2, {}),
+    (4, 32, "float16", "bfloat16", (40, 1, [1] * 40, 2), 200, 512, False, (32, 2), 1, {}),
+    (8, 128, "bfloat16", "bfloat16", (9, 10, [0, 2, 1, 2, 2, 2], 3), 136, 1024, False, (64, 2), 1, {}),
+]  # fmt: skip
+
+
+def named(case) -> str:
+    M = case[4]
+    rows = M if isinstance(M, int) else f"{len(M[2])}x{M[1]}of{M[3]}"
+    return "-".join(map(str, (*case[:4], rows, *case[5:10])))
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
+@pytest.mark.parametrize("case", GROUPED, ids=named)
+def test_streamed_products_of_experts_equal_float64(build, case, late):
+    *about, changed = case
+    assert error(*run_stream(build, *about, late, **changed)) < BOUND[about[2]]
+
+
+def run_sort(build, pairs, x_blocks, M, K, experts, tile_rows, rhs=None, lhs=None, blocks=0, seed=0, **more):
+    """(sorted, tiles, rows) of experts.cu, and what they should be."""
+    rng = np.random.default_rng(seed)
+    rhs = rng.integers(0, experts, pairs) if rhs is None else np.array(rhs)
+    lhs = rng.integers(0, x_blocks, pairs) if lhs is None else np.array(lhs)
+    x = aligned(rng.integers(0, 1 << 16, (x_blocks, M, K)).astype(np.uint16))
+    inside = [np.where((a < 0) | (a >= n), n - 1, a) for a, n in ((lhs, x_blocks), (rhs, experts))]
+    want = by_expert(x, *inside, experts, tile_rows)
+    found = [aligned(np.full_like(a, 77)) for a in want]
+    shape = cuda.sort_shape(pairs, M, experts, K, H100, blocks)
+    defines = (*shape["defines"].items(), ("THREADS", 1024))
+    library = build("experts.cu", defines, more.get("replaced", ()))
+    given = [aligned(a.astype(np.int32)) for a in (lhs, rhs)]
+    pointers = (ctypes.c_void_p * 8)(*(a.ctypes.data for a in (x, *given, *found, x, x)))
+    numbers = pairs, M, x_blocks, experts, tile_rows, len(want[1]), shape["pieces"]
+    grid = 1, shape["blocks"], 1
+    library.run(*grid, shape["shared"], 0, seed, pointers, (ctypes.c_int * 7)(*numbers))
+    return found, want
+
+
+SORTED = [  # pairs, blocks of x, rows of each, K, experts, rows of a tile
+    (1, 1, 1, 64, 1, 16),
+    (16, 8, 1, 4096, 8, 16),
+    (33, 5, 3, 72, 7, 32),
+    (1024, 512, 1, 64, 8, 160),
+    (1500, 40, 1, 16, 1024, 16),
+    (5, 2, 40, 24, 1000, 64),
+    (2100, 9, 1, 34, 300, 96),  # rows of no whole 16 bytes
+    (9, 3, 5, 20, 3, 8),
+]
+
+
+@pytest.mark.parametrize("case", SORTED, ids=lambda c: "-".join(map(str, c)))
+def test_pairs_are_sorted_by_expert_and_rows_lie_in_that_order(build, case):
+    for seed in (0, 1):
+        found, want = run_sort(build, *case, seed=seed)
+        assert all(map(np.array_equal, found, want))
+
+
+@pytest.mark.parametrize(
+    "rhs", [[3] * 700, [0, 7] * 350, [*range(7, -1, -1)] * 88, [-1, 8, 1 << 30, -(1 << 31), 0] * 140]
+)
+def test_pairs_of_any_experts_are_sorted_and_an_index_out_of_range_is_the_last(build, rhs):
+    lhs = [-1, 5, 3, 0, 1 << 30] * (len(rhs) // 5) + [2] * (len(rhs) % 5)
+    found, want = run_sort(build, len(rhs), 4, 1, 16, 8, 32, rhs=rhs, lhs=lhs, blocks=3)
+    assert all(map(np.array_equal, found, want))
+
+
+def survives(right) -> bool:
+    """Whether right() is true, in a child: a defect may write anywhere, or end the process."""
+    child = os.fork()
+    if not child:
+        code = NOT_PLANTED
+        with contextlib.suppress(BaseException):
+            code = int(not right())
+        os._exit(code)
+    ended = os.waitpid(child, 0)[1]
+    assert not os.WIFEXITED(ended) or os.WEXITSTATUS(ended) != NOT_PLANTED
+    return ended == 0
+
+
+NOT_PLANTED = 2  # exit status of a child whose text has nothing to replace, or does not compile
+SORT_DEFECTS = {
+    "added up before all are counted": (
+        "    __syncwarp();\n  }\n  __syncthreads();",
+        "    __syncwarp();\n  }",
+    ),
+    "places in the order of lanes' luck": ("__popc(same & ((1u << lane) - 1))", "__popc(same) - 1"),
+    "copied before all places are known": ("__syncthreads();\n\n  for (int row = own", "for (int row = own"),
+    "a block of x out of range": (
+        "min(u32(lhs[pair]), u32(blocks_of_x - 1))",
+        "u32(lhs[pair]) % blocks_of_x",
+    ),
+    "tiles that are too many keep their rows": ("i < most_tiles; i += 1024", "i < 0; i += 1024"),
+}
+
+
+@pytest.mark.parametrize("defect", SORT_DEFECTS)
+def test_a_defect_planted_in_the_sort_shows(build, defect):
+    def right(seed: int) -> bool:
+        lhs = np.random.default_rng(seed).integers(-1, 9, 300)
+        more = {"replaced": (SORT_DEFECTS[defect],), "lhs": lhs, "blocks": 2}
+        found, want = run_sort(build, 300, 8, 2, 16, 40, 16, seed=seed, **more)
+        return all(map(np.array_equal, found, want))
+
+    assert not all(survives(lambda s=seed: right(s)) for seed in range(3))
+
+
 STREAM_DEFECTS = {
     "x read before it is turned": ("X_TURNED ? s_empty + 8 * S_STAGES : x_full", "x_full"),
     "words given back before they are read": ("if (in_w == W_STEPS - 1) {", "if (in_w == 0) {"),
@@ -378,25 +525,23 @@ TURNED_DEFECTS = {  # of transpose=False
     "rows of x in each other's place": ("m % 2 * 4 + m % 8 / 2", "m % 2 * 4 + m % 8 / 4"),
 }
 
-NOT_PLANTED = 2  # exit status of a child whose text has nothing to replace, or does not compile
+GROUPED_DEFECTS = {
+    "rows of the next expert": ("m0 + m < end_of_rows", "m0 + m < 1 << 20"),
+    "rows in another's place": ("GROUPED ? rows[m0 + m]", "GROUPED ? m0 + m"),
+    "the first expert's weights": ("row, expert, done)", "row, 0, done)"),
+}
 
 
-@pytest.mark.parametrize("defect", [*STREAM_DEFECTS, *TURNED_DEFECTS])
+@pytest.mark.parametrize("defect", [*STREAM_DEFECTS, *TURNED_DEFECTS, *GROUPED_DEFECTS])
 def test_a_planted_defect_shows_in_a_stream(build, defect):
     about = 4, 64, "bfloat16", "bfloat16", 40, 200, 4608, True, (32, 2), 4  # the last rank has less to do
-    planted, changed = (STREAM_DEFECTS | TURNED_DEFECTS)[defect], {"BUFFERS": 2}
+    planted, changed = (STREAM_DEFECTS | TURNED_DEFECTS | GROUPED_DEFECTS)[defect], {"BUFFERS": 2}
     if defect in TURNED_DEFECTS:
         about, changed = (*about[:5], 1160, 512, False, (32, 1), 4), BOTH_HALVES
-    right = []
-    for late in (False, True):
-        child = os.fork()  # the emulation ends the process that waits in vain or arrives too often
-        if not child:
-            code = NOT_PLANTED
-            with contextlib.suppress(BaseException):
-                found = error(*run_stream(build, *about, late, (planted,), **changed))
-                code = int(not found < BOUND["bfloat16"])
-            os._exit(code)
-        ended = os.waitpid(child, 0)[1]
-        assert not os.WIFEXITED(ended) or os.WEXITSTATUS(ended) != NOT_PLANTED
-        right.append(ended == 0)
-    assert not all(right)
+    if defect in GROUPED_DEFECTS:
+        *about, changed = GROUPED[0]
+
+    def right(late: bool) -> bool:
+        return error(*run_stream(build, *about, late, (planted,), **changed)) < BOUND["bfloat16"]
+
+    assert not all(survives(lambda n=late: right(n)) for late in (False, True))

@@ -9,7 +9,7 @@ import ctypes
 
 import numpy as np
 import pytest
-from test_cuda_emulated import H100, aligned, build, error, floats, packed, stored
+from test_cuda_emulated import H100, aligned, build, by_expert, error, floats, packed, stored
 
 from mlxq.format import Format
 from mlxq.ops import cuda
@@ -20,29 +20,37 @@ def run_stream(
 ):
     """(y, the float64 answer); changed: of the macros; more: replaced, of the text.
 
+    M: rows, or (blocks of x, rows of a block, experts of the pairs, how many experts there are).
     Raises RuntimeError saying what the emulation met: a deadlock, an address outside of shared memory, ..
     """
-    rng, fmt = np.random.default_rng(seed), Format(bits, group_size)
-    words, scales, biases, w = packed(rng, fmt, (N, K), s_type)
-    x, exact_x = stored(rng.normal(0, 1, (M, K)) * factor, x_type)
-    y = aligned(np.full((M, N), 0xFFFF, np.uint16))
+    rng, fmt, grouped = np.random.default_rng(seed), Format(bits, group_size), not isinstance(M, int)
+    x_blocks, M, rhs, experts = M if grouped else (1, M, [0], 1)
+    words, scales, biases, w = packed(rng, fmt, (experts, N, K), s_type)
+    x, exact_x = stored(rng.normal(0, 1, (x_blocks, M, K)) * factor, x_type)
+    lhs, rhs = rng.integers(0, x_blocks, len(rhs)), np.array(rhs)
+    y = aligned(np.full((len(rhs), M, N), 0xFFFF, np.uint16))
+    want, table, rows = exact_x[lhs] @ w[rhs].swapaxes(1, 2), y, y
+    if grouped:
+        x, table, rows = by_expert(x, lhs, rhs, experts, 8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "stream_tunings", lambda *a: [tuning])
-        shape = cuda.stream_shape(M, N, K, fmt, x_type, s_type, SMALL_H100)
+        groups = len(table) if grouped else 0
+        shape = cuda.stream_shape(min(M, 8), N, K, fmt, x_type, s_type, more.get("gpu", SMALL_H100), groups)
     defines = shape["defines"] | dict(changed)
     tensors = [
         [len(sizes), *(*sizes, 0)[:3], *(*strides, 0)[:2], *(*box, 0)[:3], swizzle]
-        for sizes, strides, box, swizzle in cuda.stream_tensors(N, K, fmt, s_type, defines)
+        for sizes, strides, box, swizzle in cuda.stream_tensors(N * experts, K, fmt, s_type, defines)
     ]
     library = build("qmv_stream.cu", tuple(defines.items()), more.get("replaced", ()))
-    pointers = (ctypes.c_void_p * 5)(*(a.ctypes.data for a in (x, words, scales, biases, y)))
+    arrays = x, words, scales, biases, y, table, rows
+    pointers = (ctypes.c_void_p * 7)(*(a.ctypes.data for a in arrays))
     described = (ctypes.c_int * 30)(*sum(tensors, []))
     sizes = (ctypes.c_int * 3)(M, N, K)
     library.run.restype = ctypes.c_char_p
     failed = library.run(shape["grid_x"], shape["shared"], order, seed, pointers, described, sizes)
     if failed:
         raise RuntimeError(failed.decode())
-    return floats(y, x_type), exact_x @ w.T
+    return floats(y, x_type), want
 
 
 SMALL_H100 = H100 | {"multiprocessors": 1}  # every block has many tiles
@@ -96,6 +104,31 @@ def test_streamed_products_have_the_same_bits_in_any_order(build):
     assert all(np.array_equal(first, other) for other in others)
 
 
+ROUTED = (
+    12,
+    1,
+    [3, 0, 3, 3, 1, 3, 0, 3, 5, 3, 0, 3] * 2,
+    6,
+)  # experts 2 and 4 have no rows, 3 two groups of eight
+GROUPED_CASES = [  # M: blocks of x, rows of each, experts of the pairs, experts
+    ((8, 64, 3, 2, 2, 2, 16, 1), 2, 64, "bfloat16", "bfloat16", ROUTED, 70, 4096),
+    ((8, 128, 4, 2, 1, 2, 16, 2), 4, 64, "bfloat16", "bfloat16", ROUTED, 40, 4096),
+    ((16, 64, 6, 1, 1, 2, 16, 1), 4, 128, "float16", "float16", (4, 3, [1, 0, 1, 1], 2), 33, 2048),
+    ((8, 128, 2, 2, 2, 2, 16, 1), 8, 64, "bfloat16", "bfloat16", (3, 1, [2], 3), 50, 2048),
+    ((8, 128, 3, 2, 2, 2, 16, 2), 8, 64, "bfloat16", "float32", ROUTED, 20, 3072),
+    ((8, 64, 4, 2, 1, 2, 32, 1), 4, 32, "bfloat16", "bfloat16", (40, 1, [*range(40)], 40), 16, 2048),
+]
+
+
+@pytest.mark.parametrize("order", [0, 1, 2], ids=["at once", "late", "some time"])
+@pytest.mark.parametrize("case", GROUPED_CASES, ids=lambda c: "-".join(map(str, (*c[0], *c[1:5], *c[6:]))))
+def test_streamed_products_of_experts_equal_float64(build, case, order):
+    for multiprocessors in (1, 7):  # most groups end amid a block's tiles; the last blocks may have no tile
+        gpu = H100 | {"multiprocessors": multiprocessors}
+        values, want = run_stream(build, *case, order=order, seed=order, gpu=gpu)
+        assert error(values, want) < ROUNDED_ONCE[case[3]]
+
+
 ALONE, RANKED = STREAM_CASES[1], STREAM_CASES[13]
 STREAM_DEFECTS = {  # (case, what stands there, what then does) or (case, other macros)
     "places asked for before they are free": (ALONE, "barrier_wait(empty + 8 * slot, (round - 1) & 1);", ""),
@@ -109,7 +142,14 @@ STREAM_DEFECTS = {  # (case, what stands there, what then does) or (case, other 
     "no wait for the ranks' sums": (RANKED, "barrier_wait(summed + 8 * buffer, this_round & 1);", ""),
     "sums sent before they were taken": (RANKED, "barrier_wait(taken + 8 * place, (round - 1) & 1);", ""),
     "a rank ends before the others": (RANKED, "cluster_ends(), cluster_wait();  // nobody", ";  // nobody"),
-    "a rank begins before the others": (RANKED, "if (RANKS > 1) cluster_wait();", ""),
+    "a rank begins before the others": (RANKED, "if (RANKS > 1 && !GROUPED) cluster_wait();", ""),
+    "sums of x written anew before they are read": (
+        GROUPED_CASES[0],
+        "start != first_tile) all_sync_again((WARPS + 1) * 32)",
+        "0)",
+    ),
+    "rows of the next expert": (GROUPED_CASES[0], "m < rows_of_x && n < N", "n < N"),
+    "an expert for all": (GROUPED_CASES[0], "next_tile % tiles == 0)\n", "0)\n"),
     "a rank has another's x": (RANKED, "x += rank * PART * 2;", ""),
 }
 

@@ -5,7 +5,8 @@
 #   setup    the wheels, data and parts of the model that $CARRY holds, kept in $WORK
 #   tests    tests/test_cuda.py, test_torch_cuda.py   testtorch the second alone
 #   bench    tools/bench_cuda.py   tune    tools/tune_cuda.py
-#   tunemany tools/tune_many.py                  profile  ncu over the cells of PROFILE (bench_cuda.py --once)
+#   tunemany tools/tune_many.py   tuneexperts tools/tune_experts.py
+#   profile  ncu over the cells of PROFILE (bench_cuda.py --once)
 #   small    tools/train_small.py                model    SmolLM2 put together, checked, unpacked; packed at 4 bits
 #   mpq      tools/train_mpq.py                  smollm2  tools/train_smollm2.py
 #   mpqcpu   tools/train_mpq.py on the CPU, shorter
@@ -70,6 +71,7 @@ sanitize() { # racecheck knows barriers and cp.async, not every pattern of mbarr
 prepare() { "$PYTHON" "$REPO/tools/bench_cuda.py" --prepare; }
 tune() { "$PYTHON" "$REPO/tools/tune_cuda.py" --out "$OUT/tuning.json" ${TUNE:---limit 45}; }
 tunemany() { "$PYTHON" "$REPO/tools/tune_many.py" --out "$OUT/tuning-many.json" ${TUNEMANY:---limit 60}; }
+tuneexperts() { "$PYTHON" "$REPO/tools/tune_experts.py" --out "$OUT/tuning-experts.json" ${TUNEEXPERTS:---limit 60}; }
 profile() { # needs hardware counters, which not every lent machine has
     ncu --clock-control none -k 'regex:qmm_stream|qmv' --log-file "$OUT/profile.txt" \
         --section SpeedOfLight --section LaunchStats --section Occupancy --section SchedulerStats --section WarpStateStats \
@@ -165,18 +167,18 @@ w8a8() {
 }
 
 # seconds that a stage may take (in all the calls of a machine together it is less: LIMIT_stage=...); a call of the device machine ends after 600
-declare -A LIMIT=([setup]=90 [tests]=150 [testtorch]=150 [bench]=270 [small]=480 [model]=90 [mpq]=420 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [sanitize]=210 [tune]=120 [tunemany]=150 [profile]=60 [prepare]=150 [quiet]=500 [start]=240 [parity]=300 [mixed]=540 [chat]=480 [amx]=240 [w8a8]=200 [quality]=900)
+declare -A LIMIT=([setup]=90 [tests]=150 [testtorch]=150 [bench]=270 [small]=480 [model]=90 [mpq]=420 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [sanitize]=210 [tune]=120 [tunemany]=150 [tuneexperts]=150 [profile]=60 [prepare]=150 [quiet]=500 [start]=240 [parity]=300 [mixed]=540 [chat]=480 [amx]=240 [w8a8]=200 [quality]=900)
 if [ "${1:-}" = --stage ]; then
     "$2"
     exit
 fi
 gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c ^GPU)
-declare -A ON=([bench]=1 [tests]=1 [prepare]=1 [tune]=1 [tunemany]=1 [profile]=1) # which of two GPUs; the others, and all where there is one: 0
+declare -A ON=([bench]=1 [tests]=1 [prepare]=1 [tune]=1 [tunemany]=1 [tuneexperts]=1 [profile]=1) # which of two GPUs; the others, and all where there is one: 0
 declare -A CORES=() # where there are many
 rest=0-$(($(nproc) - 1))
 [ "$(nproc)" -eq 16 ] && CORES=([parity]=0-8 [start]=9-14 [quality]=0-9 [small]=12-15 [smollm2]=10-11 [mpq]=10-11 [prepare]=0-11 [bench]=0-11 [testtorch]=0-11)
 [ "$(nproc)" -ge 32 ] && rest=20-$(($(nproc) - 1)) &&
-    CORES=([mixed]=0-5 [mpqcpu]=6-13 [smollm2cpu]=14-17 [chat]=18-19 [quality]=0-27 [prepare]=0-19 [tune]=0-19 [tunemany]=0-19 [bench]=0-19 [tests]=0-19 [small]=24-31 [testtorch]=20-23)
+    CORES=([mixed]=0-5 [mpqcpu]=6-13 [smollm2cpu]=14-17 [chat]=18-19 [quality]=0-27 [prepare]=0-19 [tune]=0-19 [tunemany]=0-19 [tuneexperts]=0-19 [bench]=0-19 [tests]=0-19 [small]=24-31 [testtorch]=20-23)
 one_after_the_other() {
     local stage begun code limit cores
     set -o pipefail

@@ -7,10 +7,11 @@ weight and shape and remembered, so that a call costs a lookup, an allocation an
 
 Few rows go to qmv.cu, which never rounds a weight, or on Hopper to qmv_stream.cu, which does not either. On
 Hopper more rows of 16-bit x and transpose=False go to qmm_stream.cu, and where rows do not begin at 16
-bytes, or rows choose experts, to qmm.cu; both round each weight to x's type, as a dequantized copy would
-be. What none serves goes through such a copy and the framework's own product (cuBLAS). cupy brings NVRTC,
-the compiler, and the code is cached on disk; kernels are started through the driver. Times, floors and what
-was tried: docs/kernels-cuda.md.
+bytes to qmm.cu; these two round each weight to x's type, as a dequantized copy would be. All but qmv.cu serve
+rows that choose experts once experts.cu has sorted them; qmv.cu takes them as they come. What none serves
+goes through such a copy and the framework's own product (cuBLAS). cupy brings NVRTC, the compiler, and the
+code is cached on disk; kernels are started through the driver. Times, floors and what was tried:
+docs/kernels-cuda.md.
 """
 
 from __future__ import annotations
@@ -297,20 +298,17 @@ class _Torch:
         return a.contiguous(), b.contiguous()
 
     @staticmethod
+    def inside(indices, size: int):
+        """The last for what is out of range."""
+        return indices.masked_fill((indices < 0) | (indices >= size), size - 1)
+
+    @staticmethod
     def double(a):
         return a.double()
 
     @staticmethod
     def einsum(text: str, a, b):
         return sys.modules["torch"].einsum(text, a, b)
-
-    @staticmethod
-    def by_expert(rhs, experts: int):
-        """(positions in rhs in the order of their experts, where each expert begins and the last ends)."""
-        torch = sys.modules["torch"]
-        values, order = rhs.reshape(-1).sort(stable=True)
-        starts = torch.arange(experts + 1, dtype=torch.int32, device=rhs.device)
-        return order.to(torch.int32), torch.searchsorted(values, starts, out_int32=True)
 
 
 class _Cupy:
@@ -374,20 +372,17 @@ class _Cupy:
         return tuple(cupy.ascontiguousarray(part) for part in cupy.broadcast_arrays(a, b))
 
     @staticmethod
+    def inside(indices, size: int):
+        cupy = sys.modules["cupy"]
+        return cupy.where((indices < 0) | (indices >= size), size - 1, indices)
+
+    @staticmethod
     def double(a):
         return a.astype("float64")
 
     @staticmethod
     def einsum(text: str, a, b):
         return sys.modules["cupy"].einsum(text, a, b)
-
-    @staticmethod
-    def by_expert(rhs, experts: int):
-        cupy = sys.modules["cupy"]
-        rhs = rhs.reshape(-1)
-        order = cupy.argsort(rhs)
-        starts = cupy.arange(experts + 1, dtype=cupy.int32)
-        return order.astype(cupy.int32), cupy.searchsorted(rhs[order], starts).astype(cupy.int32)
 
 
 @functools.cache
@@ -537,12 +532,15 @@ def qmv_shared(K: int, fmt: format.Format, s_bytes: int, columns, chunk_bytes, w
 STREAM_REGISTERS = 64  # of qmv_stream.cu, that a thread may fill with x
 
 
-def stream_tunings(bits: int, row_bytes: int, tiles: int, multiprocessors: int, M: int) -> list[tuple]:
+def stream_tunings(
+    bits: int, row_bytes: int, tiles: int, multiprocessors: int, M: int, grouped: bool = False
+) -> list[tuple]:
     """Ways to run qmv_stream.cu, of which the first that serves is taken: what was best on an H200 first.
 
     (warps, bytes of a row in a warp's part of a stage, stages at most, blocks that fit a multiprocessor,
-    blocks that are started for each, units whose products are interleaved, rows of a tile, ranks). Fewer warps
-    than were best come first where more would leave more of the last stage without columns.
+    blocks that are started for each, units whose products are interleaved, rows of a tile, ranks). Fewer
+    warps than were best come first where more would leave more of the last stage without columns. Grouped: not yet
+    measured; two ranks leave registers for what finds the rows of x.
     """
     wide = 8 * STREAM_REGISTERS * bits  # bytes whose x fills the registers of 8 warps
     small = tiles <= 2 * multiprocessors
@@ -550,6 +548,8 @@ def stream_tunings(bits: int, row_bytes: int, tiles: int, multiprocessors: int, 
         best = 16, 128, 4, 1, 1, 2, 16, -(-row_bytes // (2 * wide))
     elif row_bytes > wide:
         best = {2: (8, 128, 3, 1, 1, 2, 32, 2), 4: (8, 128, 4, 2, 1, 2, 16, 2), 8: (8, 64, 12, 2, 1, 4, 16, 2)}[bits]
+    elif grouped:
+        best = 8, 64 if bits == 2 else 128, 12 if bits == 2 else 4, 2, 1, 2, 16, 2
     elif small and bits < 8:
         best = 8, 64, 4, 2, 1, 2, 32, 2
     elif small and M <= 2:
@@ -571,8 +571,10 @@ def stream_tunings(bits: int, row_bytes: int, tiles: int, multiprocessors: int, 
     return found
 
 
-def stream_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict) -> dict | None:
+def stream_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict, groups: float = 0) -> dict | None:
     """How qmv_stream.cu is compiled and started for a product; None where it does not serve.
+
+    groups: how many there are expected of up to M rows of x with an expert each; 0: all rows have one weight.
 
     defines, grid_x, threads, shared (bytes).
     """
@@ -585,14 +587,16 @@ def stream_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict) -> dict | No
         or K // fmt.group_size * SIZES[s_type] % 16
     ):
         return None
-    tunings = stream_tunings(fmt.bits, row_bytes, -(-N // 16), gpu["multiprocessors"], M)
-    shapes = (_stream_shape(t, N, K, fmt, x_type, s_type, gpu) for t in tunings)
+    tiles = -(-N // 16) * max(1, math.ceil(groups))
+    tunings = stream_tunings(fmt.bits, row_bytes, tiles, gpu["multiprocessors"], M, groups > 0)
+    shapes = (_stream_shape(t, N, K, fmt, x_type, s_type, gpu, groups) for t in tunings)
     return next(filter(None, shapes), None)
 
 
-def _stream_shape(tuning: tuple, N, K, fmt, x_type: str, s_type: str, gpu: dict) -> dict | None:
+def _stream_shape(tuning: tuple, N, K, fmt, x_type: str, s_type: str, gpu: dict, groups=0) -> dict | None:
     warps, segment, most, fit, started, together, rows, ranks = tuning
-    row_bytes, s_bytes, tiles = K * fmt.bits // 8, SIZES[s_type], -(-N // rows)
+    row_bytes, s_bytes = K * fmt.bits // 8, SIZES[s_type]
+    tiles = -(-N // rows) * max(1, math.ceil(groups))
     unit = min(fmt.group_size, segment * 8 // fmt.bits)  # codes of one scale
     stages = -(-row_bytes // (ranks * warps * segment))
     part_bytes = stages * warps * segment  # of a row in a block
@@ -638,6 +642,7 @@ def _stream_shape(tuning: tuple, N, K, fmt, x_type: str, s_type: str, gpu: dict)
         "TOGETHER": together,
         "ROWS": rows,
         "RANKS": ranks,
+        "GROUPED": int(groups > 0),
     }
     return {"defines": defines, "grid_x": clusters * ranks, "threads": 32 * (warps + 1), "shared": shared}
 
@@ -696,21 +701,29 @@ def stream_tensors(N: int, K: int, fmt: format.Format, s_type: str, defines: dic
 
 def _stream(device: int, pointers, M: int, N: int, K: int, fmt, x_type, s_type):
     """A launch of qmv_stream.cu that takes (x, y), or None where it does not serve."""
+    shape = stream_shape(M, N, K, fmt, x_type, s_type, _device(device))
+    return shape and _few_launch(device, pointers, M, N, K, fmt, s_type, shape)
+
+
+def _few_launch(device: int, pointers, M: int, N: int, K: int, fmt, s_type, shape: dict, experts: int = 1):
+    """A launch of qmv_stream.cu that takes (x, y), or (x, y, tiles, rows) if it is grouped."""
     gpu = _device(device)
-    shape = stream_shape(M, N, K, fmt, x_type, s_type, gpu)
-    if shape is None:
-        return None
     flags = options(gpu["arch"], shape["defines"])
     kernel = _kernel(device, "qmv_stream.cu", "qmv_stream", flags, shape["shared"])
-    tensors = stream_tensors(N, K, fmt, s_type, shape["defines"])
+    tensors = stream_tensors(N * experts, K, fmt, s_type, shape["defines"])
     maps = [_tensor_map(p, *of) for p, of in zip(pointers, tensors, strict=True)]
     arguments = [ctypes.c_void_p(), *maps, ctypes.c_void_p(), *(ctypes.c_int(v) for v in (M, N, K))]
+    arguments += [ctypes.c_void_p(), ctypes.c_void_p()]
     grid, ranks = (shape["grid_x"], 1, 1), shape["defines"]["RANKS"]
-    return _Launch(kernel, grid, shape["threads"], arguments, (0, 4), ranks, spread=ranks > 1)
+    changing = (0, 4, 8, 9) if shape["defines"]["GROUPED"] else (0, 4)
+    return _Launch(kernel, grid, shape["threads"], arguments, changing, ranks, spread=ranks > 1)
 
 
 def _qmv(device: int, pointers, batches: int, M: int, N: int, K: int, fmt, x_type, s_type, indices):
-    """A launch of qmv.cu that takes (x, y[, lhs, rhs]) or None where it does not fit."""
+    """A launch of qmv.cu that takes (x, y[, lhs, rhs]) or None where it does not fit.
+
+    indices: None, or how many there are for lhs and for rhs to choose from.
+    """
     gpu = _device(device)
     shape = qmv_shape(M, N, K, fmt, x_type, s_type, gpu)
     if shape is None:
@@ -719,13 +732,13 @@ def _qmv(device: int, pointers, batches: int, M: int, N: int, K: int, fmt, x_typ
     kernel = _kernel(device, "qmv.cu", "qmv", flags, shape["shared"])
     row_blocks = -(-M // shape["rows"])
     pointers = [ctypes.c_void_p(p) for p in (0, *pointers, 0, 0, 0)]
-    numbers = [ctypes.c_int(v) for v in (M, N, K, row_blocks, shape["wk_bits"])]
+    numbers = [ctypes.c_int(v) for v in (M, N, K, row_blocks, shape["wk_bits"], *(indices or (1, 1)))]
     grid = (shape["grid_x"], batches * row_blocks, 1)
     changing = (0, 4, 5, 6) if indices else (0, 4)
     return _Launch(kernel, grid, shape["threads"], pointers + numbers, changing)
 
 
-MAX_EXPERTS = 1024  # of qmm.cu's tile search
+MAX_EXPERTS = 1024  # threads of a block of experts.cu
 QMM_TILES = {
     8: (2, 2),
     16: (2, 2),
@@ -742,7 +755,7 @@ def qmm_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict, transpose=True,
     M is the rows of x; with experts, the expected rows of one. defines, out_tiles, rows (of x a block), ranks
     (blocks that share the reduced columns), shared (bytes).
     """
-    if gpu["arch"] != "sm_90a" or x_type == "float32" or experts > MAX_EXPERTS:
+    if gpu["arch"] != "sm_90a" or x_type == "float32":
         return None
     out, reduced = (N, K) if transpose else (K, N)
     rows = next((n for n in QMM_TILES if n >= M), max(QMM_TILES))
@@ -777,7 +790,6 @@ def qmm_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict, transpose=True,
         "X_COPY": math.gcd(reduced * 2, 16),
         "S_ALIGNED": int(aligned),
         "GROUPED": int(experts > 0),
-        "MAX_EXPERTS": MAX_EXPERTS,
     }
     shared = max(fixed + stages * stage, sums)
     return {"defines": defines, "out_tiles": out_tiles, "rows": rows, "ranks": ranks, "shared": shared}
@@ -792,14 +804,35 @@ def qmm_stream_tuning(M: int) -> tuple[int, int]:
     return rows, 2 if rows <= 64 else 1
 
 
+def grouped_tuning(rows: int, experts: int) -> tuple[int, int]:
+    """(rows of x a tile, blocks that share a multiprocessor) of qmm_stream.cu for rows of chosen experts.
+
+    The cheapest if all experts are as likely: a tile of so many rows takes about as long as 64 rows more
+    (for its weights are unpacked however many rows there are).
+    """
+    found = min(GROUPED_ROWS, key=lambda tile: tiles_expected(rows, experts, tile) * (64 + tile))
+    return found, 2 if found <= 80 else 1
+
+
+GROUPED_ROWS = 16, 32, 64, 80, 96, 128, 160, 192, 256
+
+
+def tiles_expected(rows: int, experts: int, tile: int) -> float:
+    """How many tiles of one expert's rows there are on average, if all experts are as likely for each row."""
+    mean = rows / experts
+    spread = math.sqrt(2 * mean)  # of the normal distribution nearest to the number of one's rows
+    ends = range(int((mean + 4 * spread) / tile) + 1)
+    return experts * sum(0.5 * math.erfc((k * tile + 0.5 - mean) / spread) for k in ends)
+
+
 def qmm_stream_shape(
-    M, N, K, fmt, x_type: str, s_type: str, gpu: dict, transpose=True, tuning=None, **changed
+    M, N, K, fmt, x_type: str, s_type: str, gpu: dict, transpose=True, tuning=None, grouped=False, **changed
 ) -> dict | None:
     """How qmm_stream.cu is compiled and started; None where it does not serve.
 
-    tuning: instead of qmm_stream_tuning's; changed: TURNED, BUFFERS, MOST_UNROLLED, HALVES other than they
-    would be. defines, out_tiles, rows (of x a block), units (that ranks share, `steps` each), threads, shared
-    (bytes).
+    tuning: instead of qmm_stream_tuning's; grouped: x is sorted by experts; changed: TURNED, BUFFERS,
+    MOST_UNROLLED, HALVES other than they would be. defines, out_tiles, rows (of x a block), units (that ranks
+    share, `steps` each), threads, shared (bytes).
     """
     out, reduced = (N, K) if transpose else (K, N)
     s_bytes = SIZES[s_type]
@@ -811,7 +844,11 @@ def qmm_stream_shape(
     rows, blocks = tuning or qmm_stream_tuning(M)
     w_steps, s_steps = (16 // fmt.bits, 16 // s_bytes * fmt.group_size // 64) if transpose else (2, 2)
     w_stage = 128 * (128 if transpose else 16 * fmt.bits) * halves
-    x_stages = {256: 4, 128: 6}.get(rows, 8) if blocks == 1 else min(8, max(4, 32768 // (rows * 128)))
+    x_stages = (
+        {256: 4, 192: 4, 160: 5, 128: 6}.get(rows, 8)
+        if blocks == 1
+        else min(8, max(4, 32768 // (rows * 128)))
+    )
     limit = gpu["shared"] if blocks == 1 else (gpu["shared"] + 1024) // blocks - 1024  # 1 KiB a block
     for w_stages in range(12, 1, -1):
         s_stages = -(-w_stages * w_steps // s_steps) + 1
@@ -827,6 +864,7 @@ def qmm_stream_shape(
         "X_TYPE": TYPES[x_type],
         "S_TYPE": TYPES[s_type],
         "FORWARD": int(transpose),
+        "GROUPED": int(grouped),
         "BN": rows,
         "BLOCKS": blocks,
         "HALVES": halves,
@@ -933,15 +971,18 @@ def _many_streamed(device: int, pointers, M: int, N: int, K: int, fmt, x_type, s
     return shape and _stream_launch(device, pointers, M, N, K, fmt, x_type, s_type, transpose, shape)
 
 
-def _stream_launch(device, pointers, M, N, K, fmt, x_type, s_type, transpose, shape: dict, ranks=None):
+def _stream_launch(
+    device, pointers, M, N, K, fmt, x_type, s_type, transpose, shape: dict, ranks=None, groups=None
+):
+    """groups: None, or (experts, tiles expected, tiles at most); then it takes (x, y, tiles, rows)."""
     gpu = _device(device)
     kernel = _kernel(
         device, "qmm_stream.cu", "qmm_stream", options(gpu["arch"], shape["defines"]), shape["shared"]
     )
     _check(kernel.driver.cuFuncSetAttribute(kernel.function, _FUNCTION_CARVEOUT, 100), "room for blocks")
-    tiles = shape["out_tiles"] * -(-M // shape["rows"])
+    experts, tiles, most_tiles = groups or (0, *[-(-M // shape["rows"])] * 2)
     ranks = ranks or qmm_stream_ranks(
-        tiles,
+        shape["out_tiles"] * math.ceil(tiles),
         shape["units"],
         shape["steps"],
         shape["defines"]["BLOCKS"],
@@ -952,31 +993,142 @@ def _stream_launch(device, pointers, M, N, K, fmt, x_type, s_type, transpose, sh
     box = 128 if transpose else 16 * fmt.bits
     reduced = K if transpose else N
     x = _TensorMap((reduced, M), (2 * reduced,), (64, shape["rows"]), 128, x_type)
-    maps = [_tensor_map(pointers[0], (row, N), (row,), (box, 128), box)]
-    maps += [_tensor_map(p, (scales, N), (scales,), (16, 128), 0) for p in pointers[1:]]
+    maps = [
+        _tensor_map(p, (size, N, experts), (size, N * size), (*of, 1), swizzle)
+        if experts
+        else _tensor_map(p, (size, N), (size,), of, swizzle)
+        for p, size, of, swizzle in zip(
+            pointers, (row, scales, scales), ((box, 128), *[(16, 128)] * 2), (box, 0, 0), strict=True
+        )
+    ]
     arguments = [x, *maps, ctypes.c_void_p(), *(ctypes.c_int(v) for v in (M, N, K))]
-    grid = (ranks, shape["out_tiles"], -(-M // shape["rows"]))
-    return _Launch(kernel, grid, shape["threads"], arguments, (0, 4), ranks)
+    arguments += [ctypes.c_void_p(), ctypes.c_void_p()]
+    grid = (ranks, shape["out_tiles"], most_tiles)
+    return _Launch(kernel, grid, shape["threads"], arguments, (0, 4, 8, 9) if experts else (0, 4), ranks)
 
 
-def _many(
-    device: int, pointers, M: int, N: int, K: int, fmt, x_type, s_type, transpose, experts=0, batches=1
-):
-    """A launch of qmm.cu that takes (x, y[, order, lhs, offsets]) or None where it does not serve."""
-    gpu = _device(device)
-    each = -(-M * batches // experts) if experts else M
-    shape = qmm_shape(each, N, K, fmt, x_type, s_type, gpu, transpose, experts)
-    if shape is None:
-        return None
-    kernel = _kernel(device, "qmm.cu", "qmm", options(gpu["arch"], shape["defines"]), shape["shared"])
-    tiles = -(-M // shape["rows"])
-    if experts:  # every expert may leave one tile half empty
-        tiles = M * batches // shape["rows"] + min(experts, batches)
-    pointers = [ctypes.c_void_p(p) for p in (0, *pointers, 0, 0, 0, 0)]
-    numbers = [ctypes.c_int(v) for v in (M, N, K, experts)]
+def _many(device: int, pointers, M: int, N: int, K: int, fmt, x_type, s_type, transpose):
+    """A launch of qmm.cu that takes (x, y) or None where it does not serve."""
+    shape = qmm_shape(M, N, K, fmt, x_type, s_type, _device(device), transpose)
+    return shape and _many_launch(device, pointers, M, N, K, shape, -(-M // shape["rows"]))
+
+
+def _many_launch(device: int, pointers, M: int, N: int, K: int, shape: dict, tiles: int):
+    """A launch of qmm.cu that takes (x, y), or (x, y, tiles, rows) if it is grouped."""
+    flags = options(_device(device)["arch"], shape["defines"])
+    kernel = _kernel(device, "qmm.cu", "qmm", flags, shape["shared"])
+    arguments = [ctypes.c_void_p(p) for p in (0, *pointers, 0)]
+    arguments += [*(ctypes.c_int(v) for v in (M, N, K)), ctypes.c_void_p(), ctypes.c_void_p()]
+    changing = (0, 4, 8, 9) if shape["defines"]["GROUPED"] else (0, 4)
     grid = (shape["ranks"], shape["out_tiles"], tiles)
-    changing = (0, 4, 5, 6, 7) if experts else (0, 4)
-    return _Launch(kernel, grid, 256, pointers + numbers, changing, shape["ranks"])
+    return _Launch(kernel, grid, 256, arguments, changing, shape["ranks"])
+
+
+class _Grouped:
+    """gather_qmm by experts.cu, which sorts rows by expert, and a product of tiles of one expert's rows.
+
+    x_blocks: of M rows each. The product may begin while rows are sorted, and the sorting while the kernel
+    before still runs: each waits for the one before it, first of all.
+    """
+
+    def __init__(
+        self, device: int, product, tile_rows: int, pairs: int, x_blocks: int, M: int, experts, reduced
+    ):
+        self.device, self.product, self.name = device, product, product.name
+        self.rows, self.reduced = pairs * M, reduced
+        self.most_tiles = most_tiles(pairs * M, tile_rows, min(experts, pairs))
+        self.sort = _sort(device, pairs, x_blocks, M, experts, reduced, tile_rows, self.most_tiles)
+
+    def __call__(self, side, x_at: int, x_type: str, y, lhs, rhs) -> None:
+        pointer, stream = side.pointer, side.stream(self.device)
+        x_sorted = side.empty((self.rows, self.reduced), x_type, self.device)
+        table = side.empty((4 * self.most_tiles + self.rows,), "int32", self.device)
+        tiles = pointer(table)
+        rows = tiles + 16 * self.most_tiles
+        self.sort(stream, x_at, pointer(lhs), pointer(rhs), pointer(x_sorted), tiles, rows, early=True)
+        self.product(stream, pointer(x_sorted), pointer(y), tiles, rows, early=True)
+
+
+def most_tiles(rows: int, tile: int, experts: int) -> int:
+    """Tiles of one expert's rows that there are at most, if so many experts have a row at most."""
+    return max(1, (rows + experts * (tile - 1)) // tile)
+
+
+def _sort(
+    device: int, pairs: int, x_blocks: int, M: int, experts: int, reduced: int, tile_rows, tiles
+) -> _Launch:
+    """A launch of experts.cu that takes (x, lhs, rhs, sorted, tiles, rows)."""
+    gpu = _device(device)
+    shape = sort_shape(pairs, M, experts, reduced, gpu)
+    kernel = _kernel(
+        device, "experts.cu", "by_expert", options(gpu["arch"], shape["defines"]), shape["shared"]
+    )
+    numbers = pairs, M, x_blocks, experts, tile_rows, tiles, shape["pieces"]
+    arguments = [*(ctypes.c_void_p() for _ in range(6)), *(ctypes.c_int(v) for v in numbers)]
+    return _Launch(kernel, (1, shape["blocks"], 1), 1024, arguments, range(6))
+
+
+def sort_shape(pairs: int, M: int, experts: int, reduced: int, gpu: dict, blocks: int = 0) -> dict:
+    """How experts.cu is compiled and started: defines, blocks, pieces (of a row of x), shared (bytes)."""
+    piece = 2 if reduced % 8 else 16
+    rows = pairs * M
+    few = max(1, min(gpu["multiprocessors"], rows, rows * reduced * 2 >> 12))
+    blocks = blocks or max(few, -(-pairs // 8192))
+    most_pairs = min(pairs, -(-rows // blocks) // M + 2)
+    shared = 4 * (experts * 34 + 64 + most_pairs)
+    return {"defines": {"PIECE": piece}, "blocks": blocks, "pieces": reduced * 2 // piece, "shared": shared}
+
+
+def grouped_shape(pairs, M, N, K, fmt, x_type, s_type, gpu: dict, transpose, experts) -> tuple | None:
+    """(kernel file's name, how it is compiled and started) for pairs of M rows and an expert, or None."""
+    rows, about = pairs * M, (N, K, fmt, x_type, s_type)
+    fits = experts <= MAX_EXPERTS and rows * -(-N // 16) < 1 << 30 and N * experts < 1 << 31
+    if gpu["arch"] != "sm_90a" or x_type == "float32" or not fits:
+        return None
+    groups = tiles_expected(rows, experts, 8)
+    if transpose and groups <= GROUPS_BEST_IN_QMV_STREAM * experts:
+        shape = stream_shape(8, *about, gpu, groups)
+        if shape:
+            return "qmv_stream", shape
+    shape = qmm_stream_shape(rows, *about, gpu, transpose, grouped_tuning(rows, experts), grouped=True)
+    if shape:
+        return "qmm_stream", shape
+    shape = qmm_shape(-(-rows // experts), *about, gpu, transpose, experts)
+    return shape and ("qmm", shape)
+
+
+def _grouped(
+    device,
+    pointers,
+    pairs,
+    x_blocks,
+    M,
+    N,
+    K,
+    fmt,
+    x_type,
+    s_type,
+    transpose,
+    experts,
+    found=None,
+    ranks=None,
+):
+    """A _Grouped, or None where none serves. found: instead of grouped_shape's; ranks: of qmm_stream.cu."""
+    reduced, rows, about = K if transpose else N, pairs * M, (N, K, fmt, x_type, s_type)
+    found = found or grouped_shape(pairs, M, *about, _device(device), transpose, experts)
+    if found is None:
+        return None
+    kernel, shape = found
+    tile_rows = 8 if kernel == "qmv_stream" else shape["rows"]
+    most = most_tiles(rows, tile_rows, min(experts, pairs))
+    if kernel == "qmv_stream":
+        product = _few_launch(device, pointers, rows, N, K, fmt, s_type, shape, experts)
+    elif kernel == "qmm_stream":
+        groups = experts, tiles_expected(rows, experts, tile_rows), most
+        product = _stream_launch(device, pointers, rows, *about, transpose, shape, ranks, groups)
+    else:
+        product = _many_launch(device, pointers, rows, N, K, shape, most)
+    return _Grouped(device, product, tile_rows, pairs, x_blocks, M, experts, reduced)
 
 
 def qmm(x, w: format.Packed, transpose: bool = True):
@@ -1028,7 +1180,7 @@ class _Product:
                     many = device, self.pointers, M, *about, transpose
                     self.launch = _many_streamed(*many) or _many(*many)
                 if self.launch is None and transpose and M <= ROWS_OF_QMV:
-                    self.launch = _qmv(device, self.pointers, 1, M, *about, False)
+                    self.launch = _qmv(device, self.pointers, 1, M, *about, None)
         quick = self.launch is not None and side is _Torch
         self.quick = self._quick(w.words, w.scales, w.biases) if quick else None
 
@@ -1114,40 +1266,36 @@ def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpos
         if M * N * K == 0:
             y[...] = 0
             return y
-        key = ("gather", batches, M, x_type, parts, w.format, transpose)
-        found = _plans.get(key)
-        if found is None:
-            pointers, experts = [p[0] for p in parts], math.prod(w.shape[:-2])
-            launch = None
+        x_blocks, experts = math.prod(x_shape[:-2]), math.prod(w.shape[:-2])
+        key = ("gather", batches, x_blocks, M, x_type, parts, w.format, transpose)
+        launch = _plans.get(key)
+        if launch is None:
+            pointers = [p[0] for p in parts]
+            about = M, N, K, w.format, x_type, s_type
             if not transpose or batches * M > ROWS_BEST_IN_QMV_OF_EXPERTS:
-                about = N, K, w.format, x_type, s_type, transpose, experts, batches
-                launch = _many(device, pointers, M, *about)
-            grouped = launch is not None
+                launch = _grouped(device, pointers, batches, x_blocks, *about, transpose, experts)
             if launch is None and transpose:
-                launch = _qmv(device, pointers, batches, M, N, K, w.format, x_type, s_type, True)
-            found = launch, grouped
+                launch = _qmv(device, pointers, batches, *about, (x_blocks, experts))
             if launch is not None:
-                _remember(key, found)
-        launch, grouped = found
-        if grouped:
-            order, offsets = side.by_expert(rhs, math.prod(w.shape[:-2]))
-            arrays = (side.pointer(a) for a in (y, order, lhs, offsets))
-            launch(side.stream(device), x_at[0], *arrays)
+                _remember(key, launch)
+        if isinstance(launch, _Grouped):
+            launch(side, x_at[0], x_type, y, lhs, rhs)
             return y
         if launch is not None:
-            pointers = (x_at[0], side.pointer(y), side.pointer(lhs), side.pointer(rhs))
-            launch(side.stream(device), *pointers)
+            arrays = (x_at[0], side.pointer(y), side.pointer(lhs), side.pointer(rhs))
+            launch(side.stream(device), *arrays)
             return y
         weights = dequantize(w, x_type).reshape(-1, N, K)
-        blocks = x.reshape(-1, *x_shape[-2:])[lhs.reshape(-1)]
-        chosen = weights[rhs.reshape(-1)]
+        blocks = x.reshape(-1, *x_shape[-2:])[side.inside(lhs.reshape(-1), x_blocks)]
+        chosen = weights[side.inside(rhs.reshape(-1), experts)]
         product = side.product(blocks, chosen.swapaxes(-1, -2) if transpose else chosen)
         y[...] = product.reshape(y.shape)
     return y
 
 
 ROWS_BEST_IN_QMV = 8
-ROWS_BEST_IN_QMV_OF_EXPERTS = 32
+ROWS_BEST_IN_QMV_OF_EXPERTS = 2
+GROUPS_BEST_IN_QMV_STREAM = 1.25  # of up to eight rows, an expert
 # Where qmm.cu does not serve: qmv reads the weights once for every eight rows; beyond, a copy is faster.
 ROWS_OF_QMV = 32
 

@@ -103,7 +103,11 @@ __device__ __forceinline__ void wgmma_wait(void*) {
 #define R8 R4 ",%4,%5,%6,%7"
 #define R16 TEN("") ",%10,%11,%12,%13,%14,%15"
 #define R32 TEN("") "," TEN("1") "," TEN("2") ",%30,%31"
+#define R40 TEN("") "," TEN("1") "," TEN("2") "," TEN("3")
+#define R48 R40 ",%40,%41,%42,%43,%44,%45,%46,%47"
 #define R64 TEN("") "," TEN("1") "," TEN("2") "," TEN("3") "," TEN("4") "," TEN("5") ",%60,%61,%62,%63"
+#define R80 R40 "," TEN("4") "," TEN("5") "," TEN("6") "," TEN("7")
+#define R96 R80 "," TEN("8") ",%90,%91,%92,%93,%94,%95"
 #define R128                                                                                                     \
   TEN("") "," TEN("1") "," TEN("2") "," TEN("3") "," TEN("4") "," TEN("5") "," TEN("6") "," TEN("7") "," TEN("8") \
   "," TEN("9") "," TEN("10") "," TEN("11") ",%120,%121,%122,%123,%124,%125,%126,%127"
@@ -111,7 +115,11 @@ __device__ __forceinline__ void wgmma_wait(void*) {
 #define D8(i) D4(i), D4(i + 4)
 #define D16(i) D8(i), D8(i + 8)
 #define D32(i) D16(i), D16(i + 16)
+#define D40(i) D32(i), D8(i + 32)
+#define D48(i) D32(i), D16(i + 32)
 #define D64(i) D32(i), D32(i + 32)
+#define D80(i) D64(i), D16(i + 64)
+#define D96(i) D64(i), D32(i + 64)
 #define D128(i) D64(i), D64(i + 64)
 #define WGMMA(n, registers, sums, a, b, transposed)                                                                     \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." F16_TYPE "." F16_TYPE " {" registers "}, %" a ", %" b \
@@ -152,8 +160,16 @@ __device__ __forceinline__ void wgmma(float* d, const unsigned int* left, unsign
   WGMMA_LEFT("32", R16, D16(0), "16", "17", "18", "19", "20");
 #elif BN == 64
   WGMMA_LEFT("64", R32, D32(0), "32", "33", "34", "35", "36");
+#elif BN == 80
+  WGMMA_LEFT("80", R40, D40(0), "40", "41", "42", "43", "44");
+#elif BN == 96
+  WGMMA_LEFT("96", R48, D48(0), "48", "49", "50", "51", "52");
 #elif BN == 128
   WGMMA_LEFT("128", R64, D64(0), "64", "65", "66", "67", "68");
+#elif BN == 160
+  WGMMA_LEFT("160", R80, D80(0), "80", "81", "82", "83", "84");
+#elif BN == 192
+  WGMMA_LEFT("192", R96, D96(0), "96", "97", "98", "99", "100");
 #elif BN == 256
   WGMMA_LEFT("256", R128, D128(0), "128", "129", "130", "131", "132");
 #endif

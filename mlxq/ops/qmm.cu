@@ -2,7 +2,7 @@
 //
 //   FORWARD = 1   y (M, N) = x (M, K) @ W^T          out = N (the rows of W), reduced = K (its columns)
 //   FORWARD = 0   y (M, K) = x (M, N) @ W            out = K, reduced = N: the gradient of the other, on the same bytes
-//   GROUPED y[b] = x[lhs[b]] @ W[expert of b]: rows in the order of their experts, order[] says whose they are
+//   GROUPED y[rows[m]] = x[m] @ W[expert of m]: rows of x in the order of their experts, tiles[] says whose (experts.cu)
 //
 //   x        X    (.., M, reduced)             X_TYPE 1 float16, 2 bfloat16
 //   words    u32  (experts, N, K * BITS / 32)
@@ -130,8 +130,8 @@ __device__ __forceinline__ u64 descriptor(u32 at) {
 
 extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS)
 qmm(const char* __restrict__ x, const char* __restrict__ words, const char* __restrict__ scales,
-    const char* __restrict__ biases, char* __restrict__ y, const int* __restrict__ order, const int* __restrict__ lhs,
-    const int* __restrict__ offsets, int M, int N, int K, int experts) {
+    const char* __restrict__ biases, char* __restrict__ y, int M, int N, int K, const uint4* __restrict__ tile_table,
+    const int* __restrict__ rows) {
   SHARED_MEMORY(shared);
   const int tid = threadIdx.x, group = tid / 128, thread = tid % 128;
   const int rank = blockIdx.x, ranks = gridDim.x;
@@ -146,38 +146,13 @@ qmm(const char* __restrict__ x, const char* __restrict__ words, const char* __re
   wait_for_predecessor();
 
 #if GROUPED
-  // Tile blockIdx.z of the tiles of all experts: whose, and which of its rows.
-  int* const ends = reinterpret_cast<int*>(s_ring);  // tiles up to and with each expert; the ring is empty still
-  for (int e = tid; e < experts; e += 256) ends[e] = (int(offsets[e + 1] - offsets[e]) * M + BN - 1) / BN;
-  __syncthreads();
-  for (int d = 1; d < experts; d *= 2) {
-    int sums[MAX_EXPERTS / 256];
-#pragma unroll
-    for (int i = 0; i < MAX_EXPERTS / 256; i++) {
-      const int e = tid + 256 * i;
-      sums[i] = e < experts ? ends[e] + (e >= d ? ends[e - d] : 0) : 0;
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < MAX_EXPERTS / 256; i++)
-      if (tid + 256 * i < experts) ends[tid + 256 * i] = sums[i];
-    __syncthreads();
-  }
-  int low = 0, high = experts;  // the first expert whose end is beyond this tile
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (ends[middle] > int(blockIdx.z)) high = middle; else low = middle + 1;
-  }
-  if (low == experts) return;  // the whole cluster
-  const int expert = low, first = (int(blockIdx.z) - (expert ? ends[expert - 1] : 0)) * BN;
-  const int rows = (offsets[expert + 1] - offsets[expert]) * M;
-  __syncthreads();
+  const uint4 tile = tile_table[blockIdx.z];
+  if (tile.z == 0) return;  // the whole cluster
   for (int m = tid; m < BN; m += 256) {
-    const int at = first + m;
-    const int batch = at < rows ? order[offsets[expert] + at / M] : 0;
-    rows_of_x[m] = at < rows ? lhs[batch] * M + at % M : -1;
-    rows_of_y[m] = batch * M + at % M;
+    const bool valid = m < int(tile.z);
+    rows_of_x[m] = valid ? int(tile.y) + m : -1, rows_of_y[m] = valid ? rows[tile.y + m] : 0;
   }
+  const int expert = tile.x;
   words += size_t(expert) * N * (size_t(K) / 8 * BITS);
   scales += size_t(expert) * N * (K / GROUP) * S_BYTES;
   biases += size_t(expert) * N * (K / GROUP) * S_BYTES;

@@ -29,6 +29,8 @@
 //            8 / BITS warps that read the same bytes the others. Two idle warps write the scales and biases of a pair of rows
 //            beside each other, where they lie and as the fma wants them: eight loads a step instead of 32. FOLDED as above
 //   BUFFERS  2: the next step is unpacked while the matrix units multiply; 1: other blocks fill that time
+//   GROUPED  words, scales, biases have a third dimension, experts; x is sorted by them, and tiles[blockIdx.z] says whose rows a
+//            block has and which (experts.cu); rows[] says where in y a row of x belongs. A block without rows leaves
 //   split    the blocks of a cluster share the reduced columns; their float32 sums meet through distributed shared memory
 //            and are added in rank order: the same bits every time
 //
@@ -207,11 +209,12 @@ __device__ __forceinline__ void pairs_of(const char* from, u32* pairs) {
 
 extern "C" __global__ void __launch_bounds__(32 * WORKERS + 128, BLOCKS)
 qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap s_map,
-           const __grid_constant__ TensorMap b_map, char* __restrict__ y, int M, int N, int K) {
+           const __grid_constant__ TensorMap b_map, char* __restrict__ y, int M, int N, int K, const uint4* __restrict__ tiles,
+           const int* __restrict__ rows) {
   SHARED_MEMORY(shared);
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, rank = blockIdx.x, ranks = gridDim.x;
   const int half = warp / 8 % HALVES, helper = warp - WORKERS;
-  const int out0 = (blockIdx.y * HALVES + half) * 128, outs = FORWARD ? N : K, reduced = FORWARD ? K : N, m0 = blockIdx.z * BN;
+  const int out0 = (blockIdx.y * HALVES + half) * 128, outs = FORWARD ? N : K, reduced = FORWARD ? K : N;
   const u32 base = shared_address(shared);
   constexpr int W_RING = X_STAGES * X_STAGE, S_RING = W_RING + W_STAGES * W_STAGE, BARRIERS = S_RING + S_STAGES * S_STAGE;
   const u32 x_full = base + BARRIERS, x_empty = x_full + 8 * X_STAGES, w_full = x_empty + 8 * X_STAGES;
@@ -226,6 +229,21 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
     barriers_ready();
   }
   __syncthreads();
+#if GROUPED
+  predecessor_done();
+  const uint4 tile = tiles[blockIdx.z];
+  const int expert = tile.x, m0 = tile.y, end_of_rows = tile.y + tile.z;
+  if (tile.z == 0) return;  // the whole cluster
+#else
+  const int m0 = blockIdx.z * BN, end_of_rows = M;
+#endif
+  auto weights_copy = [&](u32 to, const TensorMap& map, int column, int row, u32 done) {
+#if GROUPED
+    tensor_copy(to, map, column, row, expert, done);
+#else
+    tensor_copy(to, map, column, row, done);
+#endif
+  };
   const int steps = (reduced + 63) / 64, share = ((steps + ranks - 1) / ranks + UNIT - 1) / UNIT * UNIT;
   const int begin = rank * share, end = min(begin + share, steps);  // the host starts no rank without a step
 
@@ -244,8 +262,8 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
           for (int h = 0; h < HALVES; h++) {
             const int out = out0 + 128 * h, row = FORWARD ? out : step * 64;
             const int column = FORWARD ? step / S_STEPS * 16 : out / GROUP * S_BYTES / 16 * 16;
-            tensor_copy(to + h * S_HALF, s_map, column, row, done);
-            tensor_copy(to + h * S_HALF + 2048, b_map, column, row, done);
+            weights_copy(to + h * S_HALF, s_map, column, row, done);
+            weights_copy(to + h * S_HALF + 2048, b_map, column, row, done);
           }
           if (++s_slot == S_STAGES) s_slot = 0, s_round++;
         }
@@ -256,7 +274,7 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
 #pragma unroll
           for (int h = 0; h < HALVES; h++) {
             const int out = out0 + 128 * h;
-            tensor_copy(to + h * W_HALF, w_map, FORWARD ? step / W_STEPS * 128 : out / 8 * BITS, FORWARD ? out : step * 64, done);
+            weights_copy(to + h * W_HALF, w_map, FORWARD ? step / W_STEPS * 128 : out / 8 * BITS, FORWARD ? out : step * 64, done);
           }
           if (++w_slot == W_STAGES) w_slot = 0, w_round++;
         }
@@ -494,7 +512,7 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
       workers_sync<WORKERS>();
     const int o = lane * 4;  // four outs of a row of x
 #pragma unroll 1
-    for (int m = rank + ranks * (warp % 8); m < BN && m0 + m < M && out0 + o < outs; m += 8 * ranks) {
+    for (int m = rank + ranks * (warp % 8); m < BN && m0 + m < end_of_rows && out0 + o < outs; m += 8 * ranks) {
       float4 sum = *reinterpret_cast<const float4*>(mine + place(m) + o);
       if (ranks > 1) {
         float4 parts[8];
@@ -507,7 +525,7 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
           if (r < ranks) sum.x += parts[r].x, sum.y += parts[r].y, sum.z += parts[r].z, sum.w += parts[r].w;
       }
       const u32 low = round2(sum.x, sum.y), high = round2(sum.z, sum.w);
-      u16* to = reinterpret_cast<u16*>(y) + size_t(m0 + m) * outs + out0 + o;
+      u16* to = reinterpret_cast<u16*>(y) + size_t(GROUPED ? rows[m0 + m] : m0 + m) * outs + out0 + o;
       if (outs % 4 == 0) {
         *reinterpret_cast<uint2*>(to) = make_uint2(low, high);
       } else {

@@ -196,7 +196,7 @@ __device__ __forceinline__ void wait_for_predecessor() {
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 qmv(const char* __restrict__ x, const char* __restrict__ words, const char* __restrict__ scales,
     const char* __restrict__ biases, void* __restrict__ y, const int* __restrict__ lhs, const int* __restrict__ rhs, int M,
-    int N, int K, int row_blocks, int wk_bits) {
+    int N, int K, int row_blocks, int wk_bits, int blocks_of_x, int experts) {
   extern __shared__ __align__(128) char shared[];
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
   const int row_bytes = K / 8 * BITS, scale_bytes = K / GROUP * S_BYTES;
@@ -205,7 +205,9 @@ qmv(const char* __restrict__ x, const char* __restrict__ words, const char* __re
   const int step = gridDim.x * slots, first = my_slot * gridDim.x + blockIdx.x;
   const int batch = blockIdx.y / row_blocks, row_block = blockIdx.y % row_blocks;
   if (rhs) wait_for_predecessor();
-  const size_t expert = rhs ? rhs[batch] : batch, block_of_x = lhs ? lhs[batch] : batch;
+  // an index out of range stands for the last
+  const size_t expert = rhs ? min(u32(rhs[batch]), u32(experts - 1)) : batch;
+  const size_t block_of_x = lhs ? min(u32(lhs[batch]), u32(blocks_of_x - 1)) : batch;
   words += expert * N * row_bytes;
   scales += expert * N * scale_bytes;
   biases += expert * N * scale_bytes;

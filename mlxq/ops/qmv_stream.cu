@@ -20,6 +20,10 @@
 //   biases   times the sums of x over groups: where biases and x are bfloat16 a product of its own, 16 groups a step, by the
 //            warp that writes y (the sums in three parts, 24 bits, as its lanes need them); else each warp's, unit by unit
 //
+// GROUPED: x is sorted by experts, groups[] says whose rows every eight of it are, rows[] where in y they belong (experts.cu);
+// words, scales and biases of all experts are one tall tensor. A tile is ROWS of W for one of groups, and a cluster has a
+// run of them: only where a group ends in it is x loaded anew.
+//
 // BLOCKS that fit a multiprocessor: with two, the next product's blocks begin, and ask for weights, beside this one's.
 //
 // Tensor cores are fed integers, as in qmv.cu. bfloat16: a field of a word, masked where it stands, is the bfloat16 whose bits
@@ -123,11 +127,11 @@ __device__ __forceinline__ void read_scales(u32* out, const char* row, int at, i
 
 extern "C" __global__ void __launch_bounds__((WARPS + 1) * 32, BLOCKS)
 qmv_stream(const char* __restrict__ x, const __grid_constant__ TensorMap words, const __grid_constant__ TensorMap scales,
-           const __grid_constant__ TensorMap biases, u16* __restrict__ y, int M, int N, int K) {
+           const __grid_constant__ TensorMap biases, u16* __restrict__ y, int M, int N, int K, const uint4* __restrict__ groups,
+           const int* __restrict__ rows) {
   SHARED_MEMORY(shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int tiles = (N + ROWS - 1) / ROWS, rank = RANKS > 1 ? blockIdx.x % RANKS : 0;
-  const int first_tile = blockIdx.x / RANKS, tile_step = gridDim.x / RANKS, left = K - rank * PART;  // columns from here on
+  const int tiles = (N + ROWS - 1) / ROWS, rank = RANKS > 1 ? blockIdx.x % RANKS : 0, left = K - rank * PART;  // columns from here on
   x += rank * PART * 2;
   const int row_at = lane / 8 % 2 * 1024 + lane % 8 * 128;  // where load_rows finds this lane's row of 16
   // words [DEPTH][columns of 128 bytes][ROWS][128], scales [SCALE_DEPTH][2][SCALE_COLUMNS][ROWS][128], partial sums
@@ -149,6 +153,14 @@ qmv_stream(const char* __restrict__ x, const __grid_constant__ TensorMap words, 
   __syncthreads();
   if (RANKS > 1) cluster_begun();  // once all have, they may write and arrive here
 
+#if GROUPED
+  predecessor_done();  // groups are there
+  const long long in_all = static_cast<long long>(groups[0].w) * tiles, clusters = gridDim.x / RANKS, cluster = blockIdx.x / RANKS;
+  const int first_tile = int(in_all * cluster / clusters), end_tile = int(in_all * (cluster + 1) / clusters), tile_step = 1;
+#else
+  const int first_tile = blockIdx.x / RANKS, end_tile = tiles, tile_step = gridDim.x / RANKS;
+#endif
+
   // A warp's sums of the tile at this place of PLACES, or its biases', to the rank whose turn it is.
   auto send = [&](int place, int round, int entry, const float4* sums) {
     const int buffer = place / RANKS, home = place % RANKS;
@@ -169,145 +181,183 @@ qmv_stream(const char* __restrict__ x, const __grid_constant__ TensorMap words, 
   if (warp == WARPS) {  // the copies, and y
     dependents_may_start();
     int next_tile = first_tile, next_stage = 0, slot = 0, round = 0, scale_slot = 0;
+#if GROUPED
+    int next_row = 0;  // of the tall tensor
+    auto find_row = [&]() {
+      if (next_tile == first_tile || next_tile % tiles == 0)
+        next_row = next_tile < end_tile ? int(groups[next_tile / tiles].x) * N + next_tile % tiles * ROWS : 0;
+      else
+        next_row += ROWS;
+    };
+    find_row();
+#endif
     auto ask = [&]() {  // for the next stage, once its place is free
-      if (next_tile >= tiles) return;
+      if (next_tile >= end_tile) return;
+#if !GROUPED
+      const int next_row = next_tile * ROWS;
+#endif
       if (lane == 0) {
         const u32 done = full + 8 * slot;
         barrier_wait(empty + 8 * slot, (round - 1) & 1);  // a barrier begins as if a phase of parity 1 were over
         barrier_expect(done, STAGE_BYTES + (next_stage ? 0 : SCALE_STAGE));
-        tensor_copy(base + slot * STAGE_BYTES, words, 0, next_tile * ROWS,
+        tensor_copy(base + slot * STAGE_BYTES, words, 0, next_row,
                     (rank * STAGES + next_stage) * (WARPS * SEGMENT / 128), done);
         if (next_stage == 0) {
           const u32 to = base + DEPTH * STAGE_BYTES + scale_slot * SCALE_STAGE;
 #pragma unroll
           for (int c = 0; c < SCALE_COLUMNS; c++) {
             const int at = rank * (PART / GROUP * S_BYTES) + c * 128;
-            tensor_copy(to + c * COLUMN, scales, at, next_tile * ROWS, done);
-            tensor_copy(to + (SCALE_COLUMNS + c) * COLUMN, biases, at, next_tile * ROWS, done);
+            tensor_copy(to + c * COLUMN, scales, at, next_row, done);
+            tensor_copy(to + (SCALE_COLUMNS + c) * COLUMN, biases, at, next_row, done);
           }
         }
       }
       if (++slot == DEPTH) slot = 0, round++;
       if (++next_stage == STAGES) {
         next_stage = 0, next_tile += tile_step;
+#if GROUPED
+        find_row();
+#endif
         if (++scale_slot == SCALE_DEPTH) scale_slot = 0;
       }
     };
 #pragma unroll 1
     for (int d = 0; d < DEPTH; d++) ask();
     predecessor_done();  // the kernel before may still read what y is now
-    if (MATRIX_BIASES) {
-      all_sync((WARPS + 1) * 32);  // the sums of x are there
-#pragma unroll 1
-      for (int step = 0; step < BIAS_STEPS; step++) {
-        float left[2][2];
-        u32 rounded[2];
-#pragma unroll
-        for (int j = 0; j < 2; j++)
-#pragma unroll
-          for (int e = 0; e < 2; e++) {
-            const int unit = (step * 16 + 8 * j + 2 * t + e) * (GROUP / UNIT);
-            left[j][e] = 0;
-#pragma unroll
-            for (int u = 0; u < GROUP / UNIT; u++)
-              if (unit < ALL_UNITS) left[j][e] += x_sums[(unit + u) * 8 + g];
-          }
-#pragma unroll
-        for (int part = 0; part < 3; part++) {
-#pragma unroll
-          for (int j = 0; j < 2; j++) {
-            rounded[j] = round2(left[j][0], left[j][1]);
-            left[j][0] -= element<2>(rounded, 2 * j), left[j][1] -= element<2>(rounded, 2 * j + 1);
-          }
-          parts[(step * 3 + part) * 32 + lane] = make_uint2(rounded[0], rounded[1]);
-        }
-      }
-    }
-    __syncwarp();
+    int at = 0, times = 0, scale_at = 0, place = 0, place_round = 0, start = first_tile;
+#if GROUPED
     if (RANKS > 1) cluster_wait();
-    int at = 0, times = 0, scale_at = 0, place = 0, place_round = 0;
 #pragma unroll 1
-    for (int tile = first_tile; tile < tiles; tile += tile_step) {
-      float sums[HALVES][3][4] = {};
-      if (MATRIX_BIASES) {  // before the places of this tile's scales are asked for again
-        barrier_wait(full + 8 * at, times & 1);
-        at += STAGES % DEPTH, times += STAGES / DEPTH;
-        if (at >= DEPTH) at -= DEPTH, times++;
-        const u32 from = base + DEPTH * STAGE_BYTES + scale_at * SCALE_STAGE + SCALE_COLUMNS * COLUMN;
-        if (++scale_at == SCALE_DEPTH) scale_at = 0;
+    for (; start < end_tile; start = min((start / tiles + 1) * tiles, end_tile))
+#endif
+    {
+#if GROUPED
+      const uint4 group = groups[start / tiles];
+      const int end_of_group = min((start / tiles + 1) * tiles, end_tile), rows_of_x = group.z;
+      int y_rows[2];
+#pragma unroll
+      for (int i = 0; i < 2; i++) y_rows[i] = 2 * t + i < rows_of_x ? rows[group.y + 2 * t + i] : 0;
+#else
+      const int end_of_group = end_tile, rows_of_x = M, y_rows[2] = {2 * t, 2 * t + 1};
+#endif
+      if (MATRIX_BIASES) {
+        all_sync((WARPS + 1) * 32);  // the sums of x are there
 #pragma unroll 1
-        for (int first = 0; first < BIAS_STEPS; first += BIAS_BATCH) {  // all that is read before the first product
-          u32 of[BIAS_BATCH][HALVES][4];
-          uint2 sums_of_x[BIAS_BATCH][3];
+        for (int step = 0; step < BIAS_STEPS; step++) {
+          float left[2][2];
+          u32 rounded[2];
 #pragma unroll
-          for (int i = 0; i < BIAS_BATCH; i++) {
-            const int step = first + i;
+          for (int j = 0; j < 2; j++)
 #pragma unroll
-            for (int half = 0; half < HALVES; half++)
-              load_rows(of[i][half], from + step / 4 * COLUMN + half * 2048 + row_at + ((step % 4 * 2 + lane / 16) ^ lane % 8) * 16);
+            for (int e = 0; e < 2; e++) {
+              const int unit = (step * 16 + 8 * j + 2 * t + e) * (GROUP / UNIT);
+              left[j][e] = 0;
 #pragma unroll
-            for (int part = 0; part < 3; part++) sums_of_x[i][part] = parts[(step * 3 + part) * 32 + lane];
+              for (int u = 0; u < GROUP / UNIT; u++)
+                if (unit < ALL_UNITS) left[j][e] += x_sums[(unit + u) * 8 + g];
+            }
+#pragma unroll
+          for (int part = 0; part < 3; part++) {
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+              rounded[j] = round2(left[j][0], left[j][1]);
+              left[j][0] -= element<2>(rounded, 2 * j), left[j][1] -= element<2>(rounded, 2 * j + 1);
+            }
+            parts[(step * 3 + part) * 32 + lane] = make_uint2(rounded[0], rounded[1]);
           }
-#pragma unroll
-          for (int i = 0; i < BIAS_BATCH; i++)
-#pragma unroll
-            for (int part = 0; part < 3; part++)
-#pragma unroll
-              for (int half = 0; half < HALVES; half++) {
-                const u32* const a = of[i][half];
-                mma(sums[half][part], a[0], a[1], a[2], a[3], sums_of_x[i][part].x, sums_of_x[i][part].y);
-              }
         }
-      }
-#pragma unroll 1
-      for (int s = 0; s < STAGES; s++) ask();
-      float4 mine[HALVES];
-#pragma unroll
-      for (int half = 0; half < HALVES; half++) {
-        const auto of = [&](int i) { return sums[half][2][i] + sums[half][1][i] + sums[half][0][i]; };
-        mine[half] = make_float4(of(0), of(1), of(2), of(3));
-      }
-      const int here = place, this_round = place_round, buffer = place / RANKS;
-      if (++place == PLACES) place = 0, place_round++;
-      if (RANKS > 1 && here % RANKS != rank) {
-        if (MATRIX_BIASES) send(here, this_round, RANKS * WARPS + rank, mine);
-        continue;
-      }
-      if (RANKS > 1 && lane == 0) barrier_expect(summed + 8 * buffer, (SUMS - SENT_BIASES) * HALVES * 512);
-      barrier_wait(summed + 8 * buffer, this_round & 1);
-      float4 sum[HALVES];
-#pragma unroll
-      for (int half = 0; half < HALVES; half++) {
-        sum[half] = make_float4(0, 0, 0, 0);
-        auto add = [&](float4 part) {
-          sum[half].x += part.x, sum[half].y += part.y, sum[half].z += part.z, sum[half].w += part.w;
-        };
-        const float4* const from = partial + (buffer * SUMS * HALVES + half) * 32 + lane;
-#pragma unroll
-        for (int w = 0; w < RANKS * WARPS; w++) add(from[w * HALVES * 32]);
-#pragma unroll
-        for (int r = 0; r < RANKS; r++)
-          if (MATRIX_BIASES) add(r == rank ? mine[half] : from[(RANKS * WARPS + r) * HALVES * 32]);
       }
       __syncwarp();
-      if (lane < ARRIVALS)
+      if (RANKS > 1 && !GROUPED) cluster_wait();
+#pragma unroll 1
+      for (int tile = start; tile < end_of_group; tile += tile_step) {
+        float sums[HALVES][3][4] = {};
+        if (MATRIX_BIASES) {  // before the places of this tile's scales are asked for again
+          barrier_wait(full + 8 * at, times & 1);
+          at += STAGES % DEPTH, times += STAGES / DEPTH;
+          if (at >= DEPTH) at -= DEPTH, times++;
+          const u32 from = base + DEPTH * STAGE_BYTES + scale_at * SCALE_STAGE + SCALE_COLUMNS * COLUMN;
+          if (++scale_at == SCALE_DEPTH) scale_at = 0;
+#pragma unroll 1
+          for (int first = 0; first < BIAS_STEPS; first += BIAS_BATCH) {  // all that is read before the first product
+            u32 of[BIAS_BATCH][HALVES][4];
+            uint2 sums_of_x[BIAS_BATCH][3];
 #pragma unroll
-        for (int r = 0; r < RANKS; r++) {
-          if (RANKS == 1)
-            barrier_arrive(taken + 8 * here);
-          else
-            remote_arrive(at_rank(taken + 8 * here, r));
+            for (int i = 0; i < BIAS_BATCH; i++) {
+              const int step = first + i;
+#pragma unroll
+              for (int half = 0; half < HALVES; half++)
+                load_rows(of[i][half], from + step / 4 * COLUMN + half * 2048 + row_at + ((step % 4 * 2 + lane / 16) ^ lane % 8) * 16);
+#pragma unroll
+              for (int part = 0; part < 3; part++) sums_of_x[i][part] = parts[(step * 3 + part) * 32 + lane];
+            }
+#pragma unroll
+            for (int i = 0; i < BIAS_BATCH; i++)
+#pragma unroll
+              for (int part = 0; part < 3; part++)
+#pragma unroll
+                for (int half = 0; half < HALVES; half++) {
+                  const u32* const a = of[i][half];
+                  mma(sums[half][part], a[0], a[1], a[2], a[3], sums_of_x[i][part].x, sums_of_x[i][part].y);
+                }
+          }
         }
+#pragma unroll 1
+        for (int s = 0; s < STAGES; s++) ask();
+        float4 mine[HALVES];
 #pragma unroll
-      for (int half = 0; half < HALVES; half++) {
-        const int n = tile * ROWS + half * 16 + g, m = 2 * t;
-        const u32 top = round2(sum[half].x, sum[half].y), low = round2(sum[half].z, sum[half].w);
-        u16* const to = y + size_t(m) * N + n;
-        if (m < M && n < N) to[0] = static_cast<u16>(top);
-        if (m < M && n + 8 < N) to[8] = static_cast<u16>(low);
-        if (m + 1 < M && n < N) to[N] = static_cast<u16>(top >> 16);
-        if (m + 1 < M && n + 8 < N) to[N + 8] = static_cast<u16>(low >> 16);
+        for (int half = 0; half < HALVES; half++) {
+          const auto of = [&](int i) { return sums[half][2][i] + sums[half][1][i] + sums[half][0][i]; };
+          mine[half] = make_float4(of(0), of(1), of(2), of(3));
+        }
+        const int here = place, this_round = place_round, buffer = place / RANKS;
+        if (++place == PLACES) place = 0, place_round++;
+        if (RANKS > 1 && here % RANKS != rank) {
+          if (MATRIX_BIASES) send(here, this_round, RANKS * WARPS + rank, mine);
+          continue;
+        }
+        if (RANKS > 1 && lane == 0) barrier_expect(summed + 8 * buffer, (SUMS - SENT_BIASES) * HALVES * 512);
+        barrier_wait(summed + 8 * buffer, this_round & 1);
+        float4 sum[HALVES];
+#pragma unroll
+        for (int half = 0; half < HALVES; half++) {
+          sum[half] = make_float4(0, 0, 0, 0);
+          auto add = [&](float4 part) {
+            sum[half].x += part.x, sum[half].y += part.y, sum[half].z += part.z, sum[half].w += part.w;
+          };
+          const float4* const from = partial + (buffer * SUMS * HALVES + half) * 32 + lane;
+#pragma unroll
+          for (int w = 0; w < RANKS * WARPS; w++) add(from[w * HALVES * 32]);
+#pragma unroll
+          for (int r = 0; r < RANKS; r++)
+            if (MATRIX_BIASES) add(r == rank ? mine[half] : from[(RANKS * WARPS + r) * HALVES * 32]);
+        }
+        __syncwarp();
+        if (lane < ARRIVALS)
+#pragma unroll
+          for (int r = 0; r < RANKS; r++) {
+            if (RANKS == 1)
+              barrier_arrive(taken + 8 * here);
+            else
+              remote_arrive(at_rank(taken + 8 * here, r));
+          }
+#pragma unroll
+        for (int half = 0; half < HALVES; half++) {
+          const int n = (GROUPED ? tile % tiles : tile) * ROWS + half * 16 + g, m = 2 * t;
+          const u32 top = round2(sum[half].x, sum[half].y), low = round2(sum[half].z, sum[half].w);
+          u16* const to = y + size_t(y_rows[0]) * N + n;
+#if GROUPED
+          const long long next = static_cast<long long>(y_rows[1] - y_rows[0]) * N;
+#else
+          const int next = N;  // as a pointer or 64 bits it costs registers
+#endif
+          if (m < rows_of_x && n < N) to[0] = static_cast<u16>(top);
+          if (m < rows_of_x && n + 8 < N) to[8] = static_cast<u16>(low);
+          if (m + 1 < rows_of_x && n < N) to[next] = static_cast<u16>(top >> 16);
+          if (m + 1 < rows_of_x && n + 8 < N) to[next + 8] = static_cast<u16>(low >> 16);
+        }
       }
+      if (GROUPED && MATRIX_BIASES && end_of_group < end_tile) all_sync_again((WARPS + 1) * 32);  // the sums of x may be written anew
     }
     __syncwarp();
     if (RANKS > 1) cluster_ends(), cluster_wait();  // nobody arrives here after this block has ended
@@ -317,164 +367,183 @@ qmv_stream(const char* __restrict__ x, const __grid_constant__ TensorMap words, 
   // This warp's part of x, for row g of x in the lanes of g: the values that meet the lane's words.
   predecessor_done();
   dependents_may_start();
-  u32 xs[STAGES][UNITS][LANE_WORDS][P / 2], largest = 0;
-  const char* const of_row = x + (size_t(g) * K + warp * CODES + t * P) * 2;
-#pragma unroll
-  for (int s = 0; s < STAGES; s++) {
-    const bool valid = g < M && (s * WARPS + warp) * CODES < left;  // K is whole 128 bytes of words: all of it or none
-#pragma unroll
-    for (int u = 0; u < UNITS; u++)
-#pragma unroll
-      for (int w = 0; w < LANE_WORDS; w++) {
-        const char* const from = of_row + (s * WARPS * CODES + u * UNIT + w * 4 * P) * 2;
-        u32* const to = xs[s][u][w];
-        if (P == 4)
-          load_if<2>(to, from, valid);
-        else
-#pragma unroll
-          for (int i = 0; i < P / 2; i += 4) load_if<4>(to + i, from + 4 * i, valid);
-      }
-  }
-  __syncwarp();  // all of it is asked for before any is waited for
-#pragma unroll
-  for (int s = 0; s < STAGES; s++)
-#pragma unroll
-    for (int u = 0; u < UNITS; u++)
-#pragma unroll
-      for (int w = 0; w < LANE_WORDS; w++) {
-        u32* const of = xs[s][u][w];
-        u32 pairs[P / 2];
-#pragma unroll
-        for (int p = 0; p < P / 2; p++) {
-          pairs[p] = __byte_perm(of[p / 2], of[p / 2 + P / 4], p % 2 ? 0x7632 : 0x5410);
-          largest = max2(largest, of[p] & 0x7fff7fffu);
-        }
-#pragma unroll
-        for (int p = 0; p < P / 2; p++) of[p] = pairs[p];
-      }
-#pragma unroll
-  for (int s = 0; s < STAGES; s++)
-#pragma unroll
-    for (int u = 0; u < UNITS; u++) {
-      float sums[4] = {0, 0, 0, 0};  // of rows 2 * t and 2 * t + 1 of x, in every g
-#pragma unroll
-      for (int w = 0; w < LANE_WORDS; w++)
-#pragma unroll
-        for (int j = 0; j < P / 4; j++) mma(sums, ONES, ONES, ONES, ONES, xs[s][u][w][2 * j], xs[s][u][w][2 * j + 1]);
-      float* const to = x_sums + ((s * WARPS + warp) * UNITS + u) * 8 + 2 * t;
-      if (g == 0) to[0] = sums[0], to[1] = sums[1];
-    }
-  // what makes sums of products of u32 fields and raised x those of codes and x: two factors, for one would not be a float
-  float down = 1;
-  bool large = false;
-  u32 magic = 0;
-#if X_TYPE == 2
-  large = __any_sync(0xffffffffu, max(largest & 0xffffu, largest >> 16) >= TOO_LARGE);
-  down = __uint_as_float((127u + (large ? 70u : 133u - RAISE)) << 23);
-#pragma unroll
-  for (int s = 0; s < STAGES; s++)
-#pragma unroll
-    for (int u = 0; u < UNITS; u++)
-#pragma unroll
-      for (int w = 0; w < LANE_WORDS; w++)
-#pragma unroll
-        for (int p = 0; p < P / 2; p++) {
-          const u32 by = (127 + (large ? 0 : RAISE) - p % (8 / BITS) * BITS) << 7;
-          xs[s][u][w][p] = mul2(xs[s][u][w][p], by * 0x10001u);
-        }
-#else
-  down = 1.0f / (1 << POSITION);
-  magic = opaque(MAGIC);
-#endif
-  if (MATRIX_BIASES)
-    all_arrive((WARPS + 1) * 32);
-  else
-    __syncwarp();
-
-  constexpr int PIECES = SEGMENT / 16;  // of a row in a warp's part of a stage
-  const u32 words_at =
-      base + warp * SEGMENT / 128 * COLUMN + row_at + ((warp * PIECES % 8 + lane / 16) ^ lane % 8) * 16;  // two pieces
+  int slot = 0, round = 0, scale_slot = 0, place = 0, place_round = 0, start = first_tile;
+#if GROUPED
   if (RANKS > 1) cluster_wait();
-  int slot = 0, round = 0, scale_slot = 0, place = 0, place_round = 0;
 #pragma unroll 1
-  for (int tile = first_tile; tile < tiles; tile += tile_step) {
-    float total[HALVES][4] = {}, offset[HALVES][4] = {};
-    const char* const scales_of = scale_ring + scale_slot * SCALE_STAGE + g * 128;
+  for (; start < end_tile; start = min((start / tiles + 1) * tiles, end_tile))
+#endif
+  {
+#if GROUPED
+    const uint4 group = groups[start / tiles];
+    const int end_of_group = min((start / tiles + 1) * tiles, end_tile), rows_of_x = group.z;
+    // opaque: or all addresses and bounds of x are computed before the loop, and kept
+    const int row_of_x = opaque(g), k_of_x = opaque(t * P), K_of_x = opaque(K), left_of_x = opaque(left);
+    const char* const x_here = x + size_t(group.y) * K_of_x * 2;
+    if (MATRIX_BIASES && start != first_tile) all_sync_again((WARPS + 1) * 32);
+#else
+    const int end_of_group = end_tile, rows_of_x = M, row_of_x = g, k_of_x = t * P, K_of_x = K, left_of_x = left;
+    const char* const x_here = x;
+#endif
+    u32 xs[STAGES][UNITS][LANE_WORDS][P / 2], largest = 0;
+    const char* const of_row = x_here + (size_t(row_of_x) * K_of_x + warp * CODES + k_of_x) * 2;
 #pragma unroll
     for (int s = 0; s < STAGES; s++) {
-      barrier_wait(full + 8 * slot, round & 1);
-      const int first = (s * WARPS + warp) * CODES;
-      u32 scale_words[2 * HALVES][S_WORDS], bias_words[2 * HALVES][S_WORDS];  // of rows 8 * h + g
+      // K is whole 128 bytes of words: all of it or none
+      const bool valid = row_of_x < rows_of_x && (s * WARPS + warp) * CODES < left_of_x;
 #pragma unroll
-      for (int b = 0; b < UNITS; b += BATCH) {
-        if (b % AT_ONCE == 0)
+      for (int u = 0; u < UNITS; u++)
 #pragma unroll
-          for (int h = 0; h < 2 * HALVES; h++) {
-            const int byte = (first / GROUP + b) * S_BYTES;  // of a row's
-            const char* const at = scales_of + byte / 128 * COLUMN + h * 1024;
-            read_scales(scale_words[h], at, byte % 128, g);
-            if (!MATRIX_BIASES) read_scales(bias_words[h], at + SCALE_COLUMNS * COLUMN, byte % 128, g);
-          }
-        u32 w[HALVES][BATCH * LANE_WORDS][2];  // of rows g and g + 8
+        for (int w = 0; w < LANE_WORDS; w++) {
+          const char* const from = of_row + (s * WARPS * CODES + u * UNIT + w * 4 * P) * 2;
+          u32* const to = xs[s][u][w];
+          if (P == 4)
+            load_if<2>(to, from, valid);
+          else
 #pragma unroll
-        for (int half = 0; half < HALVES; half++)
+            for (int i = 0; i < P / 2; i += 4) load_if<4>(to + i, from + 4 * i, valid);
+        }
+    }
+    __syncwarp();  // all of it is asked for before any is waited for
 #pragma unroll
-          for (int i = 0; i < BATCH * LANE_WORDS; i += 2) {
-            const int piece = b * LANE_WORDS + i;
-            load_rows(w[half][i], words_at + slot * STAGE_BYTES + piece / 8 * COLUMN + half * 2048 ^ piece % 8 * 16);
-          }
-        float acc[HALVES][BATCH][4] = {};
+    for (int s = 0; s < STAGES; s++)
 #pragma unroll
-        for (int i = 0; i < LANE_WORDS; i++)
+      for (int u = 0; u < UNITS; u++)
 #pragma unroll
-          for (int j = 0; j < P / 4; j++)
+        for (int w = 0; w < LANE_WORDS; w++) {
+          u32* const of = xs[s][u][w];
+          u32 pairs[P / 2];
 #pragma unroll
-            for (int u = 0; u < BATCH; u++)
-#pragma unroll
-              for (int half = 0; half < HALVES; half++) {
-                const u32 top = w[half][u * LANE_WORDS + i][0], low = w[half][u * LANE_WORDS + i][1];
-                const u32* const of_x = xs[s][b + u][i] + 2 * j;
-                mma(acc[half][u], pair(top, 2 * j, magic), pair(low, 2 * j, magic), pair(top, 2 * j + 1, magic),
-                    pair(low, 2 * j + 1, magic), of_x[0], of_x[1]);
-              }
-#pragma unroll
-        for (int u = 0; u < BATCH; u++) {
-          float sum_0 = 0, sum_1 = 0;
-          if (!MATRIX_BIASES) {
-            const float* const of_x = x_sums + ((s * WARPS + warp) * UNITS + b + u) * 8 + 2 * t;
-            sum_0 = of_x[0], sum_1 = of_x[1];
+          for (int p = 0; p < P / 2; p++) {
+            pairs[p] = __byte_perm(of[p / 2], of[p / 2 + P / 4], p % 2 ? 0x7632 : 0x5410);
+            largest = max2(largest, of[p] & 0x7fff7fffu);
           }
 #pragma unroll
-          for (int h = 0; h < 2 * HALVES; h++) {
-            const float scale = element<S_TYPE>(scale_words[h], b % AT_ONCE + u);
-            float* const to = total[h / 2] + h % 2 * 2;
-            const float* const of = acc[h / 2][u] + h % 2 * 2;
-            to[0] = __fmaf_rn(scale, of[0], to[0]), to[1] = __fmaf_rn(scale, of[1], to[1]);
-            if (MATRIX_BIASES) continue;
-            float bias = element<S_TYPE>(bias_words[h], b % AT_ONCE + u);
-#if X_TYPE == 1
-            bias = __fmaf_rn(-CENTRE, scale, bias);
+          for (int p = 0; p < P / 2; p++) of[p] = pairs[p];
+        }
+#pragma unroll
+    for (int s = 0; s < STAGES; s++)
+#pragma unroll
+      for (int u = 0; u < UNITS; u++) {
+        float sums[4] = {0, 0, 0, 0};  // of rows 2 * t and 2 * t + 1 of x, in every g
+#pragma unroll
+        for (int w = 0; w < LANE_WORDS; w++)
+#pragma unroll
+          for (int j = 0; j < P / 4; j++) mma(sums, ONES, ONES, ONES, ONES, xs[s][u][w][2 * j], xs[s][u][w][2 * j + 1]);
+        float* const to = x_sums + ((s * WARPS + warp) * UNITS + u) * 8 + 2 * t;
+        if (g == 0) to[0] = sums[0], to[1] = sums[1];
+      }
+    // what makes sums of products of u32 fields and raised x those of codes and x: two factors, for one would not be a float
+    float down = 1;
+    bool large = false;
+    u32 magic = 0;
+#if X_TYPE == 2
+    large = __any_sync(0xffffffffu, max(largest & 0xffffu, largest >> 16) >= TOO_LARGE);
+    down = __uint_as_float((127u + (large ? 70u : 133u - RAISE)) << 23);
+#pragma unroll
+    for (int s = 0; s < STAGES; s++)
+#pragma unroll
+      for (int u = 0; u < UNITS; u++)
+#pragma unroll
+        for (int w = 0; w < LANE_WORDS; w++)
+#pragma unroll
+          for (int p = 0; p < P / 2; p++) {
+            const u32 by = (127 + (large ? 0 : RAISE) - p % (8 / BITS) * BITS) << 7;
+            xs[s][u][w][p] = mul2(xs[s][u][w][p], by * 0x10001u);
+          }
+#else
+    down = 1.0f / (1 << POSITION);
+    magic = opaque(MAGIC);
 #endif
-            float* const rest = offset[h / 2] + h % 2 * 2;
-            rest[0] = __fmaf_rn(bias, sum_0, rest[0]), rest[1] = __fmaf_rn(bias, sum_1, rest[1]);
+    if (MATRIX_BIASES)
+      all_arrive((WARPS + 1) * 32);
+    else
+      __syncwarp();
+
+    constexpr int PIECES = SEGMENT / 16;  // of a row in a warp's part of a stage
+    const u32 words_at =
+        base + warp * SEGMENT / 128 * COLUMN + row_at + ((warp * PIECES % 8 + lane / 16) ^ lane % 8) * 16;  // two pieces
+    if (RANKS > 1 && !GROUPED) cluster_wait();
+#pragma unroll 1
+    for (int tile = start; tile < end_of_group; tile += tile_step) {
+      float total[HALVES][4] = {}, offset[HALVES][4] = {};
+      const char* const scales_of = scale_ring + scale_slot * SCALE_STAGE + g * 128;
+#pragma unroll
+      for (int s = 0; s < STAGES; s++) {
+        barrier_wait(full + 8 * slot, round & 1);
+        const int first = (s * WARPS + warp) * CODES;
+        u32 scale_words[2 * HALVES][S_WORDS], bias_words[2 * HALVES][S_WORDS];  // of rows 8 * h + g
+#pragma unroll
+        for (int b = 0; b < UNITS; b += BATCH) {
+          if (b % AT_ONCE == 0)
+#pragma unroll
+            for (int h = 0; h < 2 * HALVES; h++) {
+              const int byte = (first / GROUP + b) * S_BYTES;  // of a row's
+              const char* const at = scales_of + byte / 128 * COLUMN + h * 1024;
+              read_scales(scale_words[h], at, byte % 128, g);
+              if (!MATRIX_BIASES) read_scales(bias_words[h], at + SCALE_COLUMNS * COLUMN, byte % 128, g);
+            }
+          u32 w[HALVES][BATCH * LANE_WORDS][2];  // of rows g and g + 8
+#pragma unroll
+          for (int half = 0; half < HALVES; half++)
+#pragma unroll
+            for (int i = 0; i < BATCH * LANE_WORDS; i += 2) {
+              const int piece = b * LANE_WORDS + i;
+              load_rows(w[half][i], words_at + slot * STAGE_BYTES + piece / 8 * COLUMN + half * 2048 ^ piece % 8 * 16);
+            }
+          float acc[HALVES][BATCH][4] = {};
+#pragma unroll
+          for (int i = 0; i < LANE_WORDS; i++)
+#pragma unroll
+            for (int j = 0; j < P / 4; j++)
+#pragma unroll
+              for (int u = 0; u < BATCH; u++)
+#pragma unroll
+                for (int half = 0; half < HALVES; half++) {
+                  const u32 top = w[half][u * LANE_WORDS + i][0], low = w[half][u * LANE_WORDS + i][1];
+                  const u32* const of_x = xs[s][b + u][i] + 2 * j;
+                  mma(acc[half][u], pair(top, 2 * j, magic), pair(low, 2 * j, magic), pair(top, 2 * j + 1, magic),
+                      pair(low, 2 * j + 1, magic), of_x[0], of_x[1]);
+                }
+#pragma unroll
+          for (int u = 0; u < BATCH; u++) {
+            float sum_0 = 0, sum_1 = 0;
+            if (!MATRIX_BIASES) {
+              const float* const of_x = x_sums + ((s * WARPS + warp) * UNITS + b + u) * 8 + 2 * t;
+              sum_0 = of_x[0], sum_1 = of_x[1];
+            }
+#pragma unroll
+            for (int h = 0; h < 2 * HALVES; h++) {
+              const float scale = element<S_TYPE>(scale_words[h], b % AT_ONCE + u);
+              float* const to = total[h / 2] + h % 2 * 2;
+              const float* const of = acc[h / 2][u] + h % 2 * 2;
+              to[0] = __fmaf_rn(scale, of[0], to[0]), to[1] = __fmaf_rn(scale, of[1], to[1]);
+              if (MATRIX_BIASES) continue;
+              float bias = element<S_TYPE>(bias_words[h], b % AT_ONCE + u);
+#if X_TYPE == 1
+              bias = __fmaf_rn(-CENTRE, scale, bias);
+#endif
+              float* const rest = offset[h / 2] + h % 2 * 2;
+              rest[0] = __fmaf_rn(bias, sum_0, rest[0]), rest[1] = __fmaf_rn(bias, sum_1, rest[1]);
+            }
           }
         }
+        __syncwarp();
+        if (lane < ARRIVALS) barrier_arrive(empty + 8 * slot);
+        if (++slot == DEPTH) slot = 0, round++;
       }
-      __syncwarp();
-      if (lane < ARRIVALS) barrier_arrive(empty + 8 * slot);
-      if (++slot == DEPTH) slot = 0, round++;
-    }
-    if (++scale_slot == SCALE_DEPTH) scale_slot = 0;
-    float4 sums[HALVES];
+      if (++scale_slot == SCALE_DEPTH) scale_slot = 0;
+      float4 sums[HALVES];
 #pragma unroll
-    for (int half = 0; half < HALVES; half++) {
-      const auto of = [&](int i) {
-        const float sum = large ? total[half][i] * __uint_as_float((127u + 63u) << 23) : total[half][i];
-        return __fmaf_rn(sum, down, offset[half][i]);
-      };
-      sums[half] = make_float4(of(0), of(1), of(2), of(3));
+      for (int half = 0; half < HALVES; half++) {
+        const auto of = [&](int i) {
+          const float sum = large ? total[half][i] * __uint_as_float((127u + 63u) << 23) : total[half][i];
+          return __fmaf_rn(sum, down, offset[half][i]);
+        };
+        sums[half] = make_float4(of(0), of(1), of(2), of(3));
+      }
+      send(place, place_round, rank * WARPS + warp, sums);
+      if (++place == PLACES) place = 0, place_round++;
     }
-    send(place, place_round, rank * WARPS + warp, sums);
-    if (++place == PLACES) place = 0, place_round++;
   }
 }

@@ -188,6 +188,23 @@ inline void exchange(uint32_t* four, uint32_t row, bool load) {  // 8 x 8 halves
 }
 inline void load_turned(uint32_t* four, uint32_t row) { exchange(four, row, true); }
 inline void store_matrices(const uint32_t* four, uint32_t row) { exchange(const_cast<uint32_t*>(four), row, false); }
+inline uint32_t (&shown(uint32_t value))[THREADS][4] {  // what each lane gives; the others are through with what it gave before
+  auto& given = emu::block().given;
+  __syncwarp();
+  given[threadIdx.x][0] = value;
+  __syncwarp();
+  return given;
+}
+inline int __shfl_sync(uint32_t, int value, int lane) { return shown(value)[threadIdx.x / 32 * 32 + lane][0]; }
+inline int __shfl_up_sync(uint32_t, int value, int d) { return shown(value)[threadIdx.x - (int(threadIdx.x % 32) >= d ? d : 0)][0]; }
+inline uint32_t __match_any_sync(uint32_t, uint32_t value) {
+  auto& given = shown(value);
+  uint32_t same = 0;
+  for (int i = 0; i < 32; i++) same |= uint32_t(given[threadIdx.x / 32 * 32 + i][0] == value) << i;
+  return same;
+}
+inline int __ffs(uint32_t v) { return v ? __builtin_ctz(v) + 1 : 0; }
+inline int __popc(uint32_t v) { return __builtin_popcount(v); }
 inline int dot4(uint32_t a, uint32_t b, int c) {
   for (int i = 0; i < 4; i++) c += int(int8_t(a >> 8 * i)) * int8_t(b >> 8 * i);
   return c;

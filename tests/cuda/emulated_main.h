@@ -3,17 +3,25 @@
 struct Release {  // stacks and shared memory: a test process has a hundred such libraries
   ~Release() { std::vector<emu::Fiber>().swap(emu::fibers); std::vector<emu::Block>().swap(emu::blocks); malloc_trim(0); }
 };
-static const void* arg[8]; static int number[4];
+#ifdef PIECE
+constexpr int NUMBERS = 7;
+#else
+constexpr int NUMBERS = 4;
+#endif
+static const void* arg[8]; static int number[NUMBERS];
 static void entry() {
 #ifdef X_STAGES
   const auto* maps = reinterpret_cast<const TensorMap* const*>(arg);
-  qmm_stream(*maps[0], *maps[1], *maps[2], *maps[3], (char*)arg[4], number[0], number[1], number[2]);
+  qmm_stream(*maps[0], *maps[1], *maps[2], *maps[3], (char*)arg[4], number[0], number[1], number[2], (const uint4*)arg[5], (const int*)arg[6]);
+#elif defined PIECE
+  by_expert((const Piece*)arg[0], (const int*)arg[1], (const int*)arg[2], (Piece*)arg[3], (uint4*)arg[4], (int*)arg[5], number[0], number[1],
+            number[2], number[3], number[4], number[5], number[6]);
 #elif defined PER_ROW
   q8mm((const char*)arg[0], (const float*)arg[1], (const char*)arg[2], (const char*)arg[3], (const char*)arg[4], (char*)arg[5], number[0],
        number[1], number[2]);
 #else
-  qmm((const char*)arg[0], (const char*)arg[1], (const char*)arg[2], (const char*)arg[3], (char*)arg[4], (const int*)arg[5], (const int*)arg[6],
-      (const int*)arg[7], number[0], number[1], number[2], number[3]);
+  qmm((const char*)arg[0], (const char*)arg[1], (const char*)arg[2], (const char*)arg[3], (char*)arg[4], number[0], number[1], number[2],
+      (const uint4*)arg[5], (const int*)arg[6]);
 #endif
   emu::now->done = true;
   swapcontext(&emu::now->context, &emu::home);
@@ -22,7 +30,7 @@ extern "C" void run(int gx, int gy, int gz, int shared_bytes, int late, int seed
   Release release;
   emu::grid = {unsigned(gx), unsigned(gy), unsigned(gz)}; emu::late = late; emu::random_.seed(seed);
   for (int i = 0; i < 8; i++) arg[i] = pointers[i];
-  for (int i = 0; i < 4; i++) number[i] = numbers[i];
+  for (int i = 0; i < NUMBERS; i++) number[i] = numbers[i];
   for (int z = 0; z < gz; z++) for (int y = 0; y < gy; y++) {
     emu::blocks.clear(); emu::blocks.resize(gx); emu::cluster = {};
     for (auto& b : emu::blocks) { b.memory.assign(shared_bytes + 1024, char(0xff)); }

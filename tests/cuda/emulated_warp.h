@@ -21,8 +21,8 @@
 #define __launch_bounds__(...)
 using std::max; using std::min;
 struct uint2 { uint32_t x, y; }; struct alignas(16) uint4 { uint32_t x, y, z, w; }; struct alignas(16) float4 { float x, y, z, w; };
-inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct TensorMap { char* pointer; int rank; uint64_t sizes[3], strides[2]; uint32_t box[3]; int swizzle; };
 namespace emu {
@@ -33,7 +33,7 @@ struct Meeting { int count = 0; long generation = 0; };
 struct Warp { Meeting meeting; uint32_t given[2][32][6]; };
 struct Barrier { int count, missing; long bytes, phase; };
 struct Block {
-  std::vector<char> shared; Warp warps[WARPS + 1] = {}; Meeting all, named; std::map<uint32_t, Barrier> barriers; int running = THREADS;
+  std::vector<char> shared; Warp warps[WARPS + 1] = {}; Meeting all, named, again; std::map<uint32_t, Barrier> barriers; int running = THREADS;
 };
 inline Dim grid; inline std::vector<Fiber> fibers; inline std::vector<Block> blocks; inline Fiber* now; inline ucontext_t home;
 inline std::vector<std::function<void()>> copies; inline int order; inline std::mt19937 random_; inline bool moved; inline long phase;
@@ -87,6 +87,7 @@ inline void __syncthreads() { emu::meet(emu::block().all, emu::THREADS); }
 inline void __syncwarp() { emu::meet(emu::warp().meeting, 32); }
 inline void all_arrive(int n) { emu::meet(emu::block().named, n, false); }
 inline void all_sync(int n) { emu::meet(emu::block().named, n); }
+inline void all_sync_again(int n) { emu::meet(emu::block().again, n); }
 inline bool __any_sync(uint32_t, bool mine) {
   auto& given = emu::exchange({uint32_t(mine)});
   return std::any_of(given, given + 32, [](auto& of) { return of[0]; });

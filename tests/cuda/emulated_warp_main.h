@@ -1,7 +1,8 @@
 // The entry that Python calls: every cluster of the grid, one after the other.
-static const char* x_of; static TensorMap maps[3]; static u16* y_of; static int sizes_of[3];
+static const char* x_of; static TensorMap maps[3]; static u16* y_of; static int sizes_of[3]; static const void* table_of[2];
 static void entry() {
-  qmv_stream(x_of, maps[0], maps[1], maps[2], y_of, sizes_of[0], sizes_of[1], sizes_of[2]);
+  qmv_stream(x_of, maps[0], maps[1], maps[2], y_of, sizes_of[0], sizes_of[1], sizes_of[2], static_cast<const uint4*>(table_of[0]),
+             static_cast<const int*>(table_of[1]));
   emu::now->done = emu::moved = true;
   emu::block().running--, emu::check_cluster();
   swapcontext(&emu::now->context, &emu::home);
@@ -16,6 +17,7 @@ extern "C" const char* run(int blocks, int shared_bytes, int order, int seed, vo
   Release release;
   emu::failed = nullptr, emu::now = nullptr, emu::grid = {unsigned(blocks), 1, 1}, emu::order = order, emu::random_.seed(seed);
   x_of = static_cast<char*>(pointers[0]), y_of = static_cast<u16*>(pointers[4]);
+  std::copy(pointers + 5, pointers + 7, table_of);
   std::copy(sizes, sizes + 3, sizes_of);
   for (int i = 0; i < 3; i++, tensors += 10) {
     maps[i].pointer = static_cast<char*>(pointers[1 + i]), maps[i].rank = tensors[0], maps[i].swizzle = tensors[9];
