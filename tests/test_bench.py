@@ -271,7 +271,7 @@ def test_the_kernels_of_a_cuda_run_are_known_before_it():
     assert files("qmm", (64,)) == ["qmm_stream.cu"] == files("qmm", (2048,))
     assert len(files("qmm", (1, 2, 4, 8))) == 1  # one serves up to eight rows
     assert set(files("qmm_n", (128,))) == {"qmm_stream.cu"}
-    assert set(files("q8mm", (128,))) == {"q8mm.cu"}
+    assert set(files("q8mm", (128,))) == {"q8_stream.cu"}
     assert files("gather_qmm", (8,), N=4096) == ["qmv_stream.cu", "experts.cu"]
     assert files("gather_qmm", (512,), N=4096) == ["qmm_stream.cu", "experts.cu"]
     everything = bench_cuda.cells([2, 4, 8], True)

@@ -1,5 +1,6 @@
 """NVIDIA GPUs: every kernel equals float64, and what needs no GPU is checked without one."""
 
+import contextlib
 import functools
 import itertools
 import re
@@ -314,7 +315,7 @@ def test_rows_of_experts_are_captured_by_a_cuda_graph_with_indices_that_change(k
 def test_products_of_int8_have_exact_sums(fmt, per_row):
     torch = torch_gpu()
     for (M, N, K), (s_type, dtype) in zip(
-        [(1, 130, 384), (9, 200, 640), (64, 1000, 1152), (200, 129, 2048)],
+        [(1, 130, 384), (9, 200, 640), (64, 1000, 1152), (200, 129, 2048), (30, 520, 3072), (130, 260, 4096)],
         itertools.product(STORAGE, STORAGE),
         strict=False,
     ):
@@ -342,6 +343,7 @@ def test_products_of_int8_have_exact_sums(fmt, per_row):
             assert error(ops.q8mm(tiled_codes, tile_scales, w), tiled) < 1e-6
         with pytest.MonkeyPatch.context() as patch:  # as on a GPU before Hopper
             patch.setattr(cuda, "q8mm_shape", lambda *a: None)
+            patch.setattr(cuda, "q8_stream_shape", lambda *a: None)
             cuda._plans.clear()
             one = reference.q8mm(host_codes, host_factors, host, per_row)
             assert error(ops.q8mm(codes, factors, w, per_row=per_row), one) < 1e-6
@@ -349,6 +351,58 @@ def test_products_of_int8_have_exact_sums(fmt, per_row):
                 assert error(ops.q8mm(tiled_codes, tile_scales, w), tiled) < 1e-6
         cuda._plans.clear()
     torch.cuda.synchronize()
+
+
+Q8_FORMS = [(16, 2), (16, 3), (32, 1), (32, 2), (32, 3), (64, 1), (64, 2), (128, 1), (256, 1)]
+
+
+@pytest.mark.parametrize("tuning", Q8_FORMS, ids=str)
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_every_form_of_an_int8_product_is_exact(fmt, tuning, monkeypatch):
+    torch = torch_gpu()
+    gpu = cuda._device(torch.cuda.current_device())
+    if gpu["arch"] != "sm_90a":
+        pytest.skip("needs a Hopper GPU: q8_stream.cu")
+    usual, launched = cuda.q8_stream_shape, cuda._q8_stream_launch
+    for per_row, changed in itertools.product((True, False), ({}, {"BUFFERS": 1}, {"MAGIC": 1})):
+        if "MAGIC" in changed if per_row else tuning[0] == 256:
+            continue  # sums of groups for 256 rows take more registers than there are
+        monkeypatch.setattr(cuda, "q8_stream_shape", functools.partial(usual, tuning=tuning, **changed))
+        for (M, N, K), ranks in (((70, 260, 4096), None), ((19, 516, 3072), 2), ((300, 129, 2048), 1)):
+            monkeypatch.setattr(cuda, "_q8_stream_launch", functools.partial(launched, ranks=ranks))
+            cuda._plans.clear()
+            _, w = problem(fmt, 1, N, K, "float32", "bfloat16")
+            if per_row:
+                scales = w.scales[:, :1].expand_as(w.scales).contiguous()
+                w = format.Packed(w.words, scales, -(2 ** (fmt.bits - 1)) * scales, fmt)
+            x = torch.randint(-127, 128, (M, K), device="cuda", dtype=torch.int8)
+            scale = torch.rand(M, device="cuda") + 0.5
+            y = ops.q8mm(x, scale, w, per_row=per_row)
+            expected = x.double() @ exact(w).T * scale.double()[:, None]
+            assert relative(y, expected) < 1e-6, (M, N, K, per_row, changed)
+            for _ in range(5):
+                assert bool((y == ops.q8mm(x, scale, w, per_row=per_row)).all()), (
+                    "not the same bits when repeated"
+                )
+    cuda._plans.clear()
+
+
+@pytest.mark.parametrize("bits", (4, 8))
+def test_an_int8_product_sees_x_and_weights_that_were_changed_just_before(bits):
+    """Its kernel may begin while the one before still runs."""
+    torch = torch_gpu()
+    fmt = Format(bits, 64)
+    _, w = problem(fmt, 1, 1024, 4096, "float32", "bfloat16")
+    x = torch.randint(-127, 128, (16, 4096), device="cuda", dtype=torch.int8)
+    scale = torch.rand(16, device="cuda") + 0.5
+    for n in range(6):
+        y = ops.q8mm(x, scale, w)
+        expected = x.double() @ exact(w).T * scale.double()[:, None]
+        assert relative(y, expected) < 1e-6, n
+        torch.cuda._sleep(1_000_000)
+        if n % 2:
+            w.scales.mul_(-1.5)
+        x.copy_(x.roll(1, 0)), scale.mul_(0.5)
 
 
 @pytest.mark.parametrize("w_type, s_type", list(itertools.product(STORAGE, STORAGE)))
@@ -488,9 +542,13 @@ def instances(gpu):
         many = cuda.qmm_shape(33 * M, 512, 1024, fmt, x_type, s_type, gpu, M == 1, 3 * (M == 8))
         if many:
             yield "qmm.cu", cuda.options(gpu["arch"], many["defines"])
-        int8 = cuda.q8mm_shape(33 * M, 512, 1024, fmt, s_type, x_type, 1 + (M == 8), M == 1, gpu)
-        if int8:
-            yield "q8mm.cu", cuda.options(gpu["arch"], int8["defines"])
+        about = 33 * M, 512, 1024, fmt, s_type, x_type, 1 + (M == 8), M == 1, gpu
+        for file, int8 in (
+            ("q8_stream.cu", cuda.q8_stream_shape(*about)),
+            ("q8mm.cu", cuda.q8mm_shape(*about)),
+        ):
+            if int8:
+                yield file, cuda.options(gpu["arch"], int8["defines"])
         rows = {"X_TYPE": cuda.TYPES[x_type], "ROW_WARPS": M}
         yield "q8_rows.cu", cuda.options(gpu["arch"], rows, exact=True)
         stream = cuda.stream_shape(M, 512, 2048, fmt, x_type, s_type, gpu)
@@ -527,7 +585,8 @@ def test_the_kernels_compile_without_a_warning(arch, nvrtc):
     warned = re.findall(r"warning #(\S+?): (.*)", "\n".join(nvrtc.logs))
     # 177: a constant that this format has no use for
     assert len(nvrtc.logs) == len(chosen) and not [w for w in warned if w[0] != "177-D"]
-    hopper = {"qmm.cu", "qmm_stream.cu", "q8mm.cu", "experts.cu"} if arch == "sm_90a" else set()
+    hopper = {"qmm.cu", "qmm_stream.cu", "q8_stream.cu", "q8mm.cu", "experts.cu"}
+    hopper = hopper if arch == "sm_90a" else set()
     streams = {"qmv_stream.cu"} if GPUS[arch]["early"] else set()
     assert set(files) == {"qmv.cu", "quantize.cu", "q8_rows.cu"} | hopper | streams
 
@@ -711,3 +770,54 @@ def test_threads_that_share_a_launch_start_it_with_their_own_arguments():
     for thread in threads:
         thread.join()
     assert sorted(started) == sorted((n, n + 100) for n in range(1, 5) for _ in range(20))
+
+
+def test_an_int8_product_starts_early_only_behind_what_cannot_have_written_its_weights(monkeypatch):
+    """Its plan lasts when x moves; the grid and the arguments are what the kernel expects."""
+    torch = pytest.importorskip("torch", reason="needs the package torch")
+    started, described = [], []
+
+    class Driver:
+        @staticmethod
+        def cuLaunchKernelEx(config, function, pointers, extra):  # noqa: N802 (the driver's name)
+            c = config._obj
+            words = [cuda.ctypes.c_void_p.from_address(pointers[i]).value for i in (4, 5, 6)]
+            numbers = [cuda.ctypes.c_int.from_address(pointers[i]).value for i in (7, 8, 9)]
+            early = c.count > (c.grid_x > 1)  # a cluster is an attribute too
+            started.append(((c.grid_x, c.grid_y, c.grid_z), words, numbers, early))
+            return 0
+
+        @staticmethod
+        def cuTensorMapEncodeTiled(memory, kind, rank, pointer, *rest):  # noqa: N802
+            described.append(pointer.value)
+            return 0
+
+        @staticmethod
+        def cuFuncSetAttribute(*a):  # noqa: N802
+            return 0
+
+    monkeypatch.setattr(cuda, "_driver", lambda: Driver)
+    monkeypatch.setattr(cuda, "_device", lambda index: GPUS["sm_90a"])
+    monkeypatch.setattr(cuda, "_kernel", lambda *a: cuda.Kernel(Driver, 1, a[-1]))
+    monkeypatch.setattr(cuda, "_clusters_at_once", lambda kernel, threads, ranks: 132 // ranks)
+    monkeypatch.setattr(cuda._Torch, "on", staticmethod(lambda device: contextlib.nullcontext()))
+    monkeypatch.setattr(cuda._Torch, "stream", staticmethod(lambda device: 0))
+    empty = staticmethod(lambda shape, dtype, device: torch.empty(shape, dtype=getattr(torch, dtype)))
+    monkeypatch.setattr(cuda._Torch, "empty", empty)
+    monkeypatch.setattr(cuda, "_plans", {})
+    N, K, fmt = 300, 1024, Format(4, 64)
+    groups = torch.ones((N, K // 64), dtype=torch.bfloat16)
+    w = format.Packed(torch.zeros((N, K // 8), dtype=torch.int32).view(torch.uint32), groups, groups * 2, fmt)
+    xs = [torch.ones((520, K), dtype=torch.int8) for _ in range(2)]
+    scales = [torch.ones(520) for _ in range(2)]
+    results = [cuda.q8mm(x, s, w, False, "bfloat16") for x, s in zip(xs, scales, strict=True)]
+    w.scales.mul_(2)
+    w = format.Packed(w.words, w.scales, w.biases, fmt)  # as another weight where one was
+    results += [cuda.q8mm(xs[0], scales[0], w, False, "bfloat16") for _ in range(2)]
+    assert [one[3] for one in started] == [False, True, False, True]
+    assert len(cuda._plans) == 1 and {one[0][1:] for one in started} == {(5, 3)}
+    which = (0, 1, 0, 0)
+    for (_, words, numbers, _), i, y in zip(started, which, results, strict=True):
+        assert words == [scales[i].data_ptr(), w.scales.data_ptr(), y.data_ptr()] and numbers == [520, N, K]
+    weights = [a.data_ptr() for a in (w.words, w.scales, w.biases)]
+    assert described == [*weights, *(xs[i].data_ptr() for i in (0, 1, 0))]

@@ -236,14 +236,43 @@ def test_a_planted_defect_shows(build, defect):
     assert not all(e < BOUND["bfloat16"] for e in errors)
 
 
-def run_q8(build, bits, group_size, s_type, y_type, M, N, K, per_row, kind, late, ranks=None, seed=0):
-    """(y, the exact answer from integers and float64)."""
-    rng, fmt, zero = np.random.default_rng(seed), Format(bits, group_size), 2 ** (bits - 1)
+def tensor(a: np.ndarray, box: tuple[int, int], swizzle: int, grouped: bool = False) -> np.ndarray:
+    """What tests/cuda/emulated_copies.h has to know of rows of whole elements; grouped: of experts."""
+    rows, columns = a.shape[-2:]
+    about = (a.ctypes.data, columns, rows, a.strides[-2], *box, a.itemsize, swizzle)
+    planes = (len(a), a.strides[0]) if grouped else (0, 0)
+    return np.array((*about, *planes, *[0] * 6), np.uint64)
+
+
+def run_q8(
+    build,
+    bits,
+    group_size,
+    s_type,
+    y_type,
+    M,
+    N,
+    K,
+    per_row,
+    kind,
+    tuning,
+    ranks,
+    late,
+    replaced=(),
+    **changed,
+):
+    """(y, the exact answer from integers and float64) of q8_stream.cu, or of q8mm.cu where tuning is None.
+
+    changed: macros other than q8_stream_shape gives, order_seed and codes ("largest": sums as large as any).
+    """
+    order_seed, largest = changed.pop("order_seed", 0), changed.pop("largest", False)
+    rng, fmt, zero = np.random.default_rng(0), Format(bits, group_size), 2 ** (bits - 1)
     codes = rng.integers(0, fmt.levels, (N, K), dtype=np.uint8, endpoint=True)
-    words, x = (
-        aligned(pack(codes, bits)),
-        aligned(rng.integers(-127, 127, (M, K), dtype=np.int8, endpoint=True)),
-    )
+    x = rng.integers(-127, 127, (M, K), dtype=np.int8, endpoint=True)
+    if largest:
+        codes[...], x[...] = 0, 127
+        codes[1::2], x[1::2] = fmt.levels, -127
+    words, x = aligned(pack(codes, bits)), aligned(x)
     groups = N, K // group_size
     scales, exact_scales = stored(
         np.repeat(rng.normal(0, 1, (N, 1)), groups[1], 1) if per_row else rng.normal(0, 1, groups), s_type
@@ -252,46 +281,109 @@ def run_q8(build, bits, group_size, s_type, y_type, M, N, K, per_row, kind, late
     x_scales = aligned(rng.uniform(0.001, 0.01, ((1, 1), (M, 1), (M, groups[1]))[kind]).astype(np.float32))
     w = np.repeat(exact_scales, group_size, 1) * codes + np.repeat(exact_biases, group_size, 1)
     want = (x * np.repeat(x_scales.astype(np.float64), K // x_scales.shape[1], 1)) @ w.T
-    shape = cuda.q8mm_shape(M, N, K, fmt, s_type, y_type, kind, per_row, H100)
     y = aligned(np.full((M, N), -1, np.int32 if y_type == "float32" else np.int16))
-    library = build("q8mm.cu", tuple(shape["defines"].items()))
-    arrays = (x, x_scales, words, scales, biases, y, y, y)
+    about = M, N, K, fmt, s_type, y_type, kind, per_row, H100
+    if tuning is None:
+        shape = cuda.q8mm_shape(*about)
+        library = build("q8mm.cu", tuple(shape["defines"].items()), replaced)
+        arrays = (x, x_scales, words, scales, biases, y, y, y)
+        grid = ranks or shape["ranks"], shape["out_tiles"], -(-M // shape["rows"])
+    else:
+        shape = cuda.q8_stream_shape(*about, tuning, **changed)
+        assert -(-shape["units"] // ranks) * (ranks - 1) < shape["units"], "a rank without a share"
+        library = build("q8_stream.cu", (*shape["defines"].items(), ("THREADS", 384)), replaced)
+        maps = [
+            tensor(x.view(np.uint8), (128, shape["rows"]), 128),
+            tensor(words.view(np.uint8), (128, 128), 128),
+        ]
+        maps += [tensor(a.view(np.uint8), (16, 128), 0) for a in (scales, biases)]
+        arrays = (*maps, x_scales, scales, y, y)
+        grid = ranks, -(-M // shape["rows"]), shape["out_tiles"]
     pointers = (ctypes.c_void_p * 8)(*(a.ctypes.data for a in arrays))
-    grid = ranks or shape["ranks"], shape["out_tiles"], -(-M // shape["rows"])
-    library.run(*grid, shape["shared"], int(late), seed, pointers, (ctypes.c_int * 4)(M, N, K, 0))
+    library.run(*grid, shape["shared"], int(late), order_seed, pointers, (ctypes.c_int * 4)(M, N, K, 0))
     return floats(y, y_type), want
+
+
+# Sums of integers are exact; left are the float32 sums over groups, the scales' product and y's rounding.
+Q8_BOUND = {"float32": 1e-6, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
 @pytest.mark.parametrize(
     "case",
     [
-        (8, 64, "float32", "float32", 13, 200, 576, True, 1, 2),
         (8, 64, "bfloat16", "bfloat16", 130, 100, 320, False, 1, 1),
         (8, 128, "float16", "float16", 5, 129, 384, False, 0, 1),
         (4, 32, "float16", "float32", 20, 130, 416, False, 1, 2),
-        (4, 64, "bfloat16", "bfloat16", 300, 70, 192, True, 0, 1),
         (2, 32, "bfloat16", "float32", 9, 130, 160, False, 1, 1),
-        (2, 128, "float32", "float16", 33, 129, 256, False, 1, 1),
         (4, 64, "bfloat16", "float32", 20, 130, 448, False, 2, 2),
-        (8, 128, "float16", "bfloat16", 70, 100, 384, False, 2, 1),
-        (2, 32, "float32", "float32", 5, 66, 256, False, 2, 1),
+        (2, 32, "float32", "float32", 5, 66, 416, True, 1, 1),
     ],
     ids=lambda c: "-".join(map(str, c)),
 )
 def test_products_of_int8_are_exact(build, case, late):
     *about, ranks = case
-    values, want = run_q8(build, *about, late, ranks)
-    # Sums of integers are exact; left are the float32 sums over groups, the scales' product and y's rounding.
-    assert error(values, want) < {"float32": 1e-6, "float16": 2.0**-11, "bfloat16": 2.0**-8}[about[3]]
+    values, want = run_q8(build, *about, None, ranks, late)
+    assert error(values, want) < Q8_BOUND[about[3]]
 
 
-def tensor(a: np.ndarray, box: tuple[int, int], swizzle: int, grouped: bool = False) -> np.ndarray:
-    """What tests/cuda/emulated_copies.h has to know of rows of whole elements; grouped: of experts."""
-    rows, columns = a.shape[-2:]
-    about = (a.ctypes.data, columns, rows, a.strides[-2], *box, a.itemsize, swizzle)
-    planes = (len(a), a.strides[0]) if grouped else (0, 0)
-    return np.array((*about, *planes, *[0] * 6), np.uint64)
+Q8_STREAMED = [  # bits, group size, scales, y, M, N, K, per row, x_scales, (rows, blocks), ranks, macros
+    (8, 64, "float32", "float32", 13, 200, 576, True, 1, (16, 2), 3, {}),
+    (8, 64, "bfloat16", "bfloat16", 40, 129, 1216, True, 0, (32, 2), 2, {"BUFFERS": 2}),
+    (8, 128, "float16", "float16", 70, 132, 384, True, 1, (128, 1), 1, {}),
+    (4, 64, "bfloat16", "bfloat16", 300, 70, 192, True, 1, (256, 1), 1, {}),
+    (4, 32, "float32", "float32", 33, 130, 1312, True, 0, (64, 2), 3, {}),
+    (2, 64, "bfloat16", "float32", 20, 130, 1856, True, 1, (32, 2), 2, {"BUFFERS": 2}),
+    (8, 64, "bfloat16", "bfloat16", 130, 100, 1024, False, 1, (128, 1), 1, {}),
+    (8, 64, "bfloat16", "float32", 20, 100, 1536, False, 0, (32, 2), 4, {"MAGIC": 1}),
+    (8, 128, "float16", "float32", 70, 129, 1024, False, 1, (64, 2), 1, {"BUFFERS": 2}),
+    (8, 128, "float32", "bfloat16", 17, 129, 1536, False, 2, (64, 1), 3, {"MAGIC": 1}),
+    (8, 32, "bfloat16", "float32", 17, 129, 768, False, 1, (64, 1), 3, {}),
+    (4, 64, "bfloat16", "float32", 40, 200, 1536, False, 1, (64, 1), 3, {}),
+    (4, 64, "bfloat16", "float32", 130, 100, 1024, False, 2, (128, 1), 1, {"MAGIC": 1}),
+    (4, 32, "float16", "float32", 20, 130, 1280, False, 1, (32, 2), 5, {}),
+    (4, 128, "bfloat16", "float32", 20, 130, 3072, False, 1, (16, 3), 6, {}),
+    (2, 32, "bfloat16", "float32", 9, 130, 768, False, 2, (16, 2), 2, {"BUFFERS": 2}),
+    (2, 64, "float32", "float16", 33, 129, 1280, False, 1, (64, 2), 2, {}),
+    (2, 128, "float32", "float32", 33, 129, 1024, False, 0, (32, 2), 2, {"BUFFERS": 1}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
+@pytest.mark.parametrize("case", Q8_STREAMED, ids=lambda c: "-".join(map(str, c[:11])))
+def test_streamed_products_of_int8_are_exact(build, case, late):
+    *about, changed = case
+    values, want = run_q8(build, *about, late, **changed)
+    assert error(values, want) < Q8_BOUND[about[3]]
+
+
+@pytest.mark.parametrize("magic", (0, 1))
+@pytest.mark.parametrize(
+    "bits, group_size, per_row", [(8, 128, False), (4, 128, False), (2, 64, True), (8, 64, True)]
+)
+def test_the_largest_sums_of_int8_are_exact(build, bits, group_size, per_row, magic):
+    about = (
+        bits,
+        group_size,
+        "float32",
+        "float32",
+        3,
+        4,
+        131072 - 128 if per_row else 1024,
+        per_row,
+        1,
+        (16, 2),
+        1,
+    )
+    if not (per_row and magic):
+        assert error(*run_q8(build, *about, True, largest=True, MAGIC=magic)) < 1e-6
+
+
+@pytest.mark.parametrize("case", (Q8_STREAMED[0], Q8_STREAMED[11]), ids=("a scale a row", "groups"))
+def test_the_same_bits_come_from_int8_streams_in_any_order_of_the_threads(build, case):
+    *about, changed = case
+    first, other = (run_q8(build, *about, True, order_seed=seed, **changed)[0] for seed in (1, 2))
+    assert np.array_equal(first, other)
 
 
 def run_stream(
@@ -532,6 +624,45 @@ GROUPED_DEFECTS = {
 }
 
 
+Q8_DEFECTS = {  # text, and the form that shows it
+    "words given back before they are read": (
+        "if (in_w == W_STEPS - 1 && span == SPANS - 1) {",
+        "if (in_w == 0 && span == 0) {",
+        {},
+    ),
+    "scales given back before they are read": (
+        "if (in_s == S_STEPS - 1 && span == SPANS - 1) {",
+        "if (in_s == 0 && span == 0) {",
+        {},
+    ),
+    "no wait for the scales of a share that begins among them": (
+        "(in_s == 0 || step == begin)) barrier_wait(s_full",
+        "in_s == 0) barrier_wait(s_full",
+        {},
+    ),
+    "sums of x by one warp of two": (
+        "barrier_init(x_added + 8 * i, 2)",
+        "barrier_init(x_added + 8 * i, 1)",
+        {},
+    ),
+    "x given back before its sums are drained": (
+        "if (span == SPANS - 1) given_back(x_slot);",
+        "if (span == 0) given_back(x_slot);",
+        {},
+    ),
+    "no wait for the products": ("wgmma_wait<0>(sums);\n            multiplied", "multiplied", {}),
+    "sums of groups that go on": ("else wgmma_s8<0>(sums,", "else wgmma_s8<1>(sums,", {}),
+    "sums written over what others read": (
+        "    workers_sync<8>();  // all have",
+        "    // all have",
+        {"per_row": True},
+    ),
+    "sums read before all are there": ("    if (ranks > 1)\n      cluster_sync();\n    else\n", "", {}),
+    "half of a word's codes": ("t % 2 ? 0x7362 : 0x5140", "0x5140", {}),
+    "sums of x where another thread's are": ("m / 16 * 16 + m / 2 % 4 * 4 + m / 8 % 2 * 2 + m % 2", "m", {}),
+}
+
+
 @pytest.mark.parametrize("defect", [*STREAM_DEFECTS, *TURNED_DEFECTS, *GROUPED_DEFECTS])
 def test_a_planted_defect_shows_in_a_stream(build, defect):
     about = 4, 64, "bfloat16", "bfloat16", 40, 200, 4608, True, (32, 2), 4  # the last rank has less to do
@@ -545,3 +676,20 @@ def test_a_planted_defect_shows_in_a_stream(build, defect):
         return error(*run_stream(build, *about, late, (planted,), **changed)) < BOUND["bfloat16"]
 
     assert not all(survives(lambda n=late: right(n)) for late in (False, True))
+
+
+@pytest.mark.parametrize("defect", [None, *Q8_DEFECTS])
+def test_a_planted_defect_shows_in_a_stream_of_int8(build, defect):
+    *planted, form = Q8_DEFECTS[defect] if defect else ({},)
+    group_size, per_row = form.get("group_size", 64), form.get("per_row", False)
+    # the last rank has less to do; its share begins among scales
+    about = 4, group_size, "bfloat16", "float32", 40, 200, 5120, per_row, 1, (32, 2), 3
+
+    def attempt(late):
+        replaced = (tuple(planted),) if planted else ()
+        orders = range(3) if late else (0,)
+        return all(
+            error(*run_q8(build, *about, late, replaced, BUFFERS=2, order_seed=n)) < 1e-6 for n in orders
+        )
+
+    assert all(survives(lambda n=late: attempt(n)) for late in (False, True)) == (defect is None)

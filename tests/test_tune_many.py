@@ -80,3 +80,45 @@ def test_what_was_found_is_what_the_product_then_uses(on_cpu, monkeypatch):
     launch = cuda._many_streamed(*arguments, True)
     assert launch.config.grid_x == 3 and launch.blocks == 2
     assert cuda._many_streamed(*arguments, False) == "as usual"
+
+
+def test_every_int8_cell_has_several_forms_and_every_form_fits():
+    for cell in tune_many.int8_cells([2, 4, 8], None):
+        found = list(tune_many.int8_shapes(cell, bench_cuda.H200))
+        assert len(found) >= 3, cell
+        kernels = [tuple(shape["defines"].items()) for _, shape in found]
+        assert len(set(kernels)) == len(kernels)
+        for _, shape in found:
+            assert tune_many.valid_ranks(shape, cell[3], bench_cuda.H200)
+            assert (shape["shared"] + 1024) * shape["defines"]["BLOCKS"] <= bench_cuda.H200["shared"] + 1024
+
+
+@pytest.mark.parametrize("per_row", (True, False))
+def test_an_int8_cell_keeps_every_time_and_names_what_is_wrong(on_cpu, monkeypatch, per_row):
+    torch = on_cpu
+
+    def launch(device, pointers, M, N, K, fmt, s_type, y_type, kinds, per_row, shape, ranks=None):
+        config = types.SimpleNamespace(grid_x=ranks or 1)
+        return types.SimpleNamespace(config=config, blocks=shape["defines"]["BLOCKS"])
+
+    def microseconds(torch, calls):
+        of_cell = isinstance(calls[0].func, types.MethodType)
+        return 10.0 * calls[0].args[0].blocks + calls[0].args[0].config.grid_x if of_cell else 40.0
+
+    monkeypatch.setattr(bench_cuda, "microseconds", microseconds)
+    monkeypatch.setattr(cuda, "_q8_stream_launch", launch)
+    monkeypatch.setattr(tune_many.Int8Cell, "call", tune_many.Cell.call)
+    monkeypatch.setattr(tune_many, "WIDE", (256, 1024))
+    weights = [bench_cuda.random_weight(torch, Format(4, 64), 256, 1024, per_row=per_row) for _ in range(3)]
+    cell = tune_many.Int8Cell(
+        torch, (4, 64, per_row, 128), weights, [torch.zeros(256, 1024, dtype=torch.int8)]
+    )
+    found = cell.run()
+    wrong = [row for row in cell.rows if row.get("failed")]
+    assert wrong and all(row["us"] is None and row["form"][0][1] == 1 for row in wrong)
+    assert (
+        found["us"] == 21 and found["ranks"] == 1 and found["form"][0] == (64, 2) and found["int_mm_us"] == 40
+    )
+    asked = [(str(row["form"]), row["ranks"]) for row in cell.rows]
+    assert len(set(asked)) == len(asked) >= 5
+    json.dumps(cell.rows)

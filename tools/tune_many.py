@@ -1,6 +1,6 @@
 """Which form of qmm_stream.cu is fastest for many rows on a Hopper GPU: for ops/cuda.py's qmm_stream_shape.
 
-    python tools/tune_many.py --out FILE [--limit 60] [--prepare] [--bits 2 4 8] [--rows 16 64]
+    python tools/tune_many.py --out FILE [--limit 60] [--prepare] [--bits 2 4 8] [--rows 16 64] [--op q8mm]
     python tools/bench_cuda.py --tuning FILE ...      the benchmark with what was found
 
 For each cell (rows of bfloat16, shape, bits; groups of 64) every form is first checked against float64 and
@@ -12,6 +12,9 @@ rows at a time, is timed too. Cells that missed their bar on 2026-11-29 come fir
     best       [{bits, N, K, M, transpose, form, ranks, us, now: {form, ranks, us}}]  now: of ops.cuda
     all        [{bits, N, K, M, transpose, form, ranks, us, failed}]                   us null where it failed
     clusters   {blocks a multiprocessor: {ranks: clusters that are resident at once}}
+
+--op q8mm: the forms of q8_stream.cu instead (q8_stream_shape), with a scale a row and with groups, each cell
+beside torch._int_mm (int_mm_us in `best`, with group_size, per_row instead of transpose).
 """
 
 from __future__ import annotations
@@ -142,6 +145,162 @@ def apply(best: list[dict]) -> None:
     cuda._many_streamed = _many_streamed
 
 
+def int8_cells(bits: list[int], rows: list[int] | None) -> list[tuple]:
+    """(bits, group size, per_row, M), the most important first."""
+    found = [(64, True, M) for M in (128, 512, 2048, 32)] + [(64, False, M) for M in (512, 128, 2048, 32)]
+    found += [(128, False, M) for M in (512, 128, 2048, 32)]
+    return [(b, *cell) for cell in found for b in sorted(bits, reverse=True) if not rows or cell[2] in rows]
+
+
+def int8_shapes(cell: tuple, gpu: dict):
+    """(form, shape of q8_stream.cu), each kernel once."""
+    from mlxq.ops import cuda
+
+    bits, group_size, per_row, M = cell
+    rows = next((n for n in (16, 32, 64, 128) if n >= M), 256)
+    tunings = {
+        16: [(16, 2), (16, 3), (16, 1)],
+        32: [(32, 2), (32, 3), (32, 1)],
+        64: [(64, 2), (64, 1), (32, 3)],
+        128: [(128, 1), (64, 2), (64, 1)],
+        256: [(256, 1), (128, 1), (64, 2)],
+    }[rows]
+    changes = [{"BUFFERS": n, "MAGIC": magic} for magic in ((0,) if per_row else (0, 1)) for n in (1, 2)]
+    for tuning in tunings:
+        for changed in changes:
+            if tuning[0] == 256 and not per_row:
+                continue  # more sums than registers
+            tight = tuning[1] == 3 or (not per_row and (tuning == (64, 2) or (tuning[1] == 1 and bits == 2)))
+            if (tight and changed["BUFFERS"] == 2) or (tuning == (32, 3) and (bits, group_size) == (8, 128)):
+                continue  # spills
+            about = M, *WIDE, Format(bits, group_size), TYPES[1], TYPES[0], 1, per_row, gpu
+            shape = cuda.q8_stream_shape(*about, tuning, **changed)
+            if shape is not None:
+                yield (tuning, tuple(changed.items())), shape
+
+
+class Int8Cell:
+    """As Cell, of q8mm: int8 rows with a scale each."""
+
+    def __init__(self, torch, cell: tuple, weights: list, others: list):
+        from mlxq.ops import cuda
+
+        self.torch, self.cuda, self.weights, self.others, self.cell = torch, cuda, weights, others, cell
+        self.bits, self.group_size, self.per_row, self.M = cell
+        self.device = torch.cuda.current_device()
+        self.gpu = cuda._device(self.device)
+        self.x = torch.randint(-127, 128, (self.M, WIDE[1]), device=bench.DEVICE, dtype=torch.int8)
+        self.scales = torch.rand(self.M, device=bench.DEVICE) + 0.5
+        self.y = torch.empty(self.M, WIDE[0], device=bench.DEVICE, dtype=torch.bfloat16)
+        exact = bench.float64_weight(torch, weights[0])
+        self.expected = self.x.double() @ exact.T * self.scales.double()[:, None]
+        self.rows: list[dict] = []
+
+    def call(self, launch):
+        stream = self.torch._C._cuda_getCurrentRawStream(self.device)
+        pointers = (a.data_ptr() for a in (self.x, self.scales, self.y))
+        launch(stream, *pointers, early=self.gpu["early"])
+
+    def timed(self, form, shape: dict, ranks=None) -> dict:
+        names = ("bits", "group_size", "per_row", "M")
+        row = dict(zip(names, self.cell, strict=True)) | {
+            "N": WIDE[0],
+            "K": WIDE[1],
+            "form": form,
+            "us": None,
+        }
+        self.rows.append(row)
+        try:
+            launches = []
+            for w in self.weights:
+                pointers = [a.data_ptr() for a in (w.words, w.scales, w.biases)]
+                about = self.M, *WIDE, w.format, TYPES[1], TYPES[0], 1, self.per_row
+                launches.append(self.cuda._q8_stream_launch(self.device, pointers, *about, shape, ranks))
+            row["ranks"], first = launches[0].config.grid_x, None
+            for _ in range(2):
+                self.y.fill_(float("nan"))
+                self.call(launches[0])
+                first = self.y.clone() if first is None else first
+            error = bench.relative(self.y, self.expected)
+            if not error < bench.ERROR_LIMIT["qmv"]:
+                row["failed"] = f"error {error:.1e}"
+            elif not bool((first == self.y).all()):
+                row["failed"] = "not the same bits when repeated"
+            else:
+                row["us"] = bench.microseconds(
+                    self.torch, [functools.partial(self.call, one) for one in launches]
+                )
+        except RuntimeError as error:
+            row["failed"] = bench.first_line(error)
+            if "launch failure" in str(error) or "illegal" in str(error):
+                raise
+        if row.get("failed"):
+            print(f"{row['form']} ranks {ranks}: {row['failed']}", flush=True)
+        return row
+
+    def run(self) -> dict | None:
+        shapes = [(self.timed(form, shape), shape) for form, shape in int8_shapes(self.cell, self.gpu)]
+        good = sorted((one for one in shapes if one[0]["us"]), key=lambda one: one[0]["us"])
+        for row, shape in good[:2]:
+            for ranks in valid_ranks(shape, self.M, self.gpu):
+                if ranks != row["ranks"]:
+                    self.timed(row["form"], shape, ranks)
+        good = [row for row in self.rows if row["us"]]
+        if not good:
+            return None
+        calls = [functools.partial(self.torch._int_mm, self.x, other.T) for other in self.others]
+        found = min(good, key=lambda row: row["us"]) | {"int_mm_us": bench.microseconds(self.torch, calls)}
+        kind = "a scale a row" if self.per_row else f"groups of {self.group_size}"
+        what = f"{self.bits}-bit {kind} M={self.M}"
+        ratio = found["us"] / found["int_mm_us"]
+        print(
+            f"{what}: {found['us']:.2f} us, {found['form']}, ranks {found['ranks']}; "
+            f"torch._int_mm {found['int_mm_us']:.2f}: {ratio:.2f}; now {shapes[0][0]['us']}",
+            flush=True,
+        )
+        return found
+
+
+def tune_int8(args) -> int:
+    import torch
+
+    from mlxq.ops import cuda
+
+    wanted = int8_cells(args.bits, args.rows)
+    on_gpu = torch.cuda.is_available()
+    gpu = cuda._device(torch.cuda.current_device()) if on_gpu else bench.H200
+    shapes = [shape for cell in wanted for _, shape in int8_shapes(cell, gpu)]
+    compile_flags({("q8_stream.cu", cuda.options(gpu["arch"], shape["defines"])): True for shape in shapes})
+    if args.prepare:
+        return 0
+    begin = time.monotonic()
+    rotated = 4 * torch.cuda.get_device_properties(0).L2_cache_size
+    N, K = WIDE
+    best, every, weights, skipped = [], [], {}, []
+    torch.manual_seed(0)
+    others = [
+        torch.randint(-127, 128, (N, K), device=bench.DEVICE, dtype=torch.int8)
+        for _ in range(max(3, -(-rotated // (N * K))))
+    ]
+    for cell in wanted:
+        if time.monotonic() - begin > args.limit:
+            skipped.append(cell)
+            continue
+        about = bits, group_size, per_row = cell[:3]
+        if about not in weights:
+            count = max(3, -(-rotated // (N * K * bits // 8)))
+            fmt = Format(bits, group_size)
+            weights[about] = [bench.random_weight(torch, fmt, N, K, per_row=per_row) for _ in range(count)]
+        one = Int8Cell(torch, cell, weights[about], others)
+        found = one.run()
+        every += one.rows
+        best += [found] if found else []
+        result = {"tool": "tune_many", "op": "q8mm", "gpu": torch.cuda.get_device_name()}
+        args.out.write_text(json.dumps(result | {"best": best, "all": every, "skipped": skipped}) + "\n")
+    print(f"{len(every)} times in {time.monotonic() - begin:.0f} s, {len(skipped)} cells skipped", flush=True)
+    return int(any(row.get("failed") for row in every))
+
+
 def compile_all(wanted, gpu: dict) -> None:
     """Every candidate's machine code, on all cores."""
     from mlxq.ops import cuda
@@ -156,6 +315,11 @@ def compile_all(wanted, gpu: dict) -> None:
         )
         if few:
             flags["qmv_stream.cu", cuda.options(gpu["arch"], few["defines"])] = True
+    compile_flags(flags)
+
+
+def compile_flags(flags: dict) -> None:
+    """Machine code of (file, options), on all cores."""
     with concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for failed in filter(None, pool.map(bench.compiled, flags)):
             print(failed, flush=True)
@@ -264,7 +428,10 @@ def main() -> int:
     parser.add_argument("--prepare", action="store_true", help="compile on all cores and stop")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--rows", type=int, nargs="+", help="only cells of so many rows")
+    parser.add_argument("--op", choices=("qmm", "q8mm"), default="qmm")
     args = parser.parse_args()
+    if args.op == "q8mm":
+        return tune_int8(args)
     wanted = cells(args.bits, args.rows)
     import torch
 

@@ -7,10 +7,11 @@ weight and shape and remembered, so that a call costs a lookup, an allocation an
 
 Few rows go to qmv.cu, which never rounds a weight, or on Hopper to qmv_stream.cu, which does not either. On
 Hopper more rows of 16-bit x and transpose=False go to qmm_stream.cu, and where rows do not begin at 16
-bytes to qmm.cu; these two round each weight to x's type, as a dequantized copy would be. All but qmv.cu serve
-rows that choose experts once experts.cu has sorted them; qmv.cu takes them as they come. What none serves
-goes through such a copy and the framework's own product (cuBLAS). cupy brings NVRTC, the compiler, and the
-code is cached on disk; kernels are started through the driver. Times, floors and what was tried:
+bytes to qmm.cu; these two round each weight to x's type, as a dequantized copy would be. All but qmv.cu
+serve rows that choose experts once experts.cu has sorted them; qmv.cu takes them as they come. int8 x goes
+to q8_stream.cu, and to q8mm.cu where rows of scales are no whole 16 bytes. What none serves goes through
+such a copy and the framework's own product (cuBLAS). cupy brings NVRTC, the compiler, and the code is
+cached on disk; kernels are started through the driver. Times, floors and what was tried:
 docs/kernels-cuda.md.
 """
 
@@ -539,15 +540,19 @@ def stream_tunings(
 
     (warps, bytes of a row in a warp's part of a stage, stages at most, blocks that fit a multiprocessor,
     blocks that are started for each, units whose products are interleaved, rows of a tile, ranks). Fewer
-    warps than were best come first where more would leave more of the last stage without columns. Grouped: not yet
-    measured; two ranks leave registers for what finds the rows of x.
+    warps than were best come first where more would leave more of the last stage without columns. Grouped:
+    not yet measured; two ranks leave registers for what finds the rows of x.
     """
     wide = 8 * STREAM_REGISTERS * bits  # bytes whose x fills the registers of 8 warps
     small = tiles <= 2 * multiprocessors
     if row_bytes > 2 * wide:
         best = 16, 128, 4, 1, 1, 2, 16, -(-row_bytes // (2 * wide))
     elif row_bytes > wide:
-        best = {2: (8, 128, 3, 1, 1, 2, 32, 2), 4: (8, 128, 4, 2, 1, 2, 16, 2), 8: (8, 64, 12, 2, 1, 4, 16, 2)}[bits]
+        best = {
+            2: (8, 128, 3, 1, 1, 2, 32, 2),
+            4: (8, 128, 4, 2, 1, 2, 16, 2),
+            8: (8, 64, 12, 2, 1, 4, 16, 2),
+        }[bits]
     elif grouped:
         best = 8, 64 if bits == 2 else 128, 12 if bits == 2 else 4, 2, 1, 2, 16, 2
     elif small and bits < 8:
@@ -906,6 +911,64 @@ def qmm_stream_ranks(tiles: int, units: int, steps: int, blocks: int, multiproce
         return each * steps * max(2, beside) + 20 + ranks
 
     return min(range(1, 9), key=cost)
+
+
+def q8_stream_tuning(M: int, per_row: bool) -> tuple[int, int]:
+    """(rows of x a block, blocks that share a multiprocessor) of q8_stream.cu, by prediction."""
+    rows = next((n for n in (16, 32, 64, 128) if n >= M), 256 if per_row else 128)
+    return rows, 2 if rows <= 64 else 1
+
+
+def q8_stream_shape(
+    M, N, K, fmt, s_type: str, y_type: str, x_scales: int, per_row: bool, gpu: dict, tuning=None, **changed
+) -> dict | None:
+    """How q8_stream.cu is compiled and started; None where it does not serve.
+
+    x_scales: 0 one for all, 1 one a row, 2 one for as many columns as a group has; tuning: instead of
+    q8_stream_tuning's; changed: BUFFERS, MAGIC other than they would be.
+    defines, out_tiles, rows (of x a block), units (that ranks share, `steps` of 64 columns each), shared.
+    """
+    s_bytes = SIZES[s_type]
+    row_bytes, scale_bytes = K * fmt.bits // 8, K // fmt.group_size * s_bytes
+    if gpu["arch"] != "sm_90a" or row_bytes % 16 or not (per_row or scale_bytes % 16 == 0):
+        return None
+    rows, blocks = tuning or q8_stream_tuning(M, per_row)
+    w_steps, s_steps = 8 // fmt.bits, 16 // s_bytes * fmt.group_size // 128
+    spans = 128 // fmt.group_size
+    x_stage = rows * 128 + (0 if per_row else (1 + (x_scales == 2)) * spans * rows * 4)
+    limit = gpu["shared"] if blocks == 1 else (gpu["shared"] + 1024) // blocks - 1024  # 1 KiB a block
+    for x_stages, w_stages in ((8, 8), (6, 6), (6, 4), (4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2)):
+        s_stages = 1 if per_row else -(-w_stages * w_steps // s_steps) + 1
+        shared = x_stages * x_stage + w_stages * 16384 + s_stages * 4096
+        shared += 8 * (3 * x_stages + 2 * w_stages + 2 * s_stages)
+        if shared <= limit:
+            break
+    else:
+        return None
+    defines = {
+        "BITS": fmt.bits,
+        "GROUP": fmt.group_size,
+        "S_TYPE": TYPES[s_type],
+        "Y_TYPE": TYPES[y_type],
+        "X_SCALES": x_scales,
+        "PER_ROW": int(per_row),
+        "BN": rows,
+        "BLOCKS": blocks,
+        "BUFFERS": 2 if blocks == 1 and (per_row or fmt.bits > 2) else 1,
+        "MAGIC": 0,
+        "X_STAGES": x_stages,
+        "W_STAGES": w_stages,
+        "S_STAGES": s_stages,
+    } | changed
+    steps = -(-K // 128)
+    return {
+        "defines": defines,
+        "out_tiles": -(-N // 128),
+        "rows": rows,
+        "units": -(-steps // w_steps),
+        "steps": 2 * w_steps,
+        "shared": max(shared, rows * 132 * 4),
+    }
 
 
 def q8mm_shape(
@@ -1368,29 +1431,78 @@ def q8mm(x_codes, x_scales, w: format.Packed, per_row: bool, dtype: str):
     M, N, K = math.prod(x_codes.shape[:-1]), w.N, w.K
     one_scale = math.prod(x_scales.shape) == 1 and M != 1
     tiled = len(x_scales.shape) == len(x_codes.shape) and math.prod(x_scales.shape) != 1
-    key = ("q8mm", *named.values(), w.format, per_row, dtype)
-    launch = _plans.get(key)
+    kinds = 0 if one_scale else 2 if tiled else 1
+    weights = tuple(named[name] for name in ("words", "scales", "biases"))
+    key = ("q8mm", device, x_codes.shape, kinds, *weights, w.format, per_row, dtype)
+    found = _plans.get(key)
+    _check_arrays("q8mm", named, device)
     with side.on(device):
         y = side.empty((*x_codes.shape[:-1], N), dtype, device)
         if M * N == 0:
             return y
+        if found is None:
+            about = M, N, K, w.format, s_type, dtype, kinds, per_row
+            launch = _q8_streamed(device, [at[0] for at in weights], *about)
+            found = _remember(key, (launch or _q8(device, [at[0] for at in weights], *about),))
+        (launch,) = found
         if launch is None:
-            _check_arrays("q8mm", named, device)
-            gpu = _device(device)
-            kinds = 0 if one_scale else 2 if tiled else 1
-            shape = q8mm_shape(M, N, K, w.format, s_type, dtype, kinds, per_row, gpu)
-            if shape is None:
-                y[...] = _q8mm_in_float64(side, x_codes, x_scales, w, per_row, tiled).reshape(y.shape)
-                return y
-            kernel = _kernel(
-                device, "q8mm.cu", "q8mm", options(gpu["arch"], shape["defines"]), shape["shared"]
-            )
-            arrays = [ctypes.c_void_p(named[name][0]) for name in named] + [ctypes.c_void_p()]
-            grid = shape["ranks"], shape["out_tiles"], -(-M // shape["rows"])
-            sizes = [ctypes.c_int(v) for v in (M, N, K)]
-            launch = _remember(key, _Launch(kernel, grid, 256, arrays + sizes, (5,), shape["ranks"]))
-        launch(side.stream(device), side.pointer(y))
+            y[...] = _q8mm_in_float64(side, x_codes, x_scales, w, per_row, tiled).reshape(y.shape)
+            return y
+        arrays = w.words, w.scales, w.biases
+        counted = side is _Torch and _device(device)["early"] and counts_versions(*arrays)
+        versions = tuple(a._version for a in arrays) if counted else None
+        # early as in _Product: only if the kernel before cannot have written the weights. Their versions stay
+        # with the weight: a plan may outlast it and serve another one at the same addresses
+        early = counted and w.__dict__.get("_cuda_versions") == versions
+        w.__dict__["_cuda_versions"] = versions
+        launch(side.stream(device), named["x"][0], named["x_scales"][0], side.pointer(y), early=early)
     return y
+
+
+def _q8_streamed(device, pointers, M, N, K, fmt, s_type, y_type, kinds, per_row):
+    """A launch of q8_stream.cu that takes (x, x_scales, y), or None where it does not serve."""
+    about = M, N, K, fmt, s_type, y_type, kinds, per_row
+    shape = q8_stream_shape(*about, _device(device))
+    return shape and _q8_stream_launch(device, pointers, *about, shape)
+
+
+def _q8_stream_launch(
+    device, pointers, M, N, K, fmt, s_type, y_type, kinds, per_row, shape: dict, ranks=None
+):
+    gpu, defines = _device(device), shape["defines"]
+    kernel = _kernel(device, "q8_stream.cu", "q8_stream", options(gpu["arch"], defines), shape["shared"])
+    _check(kernel.driver.cuFuncSetAttribute(kernel.function, _FUNCTION_CARVEOUT, 100), "room for blocks")
+    row_tiles = -(-M // shape["rows"])
+    ranks = ranks or qmm_stream_ranks(
+        shape["out_tiles"] * row_tiles,
+        shape["units"],
+        shape["steps"],
+        defines["BLOCKS"],
+        gpu["multiprocessors"],
+        functools.partial(_clusters_at_once, kernel, 384),
+    )
+    row, scales = K * fmt.bits // 8, K // fmt.group_size * SIZES[s_type]
+    x = _TensorMap((K, M), (K,), (128, shape["rows"]), 128, "bytes")
+    words = _tensor_map(pointers[0], (row, N), (row,), (128, 128), 128)
+    groups = [words] * 2  # with a scale a row nobody asks for them
+    if not per_row:
+        groups = [_tensor_map(p, (scales, N), (scales,), (16, 128), 0) for p in pointers[1:]]
+    arrays = ctypes.c_void_p(), ctypes.c_void_p(pointers[1]), ctypes.c_void_p()  # x_scales, scales, y
+    arguments = [x, words, *groups, *arrays, *(ctypes.c_int(v) for v in (M, N, K))]
+    return _Launch(kernel, (ranks, row_tiles, shape["out_tiles"]), 384, arguments, (0, 4, 6), ranks)
+
+
+def _q8(device, pointers, M, N, K, fmt, s_type, y_type, kinds, per_row):
+    """A launch of q8mm.cu that takes (x, x_scales, y), or None where it does not serve."""
+    gpu = _device(device)
+    shape = q8mm_shape(M, N, K, fmt, s_type, y_type, kinds, per_row, gpu)
+    if shape is None:
+        return None
+    kernel = _kernel(device, "q8mm.cu", "q8mm", options(gpu["arch"], shape["defines"]), shape["shared"])
+    arrays = [ctypes.c_void_p(p) for p in (0, 0, *pointers, 0)]
+    sizes = [ctypes.c_int(v) for v in (M, N, K)]
+    grid = shape["ranks"], shape["out_tiles"], -(-M // shape["rows"])
+    return _Launch(kernel, grid, 256, arrays + sizes, (0, 1, 5), shape["ranks"])
 
 
 def _q8mm_in_float64(side, x_codes, x_scales, w: format.Packed, per_row: bool, tiled: bool):

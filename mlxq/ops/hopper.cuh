@@ -60,6 +60,14 @@ __device__ __forceinline__ void load_turned(unsigned int* four, unsigned int row
                : "memory");
 }
 
+// The same as they lie: row lane / 4, bytes 4 * (lane % 4) to + 3.
+__device__ __forceinline__ void load_matrices(unsigned int* four, unsigned int row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(four[0]), "=r"(four[1]), "=r"(four[2]), "=r"(four[3])
+               : "r"(row)
+               : "memory");
+}
+
 __device__ __forceinline__ void store_matrices(const unsigned int* four, unsigned int row) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(four[0]), "r"(four[1]),
                "r"(four[2]), "r"(four[3])
@@ -195,6 +203,29 @@ __device__ __forceinline__ void wgmma_s8(int* d, unsigned long long left, unsign
   WGMMA_S8("128", R64, D64(0), "64", "65");
 #elif BN == 256
   WGMMA_S8("256", R128, D128(0), "128", "129");
+#endif
+}
+
+// The same with A in registers: row lane / 4 (+ 8) of the warp's 16, columns 4 * (lane % 4) to + 3 (+ 16). ADD 0: d is written anew.
+#define WGMMA_S8_LEFT(n, registers, sums, a0, a1, a2, a3, b, add)                                                           \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k32.s32.s8.s8 {" registers "}, {%" a0 ", %" a1 ", %" a2 ", %" a3 "}, %" b \
+               ", %" add ";"                                                                                               \
+               : sums                                                                                                       \
+               : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right), "n"(ADD))
+template <int ADD>
+__device__ __forceinline__ void wgmma_s8(int* d, const unsigned int* left, unsigned long long right) {
+#if BN == 8
+  WGMMA_S8_LEFT("8", R4, D4(0), "4", "5", "6", "7", "8", "9");
+#elif BN == 16
+  WGMMA_S8_LEFT("16", R8, D8(0), "8", "9", "10", "11", "12", "13");
+#elif BN == 32
+  WGMMA_S8_LEFT("32", R16, D16(0), "16", "17", "18", "19", "20", "21");
+#elif BN == 64
+  WGMMA_S8_LEFT("64", R32, D32(0), "32", "33", "34", "35", "36", "37");
+#elif BN == 128
+  WGMMA_S8_LEFT("128", R64, D64(0), "64", "65", "66", "67", "68", "69");
+#elif BN == 256
+  WGMMA_S8_LEFT("256", R128, D128(0), "128", "129", "130", "131", "132", "133");
 #endif
 }
 #undef HELD

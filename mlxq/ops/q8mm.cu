@@ -10,6 +10,8 @@
 //   X_SCALES 2  likewise, with the x_scale of each group inside the sum
 //   PER_ROW 1   y = float(sum over K) * (x_scale * scale[n, 0])                                the sum in int32, K to 131071
 //
+// For rows of scales (PER_ROW 0) or words that are no whole 16 bytes; q8_stream.cu serves the others and is faster.
+//
 // The plan is qmm.cu's: a block makes 128 rows of W x BN rows of x, transposed; stages of PANELS panels of 128 columns;
 // 128 threads of a warpgroup unpack 64 rows x 128 codes to int8 tiles that wgmma reads; the blocks of a cluster share K and
 // add up in rank order. A group's int32 sum starts at the bits of 1.5 * 2^23, so that they are the float 1.5 * 2^23 + S_g

@@ -186,6 +186,18 @@ inline void exchange(uint32_t* four, uint32_t row, bool load) {  // 8 x 8 halves
   }
   __syncwarp();
 }
+inline void load_matrices(uint32_t* four, uint32_t row) {
+  const int thread = threadIdx.x, lane = thread % 32;
+  auto& given = emu::block().given;
+  given[thread][0] = row;
+  __syncwarp();
+  for (int i = 0; i < 4; i++) {
+    const uint32_t from = given[thread - lane + 8 * i + lane / 4][0];
+    if (from % 16) { fprintf(stderr, "matrix row at %u\n", from); abort(); }
+    memcpy(four + i, at(from) + lane % 4 * 4, 4);
+  }
+  __syncwarp();
+}
 inline void load_turned(uint32_t* four, uint32_t row) { exchange(four, row, true); }
 inline void store_matrices(const uint32_t* four, uint32_t row) { exchange(const_cast<uint32_t*>(four), row, false); }
 inline uint32_t (&shown(uint32_t value))[THREADS][4] {  // what each lane gives; the others are through with what it gave before
@@ -225,6 +237,32 @@ inline void wgmma_s8(int* d, uint64_t a, uint64_t b) {
         for (int c = 0; c < 2; c++)
           for (int k = 0; k < 32; k++) d[4 * j + 2 * i + c] += left[k] * byte_element(b, 8 * j + 2 * (lane % 4) + c, k);
     }
+  });
+}
+// A from registers, as for wgmma; ADD 0: the sums begin at 0.
+template <int ADD> inline void wgmma_s8(int* d, const uint32_t* a, uint64_t b) {
+  const int thread = threadIdx.x, lane = thread % 32;
+  auto& given = emu::block().given;
+  memcpy(given[thread], a, 16);
+  __syncwarp();
+  std::array<int8_t, 64> left;  // row lane / 4, then row lane / 4 + 8
+  for (int i = 0; i < 2; i++)
+    for (int k = 0; k < 32; k++) left[32 * i + k] = int8_t(given[thread / 4 * 4 + k % 16 / 4][i + k / 16 * 2] >> k % 4 * 8);
+  __syncwarp();
+  std::array<uint32_t, 4> mine;
+  memcpy(mine.data(), a, 16);
+  defer(emu::now->products, [=] {
+    const bool changed = memcmp(mine.data(), a, 16);
+    for (int j = 0; j < BN / 8; j++)
+      for (int c = 0; c < 2; c++) {
+        int8_t right[32];
+        for (int k = 0; k < 32; k++) right[k] = byte_element(b, 8 * j + 2 * (lane % 4) + c, k);
+        for (int i = 0; i < 2; i++) {
+          uint32_t sum = ADD ? d[4 * j + 2 * i + c] : 0;
+          for (int k = 0; k < 32; k++) sum += int(left[32 * i + k]) * right[k];
+          d[4 * j + 2 * i + c] = changed ? 0x7fffffff : int(sum);
+        }
+      }
   });
 }
 inline float4 remote(uint32_t a, int rank) { float4 v; memcpy(&v, emu::memory(rank) + a - BASE, 16); return v; }

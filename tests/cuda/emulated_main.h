@@ -10,7 +10,10 @@ constexpr int NUMBERS = 4;
 #endif
 static const void* arg[8]; static int number[NUMBERS];
 static void entry() {
-#ifdef X_STAGES
+#if defined X_STAGES && defined PER_ROW
+  const auto* maps = reinterpret_cast<const TensorMap* const*>(arg);
+  q8_stream(*maps[0], *maps[1], *maps[2], *maps[3], (const float*)arg[4], (const char*)arg[5], (char*)arg[6], number[0], number[1], number[2]);
+#elif defined X_STAGES
   const auto* maps = reinterpret_cast<const TensorMap* const*>(arg);
   qmm_stream(*maps[0], *maps[1], *maps[2], *maps[3], (char*)arg[4], number[0], number[1], number[2], (const uint4*)arg[5], (const int*)arg[6]);
 #elif defined PIECE
