@@ -226,7 +226,8 @@ def product_of(kernel: str, monkeypatch) -> None:
     """Makes gather_qmm use this kernel for any number of rows, if it serves."""
     cuda._plans.clear()
     monkeypatch.setattr(cuda, "ROWS_BEST_IN_QMV_OF_EXPERTS", 1 << 30 if kernel == "qmv" else 0)
-    monkeypatch.setattr(cuda, "GROUPS_BEST_IN_QMV_STREAM", 1 << 30 if kernel == "qmv_stream" else 0)
+    most = 1 << 30 if kernel == "qmv_stream" else 0
+    monkeypatch.setattr(cuda, "GROUPS_BEST_IN_QMV_STREAM", dict.fromkeys((2, 4, 8), most))
     if kernel == "qmm":
         monkeypatch.setattr(cuda, "qmm_stream_shape", lambda *a, **k: None)
 

@@ -7,8 +7,8 @@ For the large shapes of bench_cuda.py and 1, 2, 4 and 8 rows of bfloat16, in gro
 table has it (warps, blocks that fit a multiprocessor, bytes of a chunk, log2 of warps a tile) and every
 candidate of qmv_stream.cu (as ops.cuda.stream_tunings: warps, bytes of a segment, stages at most, blocks that
 fit a multiprocessor, blocks started for each, units at a time, rows, ranks) are checked against float64,
-twice with the same bits, and timed as bench_cuda.py times. 8 rows and 1 row come first; for 2 and 4 only what was within
-4 % of the best for these. FILE:
+twice with the same bits, and timed as bench_cuda.py times. 8 rows and 1 row come first; for 2 and 4 only
+what was within 4 % of the best for these. FILE:
 
     best   [{bits, N, K, M, kernel, tuning, us, now: {kernel, tuning, us}}]   now: what the tables choose
     all    [{bits, N, K, M, kernel, tuning, shape, us, failed}]               us null where it failed
@@ -32,7 +32,7 @@ from mlxq.format import Format
 
 ROWS = (8, 1, 4, 2)
 CLOSE = 1.04
-# (warps, segment, blocks that fit, blocks started, units at a time, rows, ranks), KiB of a block's ring of words
+# (warps, segment, blocks that fit, blocks started, units at a time, rows, ranks), KiB of a block's ring
 STREAM = [
     (warps, segment, kib * 1024 // (rows * warps * segment), *blocks, together, rows, ranks)
     for (warps, segment, *blocks, together, rows, ranks), rings in [

@@ -15,6 +15,12 @@ __device__ __forceinline__ void barrier_arrive(unsigned int at) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
 }
 
+// When this value is there: what ldmatrix has asked for may still be on its way when an arrival that follows it is seen
+// (an H200 overwrote words before they were read where many warps wait). never is a zero that the compiler does not know.
+__device__ __forceinline__ void barrier_arrive_after(unsigned int value, unsigned int never, unsigned int at) {
+  barrier_arrive(at + (value & never));
+}
+
 __device__ __forceinline__ void barrier_expect(unsigned int at, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
 }

@@ -541,7 +541,7 @@ def stream_tunings(
     (warps, bytes of a row in a warp's part of a stage, stages at most, blocks that fit a multiprocessor,
     blocks that are started for each, units whose products are interleaved, rows of a tile, ranks). Fewer
     warps than were best come first where more would leave more of the last stage without columns. Grouped:
-    not yet measured; two ranks leave registers for what finds the rows of x.
+    x is loaded anew for each group of rows.
     """
     wide = 8 * STREAM_REGISTERS * bits  # bytes whose x fills the registers of 8 warps
     small = tiles <= 2 * multiprocessors
@@ -554,7 +554,7 @@ def stream_tunings(
             8: (8, 64, 12, 2, 1, 4, 16, 2),
         }[bits]
     elif grouped:
-        best = 8, 64 if bits == 2 else 128, 12 if bits == 2 else 4, 2, 1, 2, 16, 2
+        best = 8, 128, 6, 1, 1, 2, 16, 1
     elif small and bits < 8:
         best = 8, 64, 4, 2, 1, 2, 32, 2
     elif small and M <= 2:
@@ -1149,7 +1149,7 @@ def grouped_shape(pairs, M, N, K, fmt, x_type, s_type, gpu: dict, transpose, exp
     if gpu["arch"] != "sm_90a" or x_type == "float32" or not fits:
         return None
     groups = tiles_expected(rows, experts, 8)
-    if transpose and groups <= GROUPS_BEST_IN_QMV_STREAM * experts:
+    if transpose and groups <= GROUPS_BEST_IN_QMV_STREAM[fmt.bits] * experts:
         shape = stream_shape(8, *about, gpu, groups)
         if shape:
             return "qmv_stream", shape
@@ -1358,7 +1358,7 @@ def gather_qmm(x, w: format.Packed, lhs_indices=None, rhs_indices=None, transpos
 
 ROWS_BEST_IN_QMV = 8
 ROWS_BEST_IN_QMV_OF_EXPERTS = 2
-GROUPS_BEST_IN_QMV_STREAM = 1.25  # of up to eight rows, an expert
+GROUPS_BEST_IN_QMV_STREAM = {2: 1.75, 4: 1.75, 8: 1.25}  # of up to eight rows, an expert
 # Where qmm.cu does not serve: qmv reads the weights once for every eight rows; beyond, a copy is faster.
 ROWS_OF_QMV = 32
 

@@ -189,6 +189,7 @@ q8_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tenso
     // of the thread's words in a stage, or of the row of 16 bytes that it names
     const u32 own = W_RING + (BITS == 8 ? (first + lane % 16) * 128 + (lane / 16 ^ lane % 8) * 16
                                         : (first + g) * 128 + g * 16 + (BITS == 4 ? t / 2 * 4 : 0));
+    const u32 never = u32(M) >> 31;
     auto unpack = [&](u32* to, int step, int span) {
       const int in_w = step % W_STEPS;
       if (in_w == 0 && span == 0) barrier_wait(w_full + 8 * w_slot, parities >> 1 & 1);
@@ -214,7 +215,7 @@ q8_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tenso
       }
       if (in_w == W_STEPS - 1 && span == SPANS - 1) {
         __syncwarp();
-        if (lane == 0) barrier_arrive(w_empty + 8 * w_slot);
+        if (lane == 0) barrier_arrive_after(to[0] | to[SPAN_REGISTERS - 1], never, w_empty + 8 * w_slot);
         if (++w_slot == W_STAGES) w_slot = 0, parities ^= 2;
       }
     };
@@ -230,7 +231,7 @@ q8_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tenso
       }
       if (in_s == S_STEPS - 1 && span == SPANS - 1) {
         __syncwarp();
-        if (lane == 0) barrier_arrive(s_empty + 8 * s_slot);
+        if (lane == 0) barrier_arrive_after(__float_as_uint(of.rest[1]), never, s_empty + 8 * s_slot);
         if (++s_slot == S_STAGES) s_slot = 0, parities ^= 4;
       }
       return of;

@@ -356,6 +356,7 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
     const char* const of_groups = shared + S_RING + half * S_HALF + out0 / GROUP * S_BYTES % 16 + first / GROUP * S_BYTES;
 #endif
     u32 left[BUFFERS][16];
+    const u32 never = u32(M) >> 31;
     int w_slot = 0, w_parity = 0, s_slot = 0, s_parity = 0, x_slot = 0, x_parity = 0;
     auto unpack = [&](u32* to, int step, int in_w) {
       const int in_s = (W_STEPS % S_STEPS ? step : in_w) & (S_STEPS - 1);
@@ -450,12 +451,13 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
       }
 #endif
       __syncwarp();
+      const u32 read = to[0] | to[15];  // of the first and the last that was asked for
       if (in_w == W_STEPS - 1) {
-        if (lane == 0) barrier_arrive(w_empty + 8 * w_slot);
+        if (lane == 0) barrier_arrive_after(read, never, w_empty + 8 * w_slot);
         if (++w_slot == W_STAGES) w_slot = 0, w_parity ^= 1;
       }
       if (in_s == S_STEPS - 1) {
-        if (lane == 0) barrier_arrive(s_empty + 8 * s_slot);
+        if (lane == 0) barrier_arrive_after(read, never, s_empty + 8 * s_slot);
         if (++s_slot == S_STAGES) s_slot = 0, s_parity ^= 1;
       }
     };

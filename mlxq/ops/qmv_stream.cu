@@ -460,6 +460,7 @@ qmv_stream(const char* __restrict__ x, const __grid_constant__ TensorMap words, 
     else
       __syncwarp();
 
+    const u32 never = u32(M) >> 31;
     constexpr int PIECES = SEGMENT / 16;  // of a row in a warp's part of a stage
     const u32 words_at =
         base + warp * SEGMENT / 128 * COLUMN + row_at + ((warp * PIECES % 8 + lane / 16) ^ lane % 8) * 16;  // two pieces
@@ -473,6 +474,7 @@ qmv_stream(const char* __restrict__ x, const __grid_constant__ TensorMap words, 
         barrier_wait(full + 8 * slot, round & 1);
         const int first = (s * WARPS + warp) * CODES;
         u32 scale_words[2 * HALVES][S_WORDS], bias_words[2 * HALVES][S_WORDS];  // of rows 8 * h + g
+        u32 read = 0;  // the last words
 #pragma unroll
         for (int b = 0; b < UNITS; b += BATCH) {
           if (b % AT_ONCE == 0)
@@ -491,6 +493,7 @@ qmv_stream(const char* __restrict__ x, const __grid_constant__ TensorMap words, 
               const int piece = b * LANE_WORDS + i;
               load_rows(w[half][i], words_at + slot * STAGE_BYTES + piece / 8 * COLUMN + half * 2048 ^ piece % 8 * 16);
             }
+          read = w[HALVES - 1][BATCH * LANE_WORDS - 1][1];
           float acc[HALVES][BATCH][4] = {};
 #pragma unroll
           for (int i = 0; i < LANE_WORDS; i++)
@@ -529,7 +532,7 @@ qmv_stream(const char* __restrict__ x, const __grid_constant__ TensorMap words, 
           }
         }
         __syncwarp();
-        if (lane < ARRIVALS) barrier_arrive(empty + 8 * slot);
+        if (lane < ARRIVALS) barrier_arrive_after(read, never, empty + 8 * slot);
         if (++slot == DEPTH) slot = 0, round++;
       }
       if (++scale_slot == SCALE_DEPTH) scale_slot = 0;

@@ -146,6 +146,7 @@ inline void arrive(emu::Barrier& b) {
   emu::check(b);
 }
 inline void barrier_arrive(uint32_t a) { arrive(emu::barrier(emu::block(), a)); }
+inline void barrier_arrive_after(uint32_t value, uint32_t never, uint32_t a) { barrier_arrive(a + (value & never)); }
 inline void barrier_expect(uint32_t a, int bytes) { emu::barrier(emu::block(), a).bytes += bytes; barrier_arrive(a); }
 inline void barrier_wait(uint32_t a, int parity) {
   while ((emu::barrier(emu::block(), a).phase & 1) == parity) emu::yield();
