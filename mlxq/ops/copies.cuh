@@ -52,6 +52,8 @@ __device__ __forceinline__ void tensor_copy(unsigned int to, const TensorMap& ma
 }
 
 __device__ __forceinline__ void dependents_may_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+// What the kernel before writes may be read only after this, and through no pointer to const that is __restrict__: the compiler
+// takes what that points to for constant and may read it before.
 __device__ __forceinline__ void predecessor_done() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // Between the blocks of a cluster: an address of shared memory as another rank has it; 16 bytes to there, which count at a

@@ -42,7 +42,7 @@ __device__ __forceinline__ int up_to_here(int value, int lane) {  // the sum ove
 }
 
 extern "C" __global__ void __launch_bounds__(1024, 1)
-by_expert(const Piece* __restrict__ x, const int* __restrict__ lhs, const int* __restrict__ rhs, Piece* __restrict__ sorted,
+by_expert(const Piece* x, const int* lhs, const int* rhs, Piece* __restrict__ sorted,
           uint4* __restrict__ tiles, int* __restrict__ rows, int pairs, int M, int blocks_of_x, int experts, int tile_rows,
           int most_tiles, int pieces) {
   SHARED_MEMORY(shared);

@@ -85,7 +85,7 @@ struct Scales {  // of out g and g + 8 in one group
 
 extern "C" __global__ void __launch_bounds__(384, BLOCKS)
 q8_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap s_map,
-          const __grid_constant__ TensorMap b_map, const float* __restrict__ x_scales, const char* __restrict__ scales,
+          const __grid_constant__ TensorMap b_map, const float* x_scales, const char* __restrict__ scales,
           char* __restrict__ y, int M, int N, int K) {
   SHARED_MEMORY(shared);
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, rank = blockIdx.x, ranks = gridDim.x;

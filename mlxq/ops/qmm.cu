@@ -129,9 +129,9 @@ __device__ __forceinline__ u64 descriptor(u32 at) {
 }
 
 extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS)
-qmm(const char* __restrict__ x, const char* __restrict__ words, const char* __restrict__ scales,
-    const char* __restrict__ biases, char* __restrict__ y, int M, int N, int K, const uint4* __restrict__ tile_table,
-    const int* __restrict__ rows) {
+qmm(const char* x, const char* __restrict__ words, const char* __restrict__ scales,
+    const char* __restrict__ biases, char* __restrict__ y, int M, int N, int K, const uint4* tile_table,
+    const int* rows) {
   SHARED_MEMORY(shared);
   const int tid = threadIdx.x, group = tid / 128, thread = tid % 128;
   const int rank = blockIdx.x, ranks = gridDim.x;

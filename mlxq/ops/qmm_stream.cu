@@ -209,8 +209,8 @@ __device__ __forceinline__ void pairs_of(const char* from, u32* pairs) {
 
 extern "C" __global__ void __launch_bounds__(32 * WORKERS + 128, BLOCKS)
 qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap s_map,
-           const __grid_constant__ TensorMap b_map, char* __restrict__ y, int M, int N, int K, const uint4* __restrict__ tiles,
-           const int* __restrict__ rows) {
+           const __grid_constant__ TensorMap b_map, char* __restrict__ y, int M, int N, int K, const uint4* tiles,
+           const int* rows) {
   SHARED_MEMORY(shared);
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, rank = blockIdx.x, ranks = gridDim.x;
   const int half = warp / 8 % HALVES, helper = warp - WORKERS;

@@ -194,8 +194,8 @@ __device__ __forceinline__ void wait_for_predecessor() {
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
-qmv(const char* __restrict__ x, const char* __restrict__ words, const char* __restrict__ scales,
-    const char* __restrict__ biases, void* __restrict__ y, const int* __restrict__ lhs, const int* __restrict__ rhs, int M,
+qmv(const char* x, const char* __restrict__ words, const char* __restrict__ scales,
+    const char* __restrict__ biases, void* __restrict__ y, const int* lhs, const int* rhs, int M,
     int N, int K, int row_blocks, int wk_bits, int blocks_of_x, int experts) {
   extern __shared__ __align__(128) char shared[];
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;

@@ -126,9 +126,9 @@ __device__ __forceinline__ void read_scales(u32* out, const char* row, int at, i
 }
 
 extern "C" __global__ void __launch_bounds__((WARPS + 1) * 32, BLOCKS)
-qmv_stream(const char* __restrict__ x, const __grid_constant__ TensorMap words, const __grid_constant__ TensorMap scales,
-           const __grid_constant__ TensorMap biases, u16* __restrict__ y, int M, int N, int K, const uint4* __restrict__ groups,
-           const int* __restrict__ rows) {
+qmv_stream(const char* x, const __grid_constant__ TensorMap words, const __grid_constant__ TensorMap scales,
+           const __grid_constant__ TensorMap biases, u16* __restrict__ y, int M, int N, int K, const uint4* groups,
+           const int* rows) {
   SHARED_MEMORY(shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int tiles = (N + ROWS - 1) / ROWS, rank = RANKS > 1 ? blockIdx.x % RANKS : 0, left = K - rank * PART;  // columns from here on
