@@ -365,8 +365,8 @@ def test_every_form_of_an_int8_product_is_exact(fmt, tuning, monkeypatch):
     if gpu["arch"] != "sm_90a":
         pytest.skip("needs a Hopper GPU: q8_stream.cu")
     usual, launched = cuda.q8_stream_shape, cuda._q8_stream_launch
-    for per_row, changed in itertools.product((True, False), ({}, {"BUFFERS": 1}, {"MAGIC": 1})):
-        if "MAGIC" in changed if per_row else tuning[0] == 256:
+    for per_row, changed in itertools.product((True, False), ({}, {"BUFFERS": 1})):
+        if not per_row and tuning[0] == 256:
             continue  # sums of groups for 256 rows take more registers than there are
         monkeypatch.setattr(cuda, "q8_stream_shape", functools.partial(usual, tuning=tuning, **changed))
         for (M, N, K), ranks in (((70, 260, 4096), None), ((19, 516, 3072), 2), ((300, 129, 2048), 1)):
@@ -642,16 +642,21 @@ def test_ranks_of_a_stream_are_resident_at_once_and_have_a_share_each():
     for tiles, units, blocks in itertools.product(
         (1, 5, 32, 64, 100, 112, 224, 1000), (1, 3, 8, 28, 61), (1, 2, 3)
     ):
-        ranks = cuda.qmm_stream_ranks(tiles, units, 4, blocks, 132, lambda r, b=blocks: at_once(r, b))
-        assert ranks == 1 or tiles <= at_once(ranks, blocks)
-        assert -(-units // ranks) * (ranks - 1) < units
+        for choice in ((1,), (1, 2, 3, 4)):
+            about = tiles, units, 4, blocks, 132, lambda r, b=blocks: at_once(r, b), choice, 1 << 18
+            ranks, of = cuda.qmm_stream_ranks(*about)
+            assert ranks * of == 1 or tiles * of <= at_once(ranks, blocks)
+            assert -(-units // (ranks * of)) * (ranks * of - 1) < units
     chosen = [
         cuda.qmm_stream_ranks(32, 8, 8, blocks, 132, lambda r, b=blocks: at_once(r, b))
         for blocks in (1, 2, 3)
     ]
-    assert chosen == [3, 4, 8]
+    assert chosen == [(3, 1), (4, 1), (8, 1)]
+    # 30 clusters of 4 lie there, and 32 are wanted: two parts of clusters of two
+    long = 32, 112, 2, 1, 132, lambda r: {2: 66, 3: 39, 4: 30}.get(r, 17), (1, 2, 3, 4), 1 << 21
+    assert cuda.qmm_stream_ranks(*long) == (2, 2)
     # one tile on a part of a chip where only pairs fit: a cluster that does not fit is never started
-    assert cuda.qmm_stream_ranks(1, 61, 4, 1, 4, lambda ranks: 2 // ranks) == 2
+    assert cuda.qmm_stream_ranks(1, 61, 4, 1, 4, lambda ranks: 2 // ranks) == (2, 1)
 
 
 def fake_nvrtc(log="", fails=False):
@@ -816,7 +821,7 @@ def test_an_int8_product_starts_early_only_behind_what_cannot_have_written_its_w
     w = format.Packed(w.words, w.scales, w.biases, fmt)  # as another weight where one was
     results += [cuda.q8mm(xs[0], scales[0], w, False, "bfloat16") for _ in range(2)]
     assert [one[3] for one in started] == [False, True, False, True]
-    assert len(cuda._plans) == 1 and {one[0][1:] for one in started} == {(5, 3)}
+    assert len(cuda._plans) == 1 and {one[0][1:] for one in started} == {(9, 3)}
     which = (0, 1, 0, 0)
     for (_, words, numbers, _), i, y in zip(started, which, results, strict=True):
         assert words == [scales[i].data_ptr(), w.scales.data_ptr(), y.data_ptr()] and numbers == [520, N, K]

@@ -65,7 +65,7 @@ def test_a_cell_keeps_every_time_and_names_what_is_wrong(on_cpu, transpose):
     wrong = [row for row in cell.rows if row.get("failed")]
     assert wrong and all(row["us"] is None and row["form"][0][1] == 1 for row in wrong)
     assert found["us"] == 21 and found["ranks"] == 1 and found["form"][0] == (64, 2)
-    default = (("TURNED", 0), ("BUFFERS", 2 if transpose else 1))
+    default = (("TURNED", 0), ("BUFFERS", 2 if transpose else 1), ("HALVES", 1))
     assert found["now"] == {"form": ((64, 2), default), "ranks": 2, "us": 22}
     asked = [(str(row["form"]), row["ranks"]) for row in cell.rows]
     assert len(set(asked)) == len(asked) >= 7
@@ -85,7 +85,7 @@ def test_what_was_found_is_what_the_product_then_uses(on_cpu, monkeypatch):
 def test_every_int8_cell_has_several_forms_and_every_form_fits():
     for cell in tune_many.int8_cells([2, 4, 8], None):
         found = list(tune_many.int8_shapes(cell, bench_cuda.H200))
-        assert len(found) >= 3, cell
+        assert len(found) > 1, cell
         kernels = [tuple(shape["defines"].items()) for _, shape in found]
         assert len(set(kernels)) == len(kernels)
         for _, shape in found:

@@ -64,8 +64,6 @@ def forms(bits: int, tokens: int, transpose: bool) -> list[tuple]:
         tiles += [(80, 2, single, 0), (80, 2, {"BUFFERS": 2}, 0), (64, 2, plain, 0), (160, 1, single, 0)]
         tiles += [(128, 1, halves, 0), (96, 1, halves, 0), (80, 1, halves, 0), (160, 1, plain, 2)]
         tiles += [(160, 1, {"MOST_UNROLLED": 2}, 0)]
-    if not transpose:
-        tiles += [(rows, blocks, {**how, "TURNED": 1}, ranks) for rows, blocks, how, ranks in tiles]
     return found + [("qmm_stream", ((rows, blocks), how, ranks)) for rows, blocks, how, ranks in tiles]
 
 

@@ -54,7 +54,7 @@ def forms(bits: int, M: int, transpose: bool) -> list[tuple]:
     """((rows, blocks), ((macro, value), ...)), the most promising first."""
     rows = next((n for n in (16, 32, 64, 128) if n >= M), 256)
     turned = int(transpose and bits < 8)
-    plain, single = ((("TURNED", turned), ("BUFFERS", buffers)) for buffers in (2, 1))
+    plain, single = ((("TURNED", turned), ("BUFFERS", buffers), ("HALVES", 1)) for buffers in (2, 1))
     wide = ("TURNED", 0), ("BUFFERS", 1), ("HALVES", 2)
     found = {
         16: [((16, 3), plain), ((16, 2), plain), ((16, 3), single), ((16, 2), single), ((16, 1), plain)],
@@ -70,14 +70,16 @@ def forms(bits: int, M: int, transpose: bool) -> list[tuple]:
         ],
         256: [((256, 1), plain), ((128, 1), plain), ((64, 2), plain), ((128, 1), wide)],
     }[rows]
-    if not transpose:  # words turned as they are read, or not
-        found = [
-            (tuning, (("TURNED", turned), *changed[1:])) for turned in (1, 0) for tuning, changed in found
-        ]
     if transpose and bits < 8:
-        found += [(tuning, (("TURNED", 0), ("BUFFERS", 2))) for tuning, _ in found[: 2 if rows >= 128 else 1]]
+        unturned = ("TURNED", 0), *plain[1:]
+        found += [(tuning, unturned) for tuning, _ in found[: 2 if rows >= 128 else 1]]
         # elsewhere a stage of words lasts two steps
         found.append((found[0][0], (*plain, ("MOST_UNROLLED", 2))))
+    if rows >= 128:  # where clusters of more ranks do not lie on the chip
+        found += [
+            (found[n][0], (*changed, ("PARTS", parts)))
+            for n, changed in ((1, found[1][1]), (4, single)) for parts in (2, 3)
+        ] if rows == 128 else [((256, 1), (*plain, ("PARTS", 2)))]  # fmt: skip
     return found
 
 
@@ -94,7 +96,7 @@ def candidates(bits: int, M: int, N: int, K: int, transpose: bool, gpu: dict):
     seen = []
     for form in forms(bits, M, transpose):
         shape = shape_of(form, bits, M, N, K, transpose, gpu)
-        if shape is not None and shape["defines"] not in seen:
+        if shape is not None and shape["defines"] not in seen and valid_ranks(shape, M, gpu):
             seen.append(shape["defines"])
             yield form, shape
 
@@ -116,14 +118,21 @@ def few_at_once(cuda, device: int, w, M: int):
 
 def launch_of(cuda, device: int, w, M: int, transpose: bool, shape: dict, ranks=None):
     pointers = [a.data_ptr() for a in (w.words, w.scales, w.biases)]
-    return cuda._stream_launch(device, pointers, M, w.N, w.K, w.format, *TYPES, transpose, shape, ranks)
+    import torch
+
+    launch = cuda._stream_launch(device, pointers, M, w.N, w.K, w.format, *TYPES, transpose, shape, ranks)
+    if not isinstance(launch, cuda._Parts):
+        return launch
+    workspace = torch.empty(launch.floats, device=bench.DEVICE)
+    return lambda stream, x, y, early: launch(stream, x, y, workspace.data_ptr(), early=early)
 
 
 def valid_ranks(shape: dict, M: int, gpu: dict) -> list[int]:
     """Numbers of ranks that leave none without a share and ask for at most twice the blocks that fit."""
     tiles, units = shape["out_tiles"] * -(-M // shape["rows"]), shape["units"]
-    most = 2 * shape["defines"]["BLOCKS"] * gpu["multiprocessors"]
-    return [r for r in range(1, 9) if -(-units // r) * (r - 1) < units and (r == 1 or tiles * r <= most)]
+    most, parts = 2 * shape["defines"]["BLOCKS"] * gpu["multiprocessors"], shape["defines"].get("PARTS", 1)
+    shares = ((r, r * parts) for r in range(1, 9))
+    return [r for r, n in shares if -(-units // n) * (n - 1) < units and (n == 1 or tiles * n <= most)]
 
 
 def apply(best: list[dict]) -> None:
@@ -165,7 +174,7 @@ def int8_shapes(cell: tuple, gpu: dict):
         128: [(128, 1), (64, 2), (64, 1)],
         256: [(256, 1), (128, 1), (64, 2)],
     }[rows]
-    changes = [{"BUFFERS": n, "MAGIC": magic} for magic in ((0,) if per_row else (0, 1)) for n in (1, 2)]
+    changes = [{"BUFFERS": n} for n in (1, 2)]
     for tuning in tunings:
         for changed in changes:
             if tuning[0] == 256 and not per_row:

@@ -836,17 +836,21 @@ def qmm_stream_shape(
     """How qmm_stream.cu is compiled and started; None where it does not serve.
 
     tuning: instead of qmm_stream_tuning's; grouped: x is sorted by experts; changed: TURNED, BUFFERS,
-    MOST_UNROLLED, HALVES other than they would be. defines, out_tiles, rows (of x a block), units (that ranks
-    share, `steps` each), threads, shared (bytes).
+    MOST_UNROLLED, HALVES, PARTS other than they would be. defines, out_tiles, rows (of x a block), units
+    (that ranks share, `steps` each), threads, shared (bytes).
     """
     out, reduced = (N, K) if transpose else (K, N)
     s_bytes = SIZES[s_type]
     row_bytes, scale_bytes = K * fmt.bits // 8, K // fmt.group_size * s_bytes
     if gpu["arch"] != "sm_90a" or x_type == "float32" or row_bytes % 16 or scale_bytes % 16 or reduced % 8:
         return None
-    halves = changed.get("HALVES", 1)
-    out_tiles = -(-out // (128 * halves))
     rows, blocks = tuning or qmm_stream_tuning(M)
+    many_tiles = out > 128 * gpu["multiprocessors"] // 4  # with fewer, ranks of whole blocks fill the chip
+    twice = transpose and rows == 128 and many_tiles and x_type == s_type and not grouped
+    halves = changed.get("HALVES", 2 if twice else 1)
+    out_tiles = -(-out // (128 * halves))
+    single = halves == 2 or rows <= 32 or (rows <= 128 and (fmt.bits == 8 or not transpose))
+    single = single or (rows == 160 and (transpose or fmt.bits < 8))
     w_steps, s_steps = (16 // fmt.bits, 16 // s_bytes * fmt.group_size // 64) if transpose else (2, 2)
     w_stage = 128 * (128 if transpose else 16 * fmt.bits) * halves
     x_stages = (
@@ -874,8 +878,9 @@ def qmm_stream_shape(
         "BLOCKS": blocks,
         "HALVES": halves,
         "TURNED": int(transpose and fmt.bits < 8 and rows <= 32),  # turning x costs more with more of it
-        "BUFFERS": 1 if rows <= 32 or (rows <= 128 and (fmt.bits == 8 or not transpose)) else 2,
+        "BUFFERS": 1 if single else 2,
         "MOST_UNROLLED": 8,
+        "PARTS": 1,
         "X_STAGES": x_stages,
         "W_STAGES": w_stages,
         "S_STAGES": s_stages,
@@ -893,29 +898,49 @@ def qmm_stream_shape(
     }
 
 
-def qmm_stream_ranks(tiles: int, units: int, steps: int, blocks: int, multiprocessors: int, at_once) -> int:
-    """How many blocks share the reduced columns of a tile, all resident at once; 1 where no more are.
+def qmm_stream_ranks(
+    tiles: int, units: int, steps: int, blocks: int, multiprocessors: int, at_once, parts=(1,), sums=0
+) -> tuple[int, int]:
+    """(ranks, parts): blocks of a cluster, and clusters, that share the reduced columns of a tile.
 
-    units: of so many steps, that ranks share; blocks: that fit a multiprocessor; at_once(ranks): how many
-    clusters of so many blocks are resident at once, less than all blocks where a part of the chip has an odd
-    number of multiprocessors left.
+    All are resident at once; (1, 1) where no more are. units: of so many steps, that they share; blocks: that
+    fit a multiprocessor; at_once(ranks): how many clusters of so many blocks are resident at once, less than
+    all blocks where a part of the chip has an odd number of multiprocessors left; parts: to choose from;
+    sums: bytes of a part's.
     """
 
-    def cost(
-        ranks: int,
-    ) -> float:  # in steps of a block that has all issue slots; alone it can use half of them
-        each = -(-units // ranks)
-        if ranks > 1 and (each * (ranks - 1) >= units or tiles > at_once(ranks)):  # each has to have a share
+    def cost(found: tuple[int, int]) -> float:
+        """In steps of a block that has all issue slots (0.21 us); alone it can use half of them."""
+        ranks, of = found
+        shares = ranks * of
+        each = -(-units // shares)
+        room = at_once(ranks) if ranks > 1 else blocks * multiprocessors
+        # each has to have a share
+        if shares > 1 and (each * (shares - 1) >= units or tiles * of > room):
             return math.inf
-        beside = min(blocks, -(-tiles * ranks // multiprocessors))
-        return each * steps * max(2, beside) + 20 + ranks
+        beside = min(blocks, -(-tiles * shares // multiprocessors))
+        adding = 12 + 2 * of * sums / 1e6 if of > 1 else 0
+        return each * steps * max(2, beside) + 20 + ranks + adding
 
-    return min(range(1, 9), key=cost)
+    return min(((ranks, of) for of in parts for ranks in range(1, 9)), key=cost)
 
 
-def q8_stream_tuning(M: int, per_row: bool) -> tuple[int, int]:
-    """(rows of x a block, blocks that share a multiprocessor) of q8_stream.cu, by prediction."""
+class _Parts:
+    """qmm_stream.cu's sums in parts, and what adds them up; with a workspace of so many floats."""
+
+    def __init__(self, product: _Launch, add: _Launch, floats: int):
+        self.product, self.add, self.floats = product, add, floats
+
+    def __call__(self, stream: int, x: int, y: int, workspace: int, early: bool = False) -> None:
+        self.product(stream, x, workspace, early=early)
+        self.add(stream, workspace, y, early=True)  # it waits for the sums itself
+
+
+def q8_stream_tuning(M: int, fmt: format.Format, per_row: bool) -> tuple[int, int]:
+    """(rows of x a block, blocks that share a multiprocessor) of q8_stream.cu that were best on an H200."""
     rows = next((n for n in (16, 32, 64, 128) if n >= M), 256 if per_row else 128)
+    if rows == 128 and (fmt.bits == 8 if per_row else fmt.group_size == 128 or 128 < M <= 1024):
+        rows = 64
     return rows, 2 if rows <= 64 else 1
 
 
@@ -925,14 +950,14 @@ def q8_stream_shape(
     """How q8_stream.cu is compiled and started; None where it does not serve.
 
     x_scales: 0 one for all, 1 one a row, 2 one for as many columns as a group has; tuning: instead of
-    q8_stream_tuning's; changed: BUFFERS, MAGIC other than they would be.
+    q8_stream_tuning's; changed: BUFFERS other than it would be.
     defines, out_tiles, rows (of x a block), units (that ranks share, `steps` of 64 columns each), shared.
     """
     s_bytes = SIZES[s_type]
     row_bytes, scale_bytes = K * fmt.bits // 8, K // fmt.group_size * s_bytes
     if gpu["arch"] != "sm_90a" or row_bytes % 16 or not (per_row or scale_bytes % 16 == 0):
         return None
-    rows, blocks = tuning or q8_stream_tuning(M, per_row)
+    rows, blocks = tuning or q8_stream_tuning(M, fmt, per_row)
     w_steps, s_steps = 8 // fmt.bits, 16 // s_bytes * fmt.group_size // 128
     spans = 128 // fmt.group_size
     x_stage = rows * 128 + (0 if per_row else (1 + (x_scales == 2)) * spans * rows * 4)
@@ -954,8 +979,7 @@ def q8_stream_shape(
         "PER_ROW": int(per_row),
         "BN": rows,
         "BLOCKS": blocks,
-        "BUFFERS": 2 if blocks == 1 and (per_row or fmt.bits > 2) else 1,
-        "MAGIC": 0,
+        "BUFFERS": 2 if (rows == 256 if per_row else rows <= 32) else 1,
         "X_STAGES": x_stages,
         "W_STAGES": w_stages,
         "S_STAGES": s_stages,
@@ -1037,21 +1061,36 @@ def _many_streamed(device: int, pointers, M: int, N: int, K: int, fmt, x_type, s
 def _stream_launch(
     device, pointers, M, N, K, fmt, x_type, s_type, transpose, shape: dict, ranks=None, groups=None
 ):
-    """groups: None, or (experts, tiles expected, tiles at most); then it takes (x, y, tiles, rows)."""
-    gpu = _device(device)
-    kernel = _kernel(
-        device, "qmm_stream.cu", "qmm_stream", options(gpu["arch"], shape["defines"]), shape["shared"]
-    )
-    _check(kernel.driver.cuFuncSetAttribute(kernel.function, _FUNCTION_CARVEOUT, 100), "room for blocks")
+    """A launch that takes (x, y), or _Parts.
+
+    ranks: instead of qmm_stream_ranks's. groups: None, or (experts, tiles expected, tiles at most); then it
+    takes (x, y, tiles, rows).
+    """
+    gpu, out = _device(device), N if transpose else K
+
+    def compiled(function: str = "qmm_stream") -> Kernel:
+        shared = shape["shared"] if function == "qmm_stream" else 0
+        found = _kernel(device, "qmm_stream.cu", function, options(gpu["arch"], shape["defines"]), shared)
+        code = found.driver.cuFuncSetAttribute(found.function, _FUNCTION_CARVEOUT, 100)
+        _check(code, "room for blocks")
+        return found
+
+    kernel, parts = compiled(), shape["defines"]["PARTS"]
     experts, tiles, most_tiles = groups or (0, *[-(-M // shape["rows"])] * 2)
-    ranks = ranks or qmm_stream_ranks(
+    free = parts == 1 and not groups and out % 4 == 0
+    ranks, parts = (ranks, parts) if ranks else qmm_stream_ranks(
         shape["out_tiles"] * math.ceil(tiles),
         shape["units"],
         shape["steps"],
         shape["defines"]["BLOCKS"],
         gpu["multiprocessors"],
         functools.partial(_clusters_at_once, kernel, shape["threads"]),
+        range(1, 5) if free else (parts,),
+        4 * M * out,
     )
+    if parts != shape["defines"]["PARTS"]:
+        shape = shape | {"defines": shape["defines"] | {"PARTS": parts}}
+        kernel = compiled()
     row, scales = K * fmt.bits // 8, K // fmt.group_size * SIZES[s_type]
     box = 128 if transpose else 16 * fmt.bits
     reduced = K if transpose else N
@@ -1066,8 +1105,15 @@ def _stream_launch(
     ]
     arguments = [x, *maps, ctypes.c_void_p(), *(ctypes.c_int(v) for v in (M, N, K))]
     arguments += [ctypes.c_void_p(), ctypes.c_void_p()]
-    grid = (ranks, shape["out_tiles"], most_tiles)
-    return _Launch(kernel, grid, shape["threads"], arguments, (0, 4, 8, 9) if experts else (0, 4), ranks)
+    grid = (ranks, shape["out_tiles"], most_tiles * parts)
+    changing = (0, 4, 8, 9) if experts else (0, 4)
+    product = _Launch(kernel, grid, shape["threads"], arguments, changing, ranks)
+    if parts == 1:
+        return product
+    fours = M * out // 4
+    arguments = [ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int(fours)]
+    add = _Launch(compiled("add_parts"), (-(-fours // 256), 1, 1), 256, arguments, (0, 1))
+    return _Parts(product, add, parts * M * out)
 
 
 def _many(device: int, pointers, M: int, N: int, K: int, fmt, x_type, s_type, transpose):
@@ -1244,6 +1290,7 @@ class _Product:
                     self.launch = _many_streamed(*many) or _many(*many)
                 if self.launch is None and transpose and M <= ROWS_OF_QMV:
                     self.launch = _qmv(device, self.pointers, 1, M, *about, None)
+        self.floats = getattr(self.launch, "floats", 0)  # of a workspace
         quick = self.launch is not None and side is _Torch
         self.quick = self._quick(w.words, w.scales, w.biases) if quick else None
 
@@ -1267,7 +1314,7 @@ class _Product:
         current_stream, current_device = torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDevice
         early_at_all = _device(device)["early"] and counts_versions(words, scales, biases)
         empty, dtype, where = torch.empty, getattr(torch, self.x_type), torch.device("cuda", device)
-        versions = None
+        versions, floats = None, self.floats
 
         def quick(x, w):
             nonlocal versions
@@ -1285,7 +1332,12 @@ class _Product:
             y = empty(shape, dtype=dtype, device=where)
             # Early, before the kernel before it has ended, only if that one cannot have written the weights:
             # if they are what they were at the last call, whose kernel waited for all that came before it.
-            launch(current_stream(device), at, y.data_ptr(), early=early_at_all and now == versions)
+            early = early_at_all and now == versions
+            if floats:
+                workspace = empty((floats,), dtype=torch.float32, device=where)
+                launch(current_stream(device), at, y.data_ptr(), workspace.data_ptr(), early=early)
+            else:
+                launch(current_stream(device), at, y.data_ptr(), early=early)
             versions = now
             return y
 
@@ -1302,7 +1354,11 @@ class _Product:
             weights = dequantize(w, self.x_type)
             return side.product(x, weights.T if self.transpose else weights)
         y = side.like(self.shape, x)
-        self.launch(side.stream(device), side.pointer(x), side.pointer(y))
+        places = [side.pointer(x), side.pointer(y)]
+        if self.floats:
+            workspace = side.empty((self.floats,), "float32", device)
+            places.append(side.pointer(workspace))
+        self.launch(side.stream(device), *places)
         return y
 
 
@@ -1480,7 +1536,7 @@ def _q8_stream_launch(
         defines["BLOCKS"],
         gpu["multiprocessors"],
         functools.partial(_clusters_at_once, kernel, 384),
-    )
+    )[0]
     row, scales = K * fmt.bits // 8, K // fmt.group_size * SIZES[s_type]
     x = _TensorMap((K, M), (K,), (128, shape["rows"]), 128, "bytes")
     words = _tensor_map(pointers[0], (row, N), (row,), (128, 128), 128)

@@ -21,9 +21,8 @@
 //            127 * 128 * K, and scales take it back (a power of two: exact)
 //   scales   (PER_ROW 0) 16 bytes of 128 rows, as many steps as they last
 //   X_g      (PER_ROW 0) warps 10 and 11 add up each stage of x, as floats where the four of a thread lie together
-//   drain    (PER_ROW 0) an element and group cost three instructions: to float, and two multiply-adds. MAGIC 1: the sums begin
-//            at the bits of 1.5 * 2^23, so that they are the float 1.5 * 2^23 + S_g (|S_g| < 2^22): an addition and a move
-//            instead of a conversion. Meanwhile the other warpgroup's products run, and those of other blocks
+//   drain    (PER_ROW 0) an element and group cost three instructions: to float, and two multiply-adds (sums that begin at
+//            the bits of 1.5 * 2^23 need an addition instead of a conversion: slower, measured). Meanwhile the other warpgroup's products run, and those of other blocks
 //   BUFFERS  2: the next columns are unpacked while the matrix units multiply
 //   split    the blocks of a cluster share the columns and add up in rank order: the same bits every time
 //
@@ -51,7 +50,6 @@ constexpr int W_STAGE = 128 * 128, S_STAGE = 2 * 128 * 16, X_STAGE = BN * 128;
 constexpr int COLUMN = 132;                    // floats of a row of x in the sums: no bank twice
 constexpr int WORKER = BLOCKS == 1 ? 232 : BLOCKS == 2 ? 104 : 72, HELPER = BLOCKS == 1 ? 40 : BLOCKS == 2 ? 32 : 24;  // registers
 constexpr float DOWN = 1.0f / (1 << (8 - BITS)), ZERO = 1 << (BITS - 1);
-constexpr int START = MAGIC && !PER_ROW ? 0x4b400000 : 0;  // the bits of 12582912 = 1.5 * 2^23
 
 
 // Four codes as int8, (code - z) * 2^(8 - BITS): columns 4 * (lane % 4) to + 3 of the 16 in `word` (2 bits), of the 8 (4 bits).
@@ -181,7 +179,7 @@ q8_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tenso
     float scaled[PER_ROW ? 1 : BN / 2];
 #pragma unroll
     for (int i = 0; i < BN / 2; i++) {
-      sums[i] = opaque(START);
+      sums[i] = opaque(0);
       if (!PER_ROW) scaled[PER_ROW ? 0 : i] = 0;
     }
     u32 codes[BUFFERS][SPAN_REGISTERS];
@@ -239,14 +237,10 @@ q8_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tenso
     auto multiply = [&](const u32* from, int span) {
       if (span == 0) barrier_wait(x_ready + 8 * x_slot, parities & 1);
       const u64 right = descriptor(base + x_slot * X_STAGE + span * SPAN);
-      if (!PER_ROW && MAGIC) {
-#pragma unroll
-        for (int i = 0; i < BN / 2; i++) sums[i] = opaque(START);
-      }
       wgmma_begin();
 #pragma unroll
       for (int i = 0; i < SPAN / 32; i++) {
-        if (PER_ROW || MAGIC || i) wgmma_s8<1>(sums, from + 4 * i, right + i * 2);
+        if (PER_ROW || i) wgmma_s8<1>(sums, from + 4 * i, right + i * 2);
         else wgmma_s8<0>(sums, from + 4 * i, right + i * 2);
       }
       wgmma_commit();
@@ -270,7 +264,7 @@ q8_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tenso
 #pragma unroll
         for (int i = 0; i < 8; i++) {
           const int at = 8 * j + i, of_x = i / 4 * 2 + i % 2, row = i / 2 % 2;
-          float sum = MAGIC ? __uint_as_float(sums[at]) - 12582912.0f : static_cast<float>(sums[at]);
+          float sum = static_cast<float>(sums[at]);
           if (X_SCALES == 2) sum *= factor[of_x];
           scaled[PER_ROW ? 0 : at] = fmaf(of.s[row], sum, fmaf(of.rest[row], x[of_x], scaled[PER_ROW ? 0 : at]));
         }

@@ -24,7 +24,7 @@
 //            the same place of two: one byte-permute serves eight pairs. x follows: its eight pieces of eight columns are
 //            a matrix of 8 x 8, which two warps turn in its stage. With bfloat16 scales a weight is made 2^-32 of itself by one
 //            fma from the subnormal (scales below 2^26), and the sums are multiplied by 2^32
-//   TURNED   (not FORWARD) ldmatrix turns words as they are read: of 8 rows x 16 bytes thread (g, t) gets the g-th 16 bits of rows
+//            Not FORWARD: ldmatrix turns words as they are read: of 8 rows x 16 bytes thread (g, t) gets the g-th 16 bits of rows
 //            2 t and 2 t + 1, which are 16 / BITS pairs; its warp unpacks two of them, for out g and g + 8 of wgmma, and the
 //            8 / BITS warps that read the same bytes the others. Two idle warps write the scales and biases of a pair of rows
 //            beside each other, where they lie and as the fma wants them: eight loads a step instead of 32. FOLDED as above
@@ -33,6 +33,9 @@
 //            block has and which (experts.cu); rows[] says where in y a row of x belongs. A block without rows leaves
 //   split    the blocks of a cluster share the reduced columns; their float32 sums meet through distributed shared memory
 //            and are added in rank order: the same bits every time
+//   PARTS    where clusters of so many ranks as would fill the chip do not lie on it (30 of 4 blocks, of 132 multiprocessors),
+//            so many clusters of fewer ranks share the columns, neighbours along gridDim.z; y is their float32
+//            sums (PARTS, M, out), and add_parts makes X of them, in their order
 //
 // Rows of words and of scales of whole 16 bytes, reduced a multiple of 8. Ragged M, N, K: zeros are read, nothing is written.
 // Limit: bytes of W for few rows, the matrix units for many; between them issue slots, some three instructions a weight.
@@ -82,8 +85,8 @@ __device__ __forceinline__ Undo undo(int low, int high) {
 }
 constexpr float LIFT = X_TYPE == 2 ? 0.015625f : 1.0f;  // 2^(127 - 133)
 #define X_TURNED (FORWARD && TURNED)
-#define W_TURNED (!FORWARD && TURNED)
-#define FOLDED (TURNED && X_TYPE == 2 && S_TYPE == 2)
+#define W_TURNED (!FORWARD)
+#define FOLDED ((X_TURNED || W_TURNED) && X_TYPE == 2 && S_TYPE == 2)
 
 // Of a row or a pair of rows: scale / LIFT and bias.
 struct Scales {
@@ -235,8 +238,9 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
   const int expert = tile.x, m0 = tile.y, end_of_rows = tile.y + tile.z;
   if (tile.z == 0) return;  // the whole cluster
 #else
-  const int m0 = blockIdx.z * BN, end_of_rows = M;
+  const int m0 = blockIdx.z / PARTS * BN, end_of_rows = M;
 #endif
+  const int part = blockIdx.z % PARTS;
   auto weights_copy = [&](u32 to, const TensorMap& map, int column, int row, u32 done) {
 #if GROUPED
     tensor_copy(to, map, column, row, expert, done);
@@ -244,8 +248,8 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
     tensor_copy(to, map, column, row, done);
 #endif
   };
-  const int steps = (reduced + 63) / 64, share = ((steps + ranks - 1) / ranks + UNIT - 1) / UNIT * UNIT;
-  const int begin = rank * share, end = min(begin + share, steps);  // the host starts no rank without a step
+  const int shares = ranks * PARTS, steps = (reduced + 63) / 64, share = ((steps + shares - 1) / shares + UNIT - 1) / UNIT * UNIT;
+  const int begin = (part * ranks + rank) * share, end = min(begin + share, steps);  // the host starts no rank without a step
 
   if (helper >= 0) {
     registers_down<BLOCKS == 2 || HALVES == 2 ? 32 : 24>();
@@ -337,23 +341,11 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
 #if !TURNED
     const Undo of = undo(0, BITS == 8 ? 0 : BITS);
 #endif
-#elif TURNED
+#else
     const int behind = warp % READERS * 2 * BITS;  // bits of other warps
     const int flat = lane * W_ROW + warp % 8 / READERS * 16;
     const u32 own = base + W_RING + half * W_HALF + (flat ^ (flat >> 7 & (BITS - 1)) << 4);  // row `lane` of a stage
     const char* const of_groups = shared + S_RING + half * S_HALF + t * 32 + out / GROUP * 8;
-#else
-    const int position = g * BITS % 8, byte = g * BITS / 8 % 4;  // of out g's code in its word
-    const Undo of = undo(position, position);
-    const u32 mask = FIELD * 0x10001u << position;
-    const u32 select = byte * 0x11u + (4 + byte) * 0x1100u;  // that byte of two words, in both halves
-    int own[2];  // of the thread's words in rows 2 t and 2 t + 1 of a stage; those of rows 8 further on stand as much further on
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      const int flat = (2 * t + r) * W_ROW + first * BITS / 8;
-      own[r] = flat ^ (flat >> 7 & (BITS - 1)) << 4;
-    }
-    const char* const of_groups = shared + S_RING + half * S_HALF + out0 / GROUP * S_BYTES % 16 + first / GROUP * S_BYTES;
 #endif
     u32 left[BUFFERS][16];
     const u32 never = u32(M) >> 31;
@@ -412,7 +404,7 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
           to[4 * s + h] = weights(low, of, scale), to[4 * s + 2 + h] = weights(high, of, scale);
         }
       }
-#elif TURNED
+#else
       u32 pairs[8];
       const u32 words = own + w_slot * W_STAGE + in_w * 64 * W_ROW;
       load_turned(pairs, words), load_turned(pairs + 4, words + 32 * W_ROW);
@@ -421,33 +413,6 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
         const Scales scale = packed_scales(of_groups + s_slot * S_STAGE + in_w * 1024 + i * 128);
         const u32 shifted = BITS == 8 ? pairs[i] : pairs[i] >> behind;
         to[2 * i] = weights_at<0>(shifted, scale), to[2 * i + 1] = weights_at<1>(shifted, scale);
-      }
-#else
-#pragma unroll
-      for (int s = 0; s < 4; s++) {
-#pragma unroll
-        for (int h = 0; h < 2; h++) {  // rows 2 t, 2 t + 1, or 8 further on
-          const int n = in_w * 64 + s * 16 + h * 8;
-          const char* const at = of_groups + s_slot * S_STAGE + (n + 2 * t) * 16;
-          const Scales scale = scales_of<16>(at);
-          u32 words[2][2];  // [row][of out g, g + 8]
-#pragma unroll
-          for (int r = 0; r < 2; r++) {
-            const char* const from = w_stage + own[r] + n * W_ROW;
-#if BITS == 2
-            words[r][0] = words[r][1] = *reinterpret_cast<const u32*>(from);
-#elif BITS == 4
-            const uint2 both = *reinterpret_cast<const uint2*>(from);
-            words[r][0] = both.x, words[r][1] = both.y;
-#else
-            words[r][0] = *reinterpret_cast<const u32*>(from + g / 4 * 4);
-            words[r][1] = *reinterpret_cast<const u32*>(from + 8 + g / 4 * 4);
-#endif
-          }
-          const u32 low = masked(__byte_perm(words[0][0], words[1][0], select), mask);
-          const u32 high = masked(__byte_perm(words[0][1], words[1][1], BITS == 2 ? select + 0x2222 : select), mask);
-          to[4 * s + 2 * h] = weights(low, of, scale), to[4 * s + 2 * h + 1] = weights(high, of, scale);
-        }
       }
 #endif
       __syncwarp();
@@ -526,6 +491,10 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
         for (int r = 0; r < 8; r++)
           if (r < ranks) sum.x += parts[r].x, sum.y += parts[r].y, sum.z += parts[r].z, sum.w += parts[r].w;
       }
+#if PARTS > 1
+      *reinterpret_cast<float4*>(y + (size_t(part * M + m0 + m) * outs + out0 + o) * 4) = sum;  // outs % 4 == 0
+      continue;
+#endif
       const u32 low = round2(sum.x, sum.y), high = round2(sum.z, sum.w);
       u16* to = reinterpret_cast<u16*>(y) + size_t(GROUPED ? rows[m0 + m] : m0 + m) * outs + out0 + o;
       if (outs % 4 == 0) {
@@ -540,3 +509,19 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
     if (ranks > 1) cluster_sync();  // nobody's shared memory goes away while it is being read
   }
 }
+
+#if PARTS > 1
+extern "C" __global__ void add_parts(const float4* parts, uint2* y, int fours) {
+  dependents_may_start();
+  predecessor_done();
+  const int i = blockIdx.x * 256 + threadIdx.x;
+  if (i >= fours) return;
+  float4 sum = parts[i];
+#pragma unroll
+  for (int p = 1; p < PARTS; p++) {
+    const float4 part = parts[size_t(p) * fours + i];
+    sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+  }
+  y[i] = make_uint2(round2(sum.x, sum.y), round2(sum.z, sum.w));
+}
+#endif
