@@ -124,7 +124,12 @@ def launch_of(cuda, device: int, w, M: int, transpose: bool, shape: dict, ranks=
     if not isinstance(launch, cuda._Parts):
         return launch
     workspace = torch.empty(launch.floats, device=bench.DEVICE)
-    return lambda stream, x, y, early: launch(stream, x, y, workspace.data_ptr(), early=early)
+
+    def with_workspace(stream, x, y, early):
+        launch(stream, x, y, workspace.data_ptr(), early=early)
+
+    with_workspace.config = launch.product.config
+    return with_workspace
 
 
 def valid_ranks(shape: dict, M: int, gpu: dict) -> list[int]:
