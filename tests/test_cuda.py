@@ -180,6 +180,33 @@ def test_many_rows_equal_float64(fmt, transpose, x_type, s_type):
         assert bool((y == ops.qmm(x, w, transpose)).all()), "not the same bits when repeated"
 
 
+@pytest.mark.parametrize("ranks", ((2, 2), (1, 3), (3, 4)), ids=str)
+@pytest.mark.parametrize("transpose", (True, False))
+@pytest.mark.parametrize("fmt", (Format(2, 32), Format(4, 64), Format(8, 128)), ids=str)
+def test_sums_in_parts_equal_float64_and_keep_order(fmt, transpose, ranks, monkeypatch):
+    torch = torch_gpu()
+    if cuda._device(torch.cuda.current_device())["arch"] != "sm_90a":
+        pytest.skip("needs a Hopper GPU: clusters")
+    monkeypatch.setattr(cuda, "qmm_stream_ranks", lambda *a: ranks)
+    for M, N, K in ((70, 2048, 4096), (128, 4096, 1024 * 3)):
+        _, w = problem(fmt, M, N, K, "bfloat16", "bfloat16")
+        x = torch.randn((M, K if transpose else N), device="cuda").bfloat16()
+        y = ops.qmm(x, w, transpose)
+        assert any(isinstance(plan.launch, cuda._Parts) for plan in w.__dict__["_cuda_plans"].values())
+        weights = exact(w).T if transpose else exact(w)
+        assert relative(y, x.double() @ weights) < 2 * ROUNDING["bfloat16"]
+        for _ in range(10):
+            assert bool((ops.qmm(x, w, transpose) == y).all()), "not the same bits when repeated"
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):  # each begins while the one before still adds its parts up
+            several = [ops.qmm(x * n, w, transpose) for n in (1, 2, 4)]
+        for _ in range(3):
+            x.copy_(torch.randn_like(x))
+            graph.replay()
+            y = ops.qmm(x, w, transpose)
+            assert all(bool((found == n * y).all()) for found, n in zip(several, (1, 2, 4), strict=True))
+
+
 @pytest.mark.parametrize("transpose", (True, False))
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_experts_with_many_rows_equal_float64(fmt, transpose):

@@ -77,9 +77,9 @@ def forms(bits: int, M: int, transpose: bool) -> list[tuple]:
         found.append((found[0][0], (*plain, ("MOST_UNROLLED", 2))))
     if rows >= 128:  # where clusters of more ranks do not lie on the chip
         found += [
-            (found[n][0], (*changed, ("PARTS", parts)))
-            for n, changed in ((1, found[1][1]), (4, single)) for parts in (2, 3)
-        ] if rows == 128 else [((256, 1), (*plain, ("PARTS", 2)))]  # fmt: skip
+            ((rows, 1), (("TURNED", 0), ("BUFFERS", buffers), ("HALVES", 1), ("PARTS", parts)))
+            for parts in (2, 3) for buffers in (1, 2) if rows == 128 or parts == buffers == 2
+        ]  # fmt: skip
     return found
 
 

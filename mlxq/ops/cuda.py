@@ -929,7 +929,7 @@ class _Parts:
     """qmm_stream.cu's sums in parts, and what adds them up; with a workspace of so many floats."""
 
     def __init__(self, product: _Launch, add: _Launch, floats: int):
-        self.product, self.add, self.floats = product, add, floats
+        self.product, self.add, self.floats, self.name = product, add, floats, product.name
 
     def __call__(self, stream: int, x: int, y: int, workspace: int, early: bool = False) -> None:
         self.product(stream, x, workspace, early=early)
@@ -1077,7 +1077,7 @@ def _stream_launch(
 
     kernel, parts = compiled(), shape["defines"]["PARTS"]
     experts, tiles, most_tiles = groups or (0, *[-(-M // shape["rows"])] * 2)
-    free = parts == 1 and not groups and out % 4 == 0
+    free = parts == 1 and shape["rows"] == 128 and not groups and out % 4 == 0  # with fewer rows not measured
     ranks, parts = (ranks, parts) if ranks else qmm_stream_ranks(
         shape["out_tiles"] * math.ceil(tiles),
         shape["units"],
