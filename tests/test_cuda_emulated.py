@@ -454,7 +454,7 @@ STREAMED = [  # bits, group size, x, scales, M, N, K, transpose, (rows, blocks),
     (4, 64, "bfloat16", "bfloat16", 40, 200, 512, False, (64, 1), 1, {"TURNED": 1, "HALVES": 2}),
     (8, 32, "bfloat16", "float32", 20, 264, 384, False, (32, 1), 1, {"TURNED": 1, "HALVES": 2}),
     (8, 128, "bfloat16", "bfloat16", 260, 200, 1024, False, (256, 1), 1, {"TURNED": 1}),
-    (4, 64, "bfloat16", "bfloat16", 140, 648, 512, False, (128, 1), 2, {"PARTS": 2}),
+    (4, 64, "bfloat16", "bfloat16", 140, 1000, 512, False, (128, 1), 2, {"PARTS": 2}),
     (2, 64, "bfloat16", "float16", 20, 132, 3072, True, (32, 2), 1, {"PARTS": 3}),
 ]  # fmt: skip
 
