@@ -83,7 +83,7 @@ def forms(bits: int, M: int, transpose: bool) -> list[tuple]:
     return found + [
         (usual, (*kind, ("PARTS", parts)))
         for kind in kinds
-        for parts in ((2, 3) if rows >= 128 else (2, 3, 4))
+        for parts in (2, 3, 4)
     ]
 
 
