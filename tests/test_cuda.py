@@ -534,7 +534,7 @@ def test_products_in_parts_equal_float64(fmt, x_type, s_type, ranks, parts, M, N
 
 @pytest.mark.parametrize("M", (16, 128))  # few sums: the next product may begin while they are being made
 def test_products_in_parts_that_follow_each_other_keep_their_sums_apart(M, monkeypatch):
-    """Two weights in turn, whose workspaces are the same memory; then as a graph, and in threads with streams."""
+    """Two weights in turn, whose workspaces are the same memory; as a graph; in threads with streams."""
     torch = torch_gpu()
     in_parts(monkeypatch, 2, 2)
     weights = [problem(Format(4, 64), 1, 4096, 512, "bfloat16", "bfloat16", seed=n)[1] for n in range(2)]
