@@ -649,7 +649,7 @@ Q8_DEFECTS = {  # text, and the form that shows it
         {},
     ),
     "sums of x by one warp of two": (
-        "barrier_init(x_added + 8 * i, 2)",
+        "barrier_init(x_added + 8 * i, 2 * ARRIVALS)",
         "barrier_init(x_added + 8 * i, 1)",
         {},
     ),

@@ -15,6 +15,12 @@ __device__ __forceinline__ void barrier_arrive(unsigned int at) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
 }
 
+// Lanes of a warp that say it is through. One is enough, for __syncwarp has ordered the others' accesses before; racecheck
+// follows a barrier only for the thread that arrived: for it, -DARRIVALS=32.
+#ifndef ARRIVALS
+#define ARRIVALS 1
+#endif
+
 // When this value is there: what ldmatrix has asked for may still be on its way when an arrival that follows it is seen
 // (an H200 overwrote words before they were read where many warps wait). never is a zero that the compiler does not know.
 __device__ __forceinline__ void barrier_arrive_after(unsigned int value, unsigned int never, unsigned int at) {

@@ -97,10 +97,10 @@ q8_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tenso
   const u32 x_ready = PER_ROW ? x_full : x_added;
   float* const x_sums = reinterpret_cast<float*>(shared + SUMS);
   if (tid == 0) {
-    for (int i = 0; i < X_STAGES; i++) barrier_init(x_full + 8 * i, 1), barrier_init(x_empty + 8 * i, 8);
-    for (int i = 0; i < X_STAGES; i++) barrier_init(x_added + 8 * i, 2);
-    for (int i = 0; i < W_STAGES; i++) barrier_init(w_full + 8 * i, 1), barrier_init(w_empty + 8 * i, 8);
-    for (int i = 0; i < S_STAGES; i++) barrier_init(s_full + 8 * i, 1), barrier_init(s_empty + 8 * i, 8);
+    for (int i = 0; i < X_STAGES; i++) barrier_init(x_full + 8 * i, 1), barrier_init(x_empty + 8 * i, 8 * ARRIVALS);
+    for (int i = 0; i < X_STAGES; i++) barrier_init(x_added + 8 * i, 2 * ARRIVALS);
+    for (int i = 0; i < W_STAGES; i++) barrier_init(w_full + 8 * i, 1), barrier_init(w_empty + 8 * i, 8 * ARRIVALS);
+    for (int i = 0; i < S_STAGES; i++) barrier_init(s_full + 8 * i, 1), barrier_init(s_empty + 8 * i, 8 * ARRIVALS);
     barriers_ready();
   }
   __syncthreads();
@@ -167,7 +167,7 @@ q8_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tenso
           if (X_SCALES == 2) to[(SPANS + span) * BN + place(m)] = factor;
         }
         __syncwarp();
-        if (lane == 0) barrier_arrive(x_added + 8 * slot);
+        if (lane < ARRIVALS) barrier_arrive(x_added + 8 * slot);
         if (++slot == X_STAGES) slot = 0, parity ^= 1;
       }
     }
@@ -213,7 +213,7 @@ q8_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tenso
       }
       if (in_w == W_STEPS - 1 && span == SPANS - 1) {
         __syncwarp();
-        if (lane == 0) barrier_arrive_after(to[0] | to[SPAN_REGISTERS - 1], never, w_empty + 8 * w_slot);
+        if (lane < ARRIVALS) barrier_arrive_after(to[0] | to[SPAN_REGISTERS - 1], never, w_empty + 8 * w_slot);
         if (++w_slot == W_STAGES) w_slot = 0, parities ^= 2;
       }
     };
@@ -229,7 +229,7 @@ q8_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tenso
       }
       if (in_s == S_STEPS - 1 && span == SPANS - 1) {
         __syncwarp();
-        if (lane == 0) barrier_arrive_after(__float_as_uint(of.rest[1]), never, s_empty + 8 * s_slot);
+        if (lane < ARRIVALS) barrier_arrive_after(__float_as_uint(of.rest[1]), never, s_empty + 8 * s_slot);
         if (++s_slot == S_STAGES) s_slot = 0, parities ^= 4;
       }
       return of;
@@ -250,7 +250,7 @@ q8_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tenso
       for (int i = 0; i < SPAN_REGISTERS; i++) in_use(from[i]);
     };
     auto given_back = [&](int slot) {
-      if (lane == 0) barrier_arrive(x_empty + 8 * slot);
+      if (lane < ARRIVALS) barrier_arrive(x_empty + 8 * slot);
     };
     auto drain = [&](const Scales& of, int span) {
       const float* const from = x_sums + x_slot * X_SUMS + span * BN + 4 * t;

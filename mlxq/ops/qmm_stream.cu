@@ -224,11 +224,11 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
   const u32 w_empty = w_full + 8 * W_STAGES, s_full = w_empty + 8 * W_STAGES, s_empty = s_full + 8 * S_STAGES;
   const u32 x_ready = X_TURNED ? s_empty + 8 * S_STAGES : x_full, s_ready = W_TURNED ? s_empty + 8 * S_STAGES : s_full;
   if (tid == 0) {
-    for (int i = 0; i < X_STAGES; i++) barrier_init(x_full + 8 * i, 1), barrier_init(x_empty + 8 * i, WORKERS);
-    for (int i = 0; i < W_STAGES; i++) barrier_init(w_full + 8 * i, 1), barrier_init(w_empty + 8 * i, WORKERS);
-    for (int i = 0; i < S_STAGES; i++) barrier_init(s_full + 8 * i, 1), barrier_init(s_empty + 8 * i, WORKERS);
-    for (int i = 0; i < X_STAGES * X_TURNED; i++) barrier_init(x_ready + 8 * i, 2);
-    for (int i = 0; i < S_STAGES * W_TURNED; i++) barrier_init(s_ready + 8 * i, 2);
+    for (int i = 0; i < X_STAGES; i++) barrier_init(x_full + 8 * i, 1), barrier_init(x_empty + 8 * i, WORKERS * ARRIVALS);
+    for (int i = 0; i < W_STAGES; i++) barrier_init(w_full + 8 * i, 1), barrier_init(w_empty + 8 * i, WORKERS * ARRIVALS);
+    for (int i = 0; i < S_STAGES; i++) barrier_init(s_full + 8 * i, 1), barrier_init(s_empty + 8 * i, WORKERS * ARRIVALS);
+    for (int i = 0; i < X_STAGES * X_TURNED; i++) barrier_init(x_ready + 8 * i, 2 * ARRIVALS);
+    for (int i = 0; i < S_STAGES * W_TURNED; i++) barrier_init(s_ready + 8 * i, 2 * ARRIVALS);
     barriers_ready();
   }
   __syncthreads();
@@ -308,7 +308,7 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
         }
         fence_async();
         __syncwarp();
-        if (lane == 0) barrier_arrive(x_ready + 8 * slot);
+        if (lane < ARRIVALS) barrier_arrive(x_ready + 8 * slot);
         if (++slot == X_STAGES) slot = 0, parity ^= 1;
       }
 #if W_TURNED
@@ -322,7 +322,7 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
         for (int h = 0; h < HALVES; h++) pack_scales(own + slot * S_STAGE + h * S_HALF, (out0 + 128 * h) / GROUP * S_BYTES % 16);
         fence_async();  // the copy engine writes there next
         __syncwarp();
-        if (lane == 0) barrier_arrive(s_ready + 8 * slot);
+        if (lane < ARRIVALS) barrier_arrive(s_ready + 8 * slot);
         if (++slot == S_STAGES) slot = 0, parity ^= 1;
       }
 #endif
@@ -422,11 +422,11 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
       for (int i = 1; i < 15; i++) read |= to[i];
 #endif
       if (in_w == W_STEPS - 1) {
-        if (lane == 0) barrier_arrive_after(read, never, w_empty + 8 * w_slot);
+        if (lane < ARRIVALS) barrier_arrive_after(read, never, w_empty + 8 * w_slot);
         if (++w_slot == W_STAGES) w_slot = 0, w_parity ^= 1;
       }
       if (in_s == S_STEPS - 1) {
-        if (lane == 0) barrier_arrive_after(read, never, s_empty + 8 * s_slot);
+        if (lane < ARRIVALS) barrier_arrive_after(read, never, s_empty + 8 * s_slot);
         if (++s_slot == S_STAGES) s_slot = 0, s_parity ^= 1;
       }
     };
@@ -441,7 +441,7 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
     auto multiplied = [&](const u32* from, int slot) {  // after the wait: registers and stage may be used anew
 #pragma unroll
       for (int i = 0; i < 16; i++) in_use(from[i]);
-      if (lane == 0) barrier_arrive(x_empty + 8 * slot);
+      if (lane < ARRIVALS) barrier_arrive(x_empty + 8 * slot);
     };
     if (BUFFERS == 2) unpack(left[0], begin, 0);
 #pragma unroll 1

@@ -67,12 +67,6 @@ constexpr int SUMS = RANKS * WARPS + SENT_BIASES * RANKS;   // of each half that
 constexpr int PLACES = RANKS * BUFFERS;                     // of tiles' sums in a cluster, taken in turn
 static_assert(PART % GROUP == 0, "a block has whole groups");
 
-// Lanes of a warp that say it is through. One is enough, for __syncwarp has ordered the others' accesses before; racecheck
-// follows a barrier only for the thread that arrived: for it, -DARRIVALS=32.
-#ifndef ARRIVALS
-#define ARRIVALS 1
-#endif
-
 #if X_TYPE == 1
 constexpr int POSITION = BITS == 2 ? 8 : BITS == 4 ? 6 : 2;
 constexpr u32 MAGIC = 0x64006400u;

@@ -14,6 +14,7 @@ inline void ended(emu::Meeting& m) {
 }
 inline void barrier_init(uint32_t to, int count) { at(to + 7); emu::block().meetings[to] = {count, count}; }
 inline void barriers_ready() {}
+#define ARRIVALS 1
 inline void barrier_arrive(uint32_t to) { auto& m = meeting(to); m.left--; ended(m); }
 inline void barrier_arrive_after(uint32_t value, uint32_t never, uint32_t a) { barrier_arrive(a + (value & never)); }
 inline void barrier_expect(uint32_t to, int bytes) { auto& m = meeting(to); m.bytes += bytes; barrier_arrive(to); }
