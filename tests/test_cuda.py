@@ -717,6 +717,22 @@ def test_blocks_fit_in_shared_memory_and_in_the_register_file(arch, fmt):
                 assert stream["defines"]["DEPTH"] >= 2 and M <= 8
 
 
+def test_many_rows_have_the_form_that_was_fastest():
+    """Of bfloat16 on an H200, 2026-11-29 (docs/kernels-cuda.md)."""
+
+    def form(bits, M, N, K, transpose=True, s_type="bfloat16"):
+        about = Format(bits, 64), "bfloat16", s_type, GPUS["sm_90a"], transpose
+        defines = cuda.qmm_stream_shape(M, N, K, *about)["defines"]
+        return tuple(defines[name] for name in ("BN", "HALVES", "BUFFERS"))
+
+    assert [form(bits, 128, 14336, 4096, False) for bits in (2, 4, 8)] == [(128, 1, n) for n in (1, 1, 2)]
+    assert {form(bits, M, 14336, 4096, False) for bits in (2, 4, 8) for M in (256, 2048)} == {(256, 1, 2)}
+    for N, K in ((14336, 4096), (28672, 8192)):
+        assert {form(bits, M, N, K) for bits in (2, 4, 8) for M in (65, 128)} == {(128, 2, 1)}
+        assert form(4, 128, N, K, s_type="float32") == (128, 1, 2) and form(4, 129, N, K) == (256, 1, 2)
+    assert form(4, 128, 4096, 4096) == form(4, 128, 4096, 14336) == (128, 1, 2)
+
+
 def test_ranks_of_a_stream_are_resident_at_once_and_have_a_share_each():
     parts = (18, 18, 18, 16, 16, 16, 16, 14)  # multiprocessors of a chip
 
