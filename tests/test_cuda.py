@@ -180,33 +180,6 @@ def test_many_rows_equal_float64(fmt, transpose, x_type, s_type):
         assert bool((y == ops.qmm(x, w, transpose)).all()), "not the same bits when repeated"
 
 
-@pytest.mark.parametrize("ranks", ((2, 2), (1, 3), (3, 4)), ids=str)
-@pytest.mark.parametrize("transpose", (True, False))
-@pytest.mark.parametrize("fmt", (Format(2, 32), Format(4, 64), Format(8, 128)), ids=str)
-def test_sums_in_parts_equal_float64_and_keep_order(fmt, transpose, ranks, monkeypatch):
-    torch = torch_gpu()
-    if cuda._device(torch.cuda.current_device())["arch"] != "sm_90a":
-        pytest.skip("needs a Hopper GPU: clusters")
-    monkeypatch.setattr(cuda, "qmm_stream_ranks", lambda *a: ranks)
-    for M, N, K in ((70, 2048, 4096), (128, 4096, 1024 * 3)):
-        _, w = problem(fmt, M, N, K, "bfloat16", "bfloat16")
-        x = torch.randn((M, K if transpose else N), device="cuda").bfloat16()
-        y = ops.qmm(x, w, transpose)
-        assert any(isinstance(plan.launch, cuda._Parts) for plan in w.__dict__["_cuda_plans"].values())
-        weights = exact(w).T if transpose else exact(w)
-        assert relative(y, x.double() @ weights) < 2 * ROUNDING["bfloat16"]
-        for _ in range(10):
-            assert bool((ops.qmm(x, w, transpose) == y).all()), "not the same bits when repeated"
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):  # each begins while the one before still adds its parts up
-            several = [ops.qmm(x * n, w, transpose) for n in (1, 2, 4)]
-        for _ in range(3):
-            x.copy_(torch.randn_like(x))
-            graph.replay()
-            y = ops.qmm(x, w, transpose)
-            assert all(bool((found == n * y).all()) for found, n in zip(several, (1, 2, 4), strict=True))
-
-
 @pytest.mark.parametrize("transpose", (True, False))
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_experts_with_many_rows_equal_float64(fmt, transpose):
@@ -520,6 +493,91 @@ def test_calls_are_captured_by_a_cuda_graph_and_run_on_the_callers_stream():
     assert bool((y == expected).all())
 
 
+def in_parts(monkeypatch, ranks: int, parts: int) -> None:
+    """Makes qmm_stream.cu share the columns of a tile so, whatever is resident at once."""
+    if cuda._device(torch_gpu().cuda.current_device())["arch"] != "sm_90a":
+        pytest.skip("needs a Hopper GPU: qmm_stream.cu")
+
+    def chosen(tiles, units, *rest):
+        shares = ranks * parts
+        assert -(-units // shares) * (shares - 1) < units, "a rank without a share would wait forever"
+        return ranks, parts
+
+    monkeypatch.setattr(cuda, "qmm_stream_ranks", chosen)
+
+
+PARTS = [  # ranks, parts, M, N, K, transpose
+    (1, 2, 20, 260, 3072, True),
+    (2, 3, 130, 132, 6144, True),
+    (2, 4, 300, 520, 8192, True),
+    (2, 2, 70, 1160, 1024, False),
+    (2, 2, 128, 4096, 1024, False),
+    (1, 3, 260, 1544, 1024, False),
+]
+
+
+@pytest.mark.parametrize("ranks, parts, M, N, K, transpose", PARTS)
+@pytest.mark.parametrize("x_type, s_type", [("bfloat16", "bfloat16"), ("float16", "float32")])
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_products_in_parts_equal_float64(fmt, x_type, s_type, ranks, parts, M, N, K, transpose, monkeypatch):
+    torch = torch_gpu()
+    in_parts(monkeypatch, ranks, parts)
+    _, w = problem(fmt, 1, N, K, x_type, s_type)
+    x = torch.randn((M, K if transpose else N), device="cuda").to(getattr(torch, x_type))
+    y = ops.qmm(x, w, transpose)
+    launch = w.__dict__["_cuda_plans"][x.shape, x.dtype, transpose].launch
+    assert isinstance(launch, cuda._Parts) and launch.config.grid_x == ranks
+    assert relative(y, x.double() @ (exact(w).T if transpose else exact(w))) < 2 * ROUNDING[x_type]
+    for _ in range(20):
+        assert bool((ops.qmm(x, w, transpose) == y).all()), "not the same bits when repeated"
+
+
+@pytest.mark.parametrize("M", (16, 128))  # few sums: the next product may begin while they are being made
+def test_products_in_parts_that_follow_each_other_keep_their_sums_apart(M, monkeypatch):
+    """Two weights in turn, whose workspaces are the same memory; as a graph; in threads with streams."""
+    torch = torch_gpu()
+    in_parts(monkeypatch, 2, 2)
+    weights = [problem(Format(4, 64), 1, 4096, 512, "bfloat16", "bfloat16", seed=n)[1] for n in range(2)]
+    xs = [torch.randn((M, 4096), device="cuda").bfloat16() for _ in range(8)]
+    expected = []
+    for i, x in enumerate(xs):
+        expected.append(ops.qmm(x, weights[i % 2], transpose=False).clone())
+        torch.cuda.synchronize()
+        assert relative(expected[-1], x.double() @ exact(weights[i % 2])) < 2 * ROUNDING["bfloat16"]
+
+    def chain():
+        return [ops.qmm(x, weights[i % 2], transpose=False) for i, x in enumerate(xs)]
+
+    for _ in range(50):
+        assert all(map(torch.equal, chain(), expected))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = chain()
+        sums = [y + y for y in found]  # read just behind
+    for _ in range(20):
+        for y in (*found, *sums):
+            y.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, found, expected))
+        assert all(torch.equal(s, y + y) for s, y in zip(sums, expected, strict=True))
+    wrong = []
+
+    def work(stream):
+        with torch.cuda.stream(stream):
+            for _ in range(50):
+                wrong.extend(i for i, y in enumerate(chain()) if not torch.equal(y, expected[i]))
+
+    torch.cuda.synchronize()
+    shared = torch.cuda.Stream()  # two threads have one stream
+    threads = [threading.Thread(target=work, args=(s,)) for s in (shared, shared, torch.cuda.Stream())]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
 def test_cupy_arrays_give_the_bits_of_torch_tensors():
     torch = torch_gpu()
     import cupy
@@ -657,6 +715,22 @@ def test_blocks_fit_in_shared_memory_and_in_the_register_file(arch, fmt):
                 assert arch != "sm_80" and blocks * stream["threads"] <= 1024
                 assert blocks * (stream["shared"] + 1024 * (blocks > 1)) <= gpu["shared"]
                 assert stream["defines"]["DEPTH"] >= 2 and M <= 8
+
+
+def test_many_rows_have_the_form_that_was_fastest():
+    """Of bfloat16 on an H200, 2026-11-29 (docs/kernels-cuda.md)."""
+
+    def form(bits, M, N, K, transpose=True, s_type="bfloat16"):
+        about = Format(bits, 64), "bfloat16", s_type, GPUS["sm_90a"], transpose
+        defines = cuda.qmm_stream_shape(M, N, K, *about)["defines"]
+        return tuple(defines[name] for name in ("BN", "HALVES", "BUFFERS"))
+
+    assert {form(bits, 128, 14336, 4096, False) for bits in (2, 4, 8)} == {(128, 1, 1)}
+    assert {form(bits, M, 14336, 4096, False) for bits in (2, 4, 8) for M in (256, 2048)} == {(256, 1, 2)}
+    for N, K in ((14336, 4096), (28672, 8192)):
+        assert {form(bits, M, N, K) for bits in (2, 4, 8) for M in (65, 128)} == {(128, 2, 1)}
+        assert form(4, 128, N, K, s_type="float32") == (128, 1, 2) and form(4, 129, N, K) == (256, 1, 2)
+    assert form(4, 128, 4096, 4096) == form(4, 128, 4096, 14336) == (128, 1, 2)
 
 
 def test_ranks_of_a_stream_are_resident_at_once_and_have_a_share_each():
@@ -803,6 +877,63 @@ def test_threads_that_share_a_launch_start_it_with_their_own_arguments():
     for thread in threads:
         thread.join()
     assert sorted(started) == sorted((n, n + 100) for n in range(1, 5) for _ in range(20))
+
+
+def test_a_product_in_parts_has_a_workspace_and_what_adds_up_begins_early_behind_it(monkeypatch):
+    torch = pytest.importorskip("torch", reason="needs the package torch")
+    started, workspaces = [], []
+
+    class Driver:
+        @staticmethod
+        def cuLaunchKernelEx(config, function, pointers, extra):  # noqa: N802 (the driver's name)
+            c = config._obj
+            kinds = [cuda.ctypes.c_void_p, cuda.ctypes.c_void_p, cuda.ctypes.c_int]
+            if function == "qmm_stream":
+                pointers, kinds = [pointers[i] for i in range(4, 8)], [kinds[0], *[kinds[2]] * 3]
+            values = [kind.from_address(at).value for kind, at in zip(kinds, pointers, strict=False)]
+            early = c.count > (c.grid_x > 1 and function == "qmm_stream")  # a cluster is an attribute too
+            started.append((function, (c.grid_x, c.grid_y, c.grid_z), values, early))
+            return 0
+
+        @staticmethod
+        def cuTensorMapEncodeTiled(*a):  # noqa: N802
+            return 0
+
+        @staticmethod
+        def cuFuncSetAttribute(*a):  # noqa: N802
+            return 0
+
+    def kernel(device, file, function, flags, shared):
+        assert file == "qmm_stream.cu" and (shared == 0) == (function == "add_parts")
+        return cuda.Kernel(Driver, function, shared, function)
+
+    def empty(shape, dtype, device):
+        workspaces.append(torch.empty(shape, dtype=getattr(torch, dtype)))
+        return workspaces[-1]
+
+    at_once = {2: 66, 3: 39, 4: 30}  # of an H200
+    monkeypatch.setattr(cuda, "_driver", lambda: Driver)
+    monkeypatch.setattr(cuda, "_device", lambda index: GPUS["sm_90a"])
+    monkeypatch.setattr(cuda, "_kernel", kernel)
+    monkeypatch.setattr(cuda, "_clusters_at_once", lambda kernel, threads, ranks: at_once.get(ranks, 17))
+    monkeypatch.setattr(cuda._Torch, "on", staticmethod(lambda device: contextlib.nullcontext()))
+    monkeypatch.setattr(cuda._Torch, "stream", staticmethod(lambda device: 0))
+    monkeypatch.setattr(cuda._Torch, "current_device", staticmethod(lambda: -1))
+    monkeypatch.setattr(cuda._Torch, "empty", staticmethod(empty))
+    monkeypatch.setattr(cuda._Product, "_quick", lambda *a: None)
+    N, K, M, fmt = 14336, 4096, 128, Format(2, 64)
+    groups = torch.ones((N, K // 64), dtype=torch.bfloat16)
+    w = format.Packed(torch.zeros((N, K // 16), dtype=torch.int32).view(torch.uint32), groups, groups, fmt)
+    y = cuda.qmm(torch.ones((M, N), dtype=torch.bfloat16), w, transpose=False)
+    (workspace,) = workspaces
+    assert workspace.shape == (2 * M * K,) and workspace.dtype == torch.float32
+    assert started == [
+        ("qmm_stream", (2, 32, 2), [workspace.data_ptr(), M, N, K], False),
+        ("add_parts", (M * K // 1024, 1, 1), [workspace.data_ptr(), y.data_ptr(), M * K // 4], True),
+    ]
+    started.clear()
+    cuda.qmm(torch.ones((2048, N), dtype=torch.bfloat16), w, transpose=False)
+    assert [one[0] for one in started] == ["qmm_stream"] and len(workspaces) == 1  # the tiles are enough
 
 
 def test_an_int8_product_starts_early_only_behind_what_cannot_have_written_its_weights(monkeypatch):

@@ -401,9 +401,9 @@ def run_stream(
     x, exact_x = stored(rng.normal(0, 1, (x_blocks, M, w.shape[1])), x_type)
     lhs, rhs = rng.integers(0, x_blocks, len(rhs)), np.array(rhs)
     parts = changed.get("PARTS", 1)
-    y = aligned(np.full((len(rhs), M, w.shape[2]), 0xFFFF, np.uint16))
+    y = sums = aligned(np.full((len(rhs), M, w.shape[2]), 0xFFFF, np.uint16))
     if parts > 1:
-        y = aligned(np.full((parts, M, w.shape[2]), np.nan, np.float32))
+        sums = aligned(np.full((parts, M, w.shape[2]), np.nan, np.float32))
     about = N, K, fmt, x_type, s_type, H100, transpose, tuning
     shape = cuda.qmm_stream_shape(M, *about, grouped=grouped, **changed)
     shares = ranks * parts
@@ -418,10 +418,10 @@ def run_stream(
     box = 128 if transpose else 16 * bits
     maps = [tensor(x, (64, shape["rows"]), 128), tensor(words.view(np.uint8), (box, 128), box, grouped)]
     maps += [tensor(a.view(np.uint8), (16, 128), 0, grouped) for a in (scales, biases)]
-    pointers = (ctypes.c_void_p * 8)(*(a.ctypes.data for a in (*maps, y, table, rows, y)))
-    grid = ranks, shape["out_tiles"], tiles * parts
-    library.run(*grid, shape["shared"], int(late), order_seed, pointers, (ctypes.c_int * 4)(M, N, K, 0))
-    return y.sum(0, keepdims=True) if parts > 1 else floats(y, x_type), want
+    pointers = (ctypes.c_void_p * 8)(*(a.ctypes.data for a in (*maps, sums, table, rows, y)))
+    grid, numbers = (ranks, shape["out_tiles"], tiles * parts), (ctypes.c_int * 4)(M, N, K, y.size // 4)
+    library.run(*grid, shape["shared"], int(late), order_seed, pointers, numbers)
+    return floats(y, x_type), want
 
 
 SINGLE, BOTH_HALVES = {"BUFFERS": 1}, {"BUFFERS": 2, "TURNED": 1, "HALVES": 2}
@@ -456,6 +456,8 @@ STREAMED = [  # bits, group size, x, scales, M, N, K, transpose, (rows, blocks),
     (8, 128, "bfloat16", "bfloat16", 260, 200, 1024, False, (256, 1), 1, {"TURNED": 1}),
     (4, 64, "bfloat16", "bfloat16", 140, 1000, 512, False, (128, 1), 2, {"PARTS": 2}),
     (2, 64, "bfloat16", "float16", 20, 132, 3072, True, (32, 2), 1, {"PARTS": 3}),
+    (8, 64, "float16", "float16", 260, 200, 1536, True, (256, 1), 2, {"PARTS": 2}),
+    (8, 32, "float16", "float32", 10, 2056, 256, False, (16, 2), 3, {"PARTS": 3}),
 ]  # fmt: skip
 
 
@@ -466,8 +468,9 @@ def test_streamed_products_equal_float64(build, case, late):
     assert error(*run_stream(build, *about, late, **changed)) < BOUND[about[2]]
 
 
-def test_the_same_bits_come_from_streams_in_any_order_of_the_threads(build):
-    *about, changed = STREAMED[0]
+@pytest.mark.parametrize("case", (STREAMED[0], STREAMED[-1]), ids=("a cluster", "parts"))
+def test_the_same_bits_come_from_streams_in_any_order_of_the_threads(build, case):
+    *about, changed = case
     first, other = (run_stream(build, *about, True, order_seed=seed, **changed)[0] for seed in (1, 2))
     assert np.array_equal(first, other)
 
@@ -610,6 +613,18 @@ TURNED_DEFECTS = {  # of transpose=False
     "rows of x in each other's place": ("m % 2 * 4 + m % 8 / 2", "m % 2 * 4 + m % 8 / 4"),
 }
 
+PARTS_DEFECTS = {
+    "every part has the same columns": ("(part * ranks + rank) * share", "rank * share"),
+    "all parts in one place": ("size_t(part * M + m0 + m) * outs", "size_t(m0 + m) * outs"),
+    "rows of another tile": ("blockIdx.z / PARTS * BN", "blockIdx.z / 2 % PARTS * BN / 2"),
+    "added up before they are there": (
+        "  dependents_may_start();\n  predecessor_done();\n  const int i",
+        "  const int i",
+    ),
+    "a part left out": ("p < PARTS", "p < PARTS - 1"),
+    "the last of y left out": ("if (i >= fours)", "if (i + 1 >= fours)"),
+}
+
 GROUPED_DEFECTS = {
     "rows of the next expert": ("m0 + m < end_of_rows", "m0 + m < 1 << 20"),
     "rows in another's place": ("GROUPED ? rows[m0 + m]", "GROUPED ? m0 + m"),
@@ -656,12 +671,15 @@ Q8_DEFECTS = {  # text, and the form that shows it
 }
 
 
-@pytest.mark.parametrize("defect", [*STREAM_DEFECTS, *TURNED_DEFECTS, *GROUPED_DEFECTS])
+@pytest.mark.parametrize("defect", [*STREAM_DEFECTS, *TURNED_DEFECTS, *PARTS_DEFECTS, *GROUPED_DEFECTS])
 def test_a_planted_defect_shows_in_a_stream(build, defect):
     about = 4, 64, "bfloat16", "bfloat16", 40, 200, 4608, True, (32, 2), 4  # the last rank has less to do
-    planted, changed = (STREAM_DEFECTS | TURNED_DEFECTS | GROUPED_DEFECTS)[defect], {"BUFFERS": 2}
+    every = STREAM_DEFECTS | TURNED_DEFECTS | PARTS_DEFECTS | GROUPED_DEFECTS
+    planted, changed = every[defect], {"BUFFERS": 2}
     if defect in TURNED_DEFECTS:
         about, changed = (*about[:5], 1160, 512, False, (32, 1), 4), BOTH_HALVES
+    if defect in PARTS_DEFECTS:
+        about, changed = (*about[:4], 40, 204, 4608, True, (16, 2), 2), {"PARTS": 3}
     if defect in GROUPED_DEFECTS:
         *about, changed = GROUPED[0]
 

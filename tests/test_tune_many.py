@@ -24,6 +24,23 @@ def test_every_cell_has_several_forms_and_every_form_fits():
         for _, shape in found:
             assert tune_many.valid_ranks(shape, cell[1], bench_cuda.H200)
             assert (shape["shared"] + 1024) * shape["defines"]["BLOCKS"] <= bench_cuda.H200["shared"] + 1024
+        bits, M, N, K, transpose = cell
+        if (N if transpose else K) == 4096 and M in (64, 128, 256):  # clusters of four do not lie on the chip
+            parts = {s["defines"]["PARTS"]: tune_many.resident_ranks(s, M, bench_cuda.H200) for _, s in found}
+            assert parts[2] and max(parts[2]) * 2 * 32 * (M <= 64 or 2) <= 2 * 132 and parts.get(3, [1])
+
+
+class Launch:
+    """A launch that does nothing but check that it has a workspace if it needs one."""
+
+    def __init__(self, blocks: int, ranks: int, parts: int):
+        self.blocks, self.parts = blocks, parts
+        self.config = types.SimpleNamespace(grid_x=ranks, blocks=blocks, parts=parts)
+        if parts > 1:
+            self.floats = 10
+
+    def __call__(self, stream, x, y, *workspace, early):
+        assert len(workspace) == (self.parts > 1) and all(workspace)
 
 
 @pytest.fixture
@@ -31,17 +48,19 @@ def on_cpu(monkeypatch):
     """tune_many with float64 products on the CPU: forms of one block a multiprocessor are wrong."""
     torch = pytest.importorskip("torch", reason="needs torch")
 
-    def launch(device, pointers, M, N, K, fmt, x_type, s_type, transpose, shape, ranks=None):
-        config = types.SimpleNamespace(grid_x=ranks or 2)
-        return types.SimpleNamespace(config=config, blocks=shape["defines"]["BLOCKS"])
+    def launch(*about, parts=(1, 2)):
+        shape, ranks = about[9], about[10] if len(about) > 10 else None
+        given = shape["defines"]["PARTS"]
+        assert ranks or given in parts
+        return Launch(shape["defines"]["BLOCKS"], ranks or 2, given if ranks or len(parts) == 1 else 2)
 
     def call(cell, launch):
-        cell.y[...] = cell.expected * (1 if launch.blocks > 1 else 1.1)
-        cell.last = launch
+        launch(0, 1, 2, early=True)
+        cell.y[...] = cell.expected * (1 if launch.config.blocks > 1 else 1.1)
 
     def microseconds(torch, calls):
-        launch = calls[0].args[0]
-        return 10.0 * launch.blocks + launch.config.grid_x
+        config = calls[0].args[0].config
+        return 10.0 * config.blocks + config.grid_x + 5 * (config.parts - 1)
 
     monkeypatch.setattr(bench_cuda, "DEVICE", "cpu")
     monkeypatch.setattr(bench_cuda, "microseconds", microseconds)
@@ -65,10 +84,13 @@ def test_a_cell_keeps_every_time_and_names_what_is_wrong(on_cpu, transpose):
     wrong = [row for row in cell.rows if row.get("failed")]
     assert wrong and all(row["us"] is None and row["form"][0][1] == 1 for row in wrong)
     assert found["us"] == 21 and found["ranks"] == 1 and found["form"][0] == (64, 2)
-    default = (("TURNED", 0), ("BUFFERS", 2 if transpose else 1), ("HALVES", 1))
-    assert found["now"] == {"form": ((64, 2), default), "ranks": 2, "us": 22}
+    # what ops.cuda would choose is in two parts
+    default = (("TURNED", 0), ("BUFFERS", 2 if transpose else 1), ("HALVES", 1), ("PARTS", 2))
+    assert found["now"] == {"form": ((64, 2), default), "ranks": 2, "us": 27}
     asked = [(str(row["form"]), row["ranks"]) for row in cell.rows]
     assert len(set(asked)) == len(asked) >= 7
+    parts = {(dict(row["form"][1]).get("PARTS"), row["ranks"]) for row in cell.rows if row["us"]}
+    assert parts > ({(2, 1), (2, 2), (4, 1)} if transpose else {(2, 1)})
 
 
 def test_what_was_found_is_what_the_product_then_uses(on_cpu, monkeypatch):
@@ -98,12 +120,11 @@ def test_an_int8_cell_keeps_every_time_and_names_what_is_wrong(on_cpu, monkeypat
     torch = on_cpu
 
     def launch(device, pointers, M, N, K, fmt, s_type, y_type, kinds, per_row, shape, ranks=None):
-        config = types.SimpleNamespace(grid_x=ranks or 1)
-        return types.SimpleNamespace(config=config, blocks=shape["defines"]["BLOCKS"])
+        return Launch(shape["defines"]["BLOCKS"], ranks or 1, 1)
 
     def microseconds(torch, calls):
-        of_cell = isinstance(calls[0].func, types.MethodType)
-        return 10.0 * calls[0].args[0].blocks + calls[0].args[0].config.grid_x if of_cell else 40.0
+        config = calls[0].args[0].config if isinstance(calls[0].func, types.MethodType) else None
+        return 10.0 * config.blocks + config.grid_x if config else 40.0
 
     monkeypatch.setattr(bench_cuda, "microseconds", microseconds)
     monkeypatch.setattr(cuda, "_q8_stream_launch", launch)

@@ -46,6 +46,7 @@ def cells(bits: list[int], rows: list[int] | None) -> list[tuple]:
         *((M, *WIDE, True) for M in (16, 64, 32, 128, 512)),
         *((M, *LONG, True) for M in (16, 32, 128)),
         *((512, *WIDE, False), (2048, *WIDE, False), (512, *LARGE, True), (512, *LONG, True)),
+        *((64, *WIDE, False), (256, *WIDE, False), (256, *LONG, True), (16, *WIDE, False)),
     ]
     return [(b, *cell) for cell in found for b in bits if not rows or cell[0] in rows]
 
@@ -75,12 +76,15 @@ def forms(bits: int, M: int, transpose: bool) -> list[tuple]:
         found += [(tuning, unturned) for tuning, _ in found[: 2 if rows >= 128 else 1]]
         # elsewhere a stage of words lasts two steps
         found.append((found[0][0], (*plain, ("MOST_UNROLLED", 2))))
-    if rows >= 128:  # where clusters of more ranks do not lie on the chip
-        found += [
-            ((rows, 1), (("TURNED", 0), ("BUFFERS", buffers), ("HALVES", 1), ("PARTS", parts)))
-            for parts in (2, 3) for buffers in (1, 2) if rows == 128 or parts == buffers == 2
-        ]  # fmt: skip
-    return found
+    # where clusters of more ranks do not lie on the chip; x turned where the table has it so
+    kinds = [(("TURNED", int(turned and rows <= 32)), *kind[1:]) for kind in (single, plain)]
+    usual = (rows, 2 if rows <= 64 else 1)
+    kinds = kinds[:1] if rows <= 32 else kinds[1:] if rows == 256 else kinds
+    return found + [
+        (usual, (*kind, ("PARTS", parts)))
+        for kind in kinds
+        for parts in (2, 3, 4)
+    ]
 
 
 def shape_of(form: tuple, bits: int, M: int, N: int, K: int, transpose: bool, gpu: dict):
@@ -96,7 +100,9 @@ def candidates(bits: int, M: int, N: int, K: int, transpose: bool, gpu: dict):
     seen = []
     for form in forms(bits, M, transpose):
         shape = shape_of(form, bits, M, N, K, transpose, gpu)
-        if shape is not None and shape["defines"] not in seen and valid_ranks(shape, M, gpu):
+        if shape is None or (shape["defines"]["PARTS"] > 1 and not resident_ranks(shape, M, gpu)):
+            continue
+        if shape["defines"] not in seen and valid_ranks(shape, M, gpu):
             seen.append(shape["defines"])
             yield form, shape
 
@@ -116,20 +122,26 @@ def few_at_once(cuda, device: int, w, M: int):
     return launch
 
 
-def launch_of(cuda, device: int, w, M: int, transpose: bool, shape: dict, ranks=None):
-    pointers = [a.data_ptr() for a in (w.words, w.scales, w.biases)]
+def launch_of(cuda, device: int, w, M: int, transpose: bool, shape: dict, ranks=None, parts=None):
+    """A launch that takes (x, y), if in parts then with a workspace of its own.
+
+    ranks: with the shape's PARTS; None: ops.cuda's choice among `parts`, or with the shape's PARTS.
+    """
     import torch
 
-    launch = cuda._stream_launch(device, pointers, M, w.N, w.K, w.format, *TYPES, transpose, shape, ranks)
-    if not isinstance(launch, cuda._Parts):
-        return launch
-    workspace = torch.empty(launch.floats, device=bench.DEVICE)
+    pointers = [a.data_ptr() for a in (w.words, w.scales, w.biases)]
+    about = M, w.N, w.K, w.format, *TYPES, transpose, shape, ranks
+    launch = cuda._stream_launch(device, pointers, *about, parts=parts or (shape["defines"]["PARTS"],))
+    floats = getattr(launch, "floats", 0)
+    workspace = torch.empty(floats, device=bench.DEVICE) if floats else None
 
-    def with_workspace(stream, x, y, early):
+    def start(stream, x, y, early):
         launch(stream, x, y, workspace.data_ptr(), early=early)
 
-    with_workspace.config = launch.product.config
-    return with_workspace
+    if not floats:
+        start = functools.partial(launch)
+    start.config, start.parts = launch.config, getattr(launch, "parts", 1)
+    return start
 
 
 def valid_ranks(shape: dict, M: int, gpu: dict) -> list[int]:
@@ -138,6 +150,13 @@ def valid_ranks(shape: dict, M: int, gpu: dict) -> list[int]:
     most, parts = 2 * shape["defines"]["BLOCKS"] * gpu["multiprocessors"], shape["defines"].get("PARTS", 1)
     shares = ((r, r * parts) for r in range(1, 9))
     return [r for r, n in shares if -(-units // n) * (n - 1) < units and (n == 1 or tiles * n <= most)]
+
+
+def resident_ranks(shape: dict, M: int, gpu: dict) -> list[int]:
+    """Of these, those with no more blocks than fit: beyond, more parts only cost more sums."""
+    tiles, defines = shape["out_tiles"] * -(-M // shape["rows"]), shape["defines"]
+    room = defines["BLOCKS"] * gpu["multiprocessors"]
+    return [r for r in valid_ranks(shape, M, gpu) if tiles * r * defines["PARTS"] <= room]
 
 
 def apply(best: list[dict]) -> None:
@@ -396,7 +415,7 @@ class Cell:
         about = self.bits, self.M, self.N, self.K, self.transpose
         shapes = []
         for form, shape in candidates(*about, self.gpu):
-            launch = launch_of(self.cuda, self.device, self.weights[0], self.M, self.transpose, shape)
+            launch = self.launch(self.weights[0], shape, None)
             blocks = shape["defines"]["BLOCKS"]
             if str(blocks) not in clusters:
                 kernel = self.cuda._kernel(
@@ -410,8 +429,9 @@ class Cell:
             row = self.timed(form, launch.config.grid_x, make)
             shapes.append((row, shape))
         good = sorted((one for one in shapes if one[0]["us"]), key=lambda one: one[0]["us"])
-        for row, shape in good[:2]:
-            for ranks in valid_ranks(shape, self.M, self.gpu):
+        for n, (row, shape) in enumerate(good):
+            of_parts = resident_ranks(shape, self.M, self.gpu) if shape["defines"]["PARTS"] > 1 else []
+            for ranks in valid_ranks(shape, self.M, self.gpu) if n < 2 else of_parts:
                 if ranks != row["ranks"]:
                     self.timed(row["form"], ranks, functools.partial(self.launch, shape=shape, ranks=ranks))
         if self.M <= 16 and self.transpose:
@@ -421,7 +441,11 @@ class Cell:
             return None
         fmt = self.weights[0].format
         default = self.cuda.qmm_stream_shape(self.M, self.N, self.K, fmt, *TYPES, self.gpu, self.transpose)
-        now = next((row for row, shape in shapes if shape == default), None)
+        chosen = self.launch(self.weights[0], default, None, range(1, 5))
+        default = default | {"defines": default["defines"] | {"PARTS": chosen.parts}}
+        form = next((row["form"] for row, shape in shapes if shape == default), None)
+        now = [row for row in self.rows if row["form"] == form and row["ranks"] == chosen.config.grid_x]
+        now = now[0] if now else None
         found = min(good, key=lambda row: row["us"])
         now = now and {key: now[key] for key in ("form", "ranks", "us")}
         what = f"{self.bits}-bit {self.N}x{self.K} M={self.M}{'' if self.transpose else ' transpose=False'}"
@@ -431,8 +455,8 @@ class Cell:
         )
         return found | {"now": now}
 
-    def launch(self, w, shape, ranks):
-        return launch_of(self.cuda, self.device, w, self.M, self.transpose, shape, ranks)
+    def launch(self, w, shape, ranks, parts=None):
+        return launch_of(self.cuda, self.device, w, self.M, self.transpose, shape, ranks, parts)
 
 
 def main() -> int:

@@ -849,8 +849,10 @@ def qmm_stream_shape(
     twice = transpose and rows == 128 and many_tiles and x_type == s_type and not grouped
     halves = changed.get("HALVES", 2 if twice else 1)
     out_tiles = -(-out // (128 * halves))
-    single = halves == 2 or rows <= 32 or (rows <= 128 and (fmt.bits == 8 or not transpose))
-    single = single or (rows == 160 and (transpose or fmt.bits < 8))
+    if transpose:
+        single = halves == 2 or rows <= (128 if fmt.bits == 8 else 32) or rows == 160
+    else:
+        single = rows <= 128 or (rows <= 160 and fmt.bits < 8)
     w_steps, s_steps = (16 // fmt.bits, 16 // s_bytes * fmt.group_size // 64) if transpose else (2, 2)
     w_stage = 128 * (128 if transpose else 16 * fmt.bits) * halves
     x_stages = (
@@ -928,8 +930,9 @@ def qmm_stream_ranks(
 class _Parts:
     """qmm_stream.cu's sums in parts, and what adds them up; with a workspace of so many floats."""
 
-    def __init__(self, product: _Launch, add: _Launch, floats: int):
-        self.product, self.add, self.floats, self.name = product, add, floats, product.name
+    def __init__(self, product: _Launch, add: _Launch, parts: int, floats: int):
+        self.product, self.add, self.parts, self.floats = product, add, parts, floats
+        self.name, self.config = product.name, product.config
 
     def __call__(self, stream: int, x: int, y: int, workspace: int, early: bool = False) -> None:
         self.product(stream, x, workspace, early=early)
@@ -1059,12 +1062,24 @@ def _many_streamed(device: int, pointers, M: int, N: int, K: int, fmt, x_type, s
 
 
 def _stream_launch(
-    device, pointers, M, N, K, fmt, x_type, s_type, transpose, shape: dict, ranks=None, groups=None
+    device,
+    pointers,
+    M,
+    N,
+    K,
+    fmt,
+    x_type,
+    s_type,
+    transpose,
+    shape: dict,
+    ranks=None,
+    groups=None,
+    parts=None,
 ):
     """A launch that takes (x, y), or _Parts.
 
-    ranks: instead of qmm_stream_ranks's. groups: None, or (experts, tiles expected, tiles at most); then it
-    takes (x, y, tiles, rows).
+    ranks, with the shape's PARTS: instead of qmm_stream_ranks's, which has `parts` to choose from. groups:
+    None, or (experts, tiles expected, tiles at most); then it takes (x, y, tiles, rows).
     """
     gpu, out = _device(device), N if transpose else K
 
@@ -1075,20 +1090,20 @@ def _stream_launch(
         _check(code, "room for blocks")
         return found
 
-    kernel, parts = compiled(), shape["defines"]["PARTS"]
+    kernel, given = compiled(), shape["defines"]["PARTS"]
     experts, tiles, most_tiles = groups or (0, *[-(-M // shape["rows"])] * 2)
-    free = parts == 1 and shape["rows"] == 128 and not groups and out % 4 == 0  # with fewer rows not measured
-    ranks, parts = (ranks, parts) if ranks else qmm_stream_ranks(
+    free = given == 1 and shape["rows"] == 128 and not groups and out % 4 == 0  # with fewer rows not measured
+    ranks, parts = (ranks, given) if ranks else qmm_stream_ranks(
         shape["out_tiles"] * math.ceil(tiles),
         shape["units"],
         shape["steps"],
         shape["defines"]["BLOCKS"],
         gpu["multiprocessors"],
         functools.partial(_clusters_at_once, kernel, shape["threads"]),
-        range(1, 5) if free else (parts,),
+        parts or (range(1, 5) if free else (given,)),
         4 * M * out,
     )
-    if parts != shape["defines"]["PARTS"]:
+    if parts != given:
         shape = shape | {"defines": shape["defines"] | {"PARTS": parts}}
         kernel = compiled()
     row, scales = K * fmt.bits // 8, K // fmt.group_size * SIZES[s_type]
@@ -1113,7 +1128,7 @@ def _stream_launch(
     fours = M * out // 4
     arguments = [ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int(fours)]
     add = _Launch(compiled("add_parts"), (-(-fours // 256), 1, 1), 256, arguments, (0, 1))
-    return _Parts(product, add, parts * M * out)
+    return _Parts(product, add, parts, parts * M * out)
 
 
 def _many(device: int, pointers, M: int, N: int, K: int, fmt, x_type, s_type, transpose):

@@ -416,7 +416,11 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
       }
 #endif
       __syncwarp();
-      const u32 read = to[0] | to[15];  // of the first and the last that was asked for
+      u32 read = to[0] | to[15];  // of the first and the last that was asked for
+#if W_TURNED  // of all: the compiler asks for scales in any order
+#pragma unroll
+      for (int i = 1; i < 15; i++) read |= to[i];
+#endif
       if (in_w == W_STEPS - 1) {
         if (lane < ARRIVALS) barrier_arrive_after(read, never, w_empty + 8 * w_slot);
         if (++w_slot == W_STAGES) w_slot = 0, w_parity ^= 1;

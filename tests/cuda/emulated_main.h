@@ -31,9 +31,8 @@ static void entry() {
 }
 extern "C" void run(int gx, int gy, int gz, int shared_bytes, int late, int seed, const void** pointers, const int* numbers) {
   Release release;
+  auto product = [=] {
   emu::grid = {unsigned(gx), unsigned(gy), unsigned(gz)}; emu::late = late; emu::random_.seed(seed);
-  for (int i = 0; i < 8; i++) arg[i] = pointers[i];
-  for (int i = 0; i < NUMBERS; i++) number[i] = numbers[i];
   for (int z = 0; z < gz; z++) for (int y = 0; y < gy; y++) {
     emu::blocks.clear(); emu::blocks.resize(gx); emu::cluster = {};
     for (auto& b : emu::blocks) { b.memory.assign(shared_bytes + 1024, char(0xff)); }
@@ -51,4 +50,18 @@ extern "C" void run(int gx, int gy, int gz, int shared_bytes, int late, int seed
       std::erase_if(ready, [](int i) { return emu::fibers[i].done; });
     }
   }
+  };
+  for (int i = 0; i < 8; i++) arg[i] = pointers[i];
+  for (int i = 0; i < NUMBERS; i++) number[i] = numbers[i];
+#if defined X_STAGES && defined PARTS && PARTS > 1
+  emu::before = product;  // add_parts begins first, and must wait
+  emu::Fiber one;
+  emu::now = &one;
+  for (unsigned i = 0; i < unsigned(number[3] + 255) / 256 * 256; i++) {
+    one.block = {i / 256, 0, 0}, one.thread = {i % 256, 0, 0};
+    add_parts((const float4*)arg[4], (uint2*)arg[7], number[3]);
+  }
+#else
+  product();
+#endif
 }
