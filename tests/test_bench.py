@@ -395,6 +395,36 @@ def cuda_rows():
                "peers": peers, "failed": None}  # fmt: skip
 
 
+def launches_of_a_tuner(*answers):
+    """What check_and_time wrote where one launch after the other gives these answers."""
+    torch = pytest.importorskip("torch", reason="needs torch")
+    y, row, answers = torch.zeros(4), {"us": None}, list(answers)
+
+    def call(launch):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        y[...] = answer
+
+    bench_cuda.check_and_time(torch, row, lambda: ["launch"] * 3, call, y, torch.ones(4).double(), 1e-3)
+    return row
+
+
+def test_a_tuner_times_only_what_is_right_and_the_same_when_repeated(monkeypatch):
+    timed = []
+    monkeypatch.setattr(bench_cuda, "microseconds", lambda torch, calls: timed.append(len(calls)) or 5.0)
+    assert launches_of_a_tuner(1, 1) == {"us": 5.0} and timed == [3]
+    assert launches_of_a_tuner(1.1, 1.1) == {"us": None, "failed": "error 1.0e-01"}
+    assert launches_of_a_tuner(float("nan"), 1)["us"] is None
+    assert launches_of_a_tuner(1, 1.0001)["failed"] == "not the same bits when repeated"
+    assert launches_of_a_tuner(RuntimeError("too much\nshared"))["failed"] == "RuntimeError: too much"
+    with pytest.raises(RuntimeError, match="illegal"):
+        launches_of_a_tuner(RuntimeError("an illegal address"))
+    row = {"us": None}
+    bench_cuda.check_and_time(None, row, lambda: ["launch", None], None, None, None, 1)
+    assert row == {"us": None} and timed == [3]
+
+
 def test_cuda_bars_are_ratios_to_the_best_peer_of_the_same_information():
     rows = list(cuda_rows())
     bars = {b["what"]: b for b in bench_cuda.judge(rows, {"gpu": "NVIDIA H200"})}

@@ -216,15 +216,18 @@ def recorded(torch, gpu: dict):
 
 def compile_ours(torch, wanted: list[Cell], gpu: dict, meanwhile=lambda: None) -> None:
     """Our kernels into the cache, on half of the cores; the others are for what is done meanwhile."""
-    ours = instances(torch, wanted, gpu)
-    workers = max(1, min(len(ours), common.cores() // 2))
+    compile_kernels(instances(torch, wanted, gpu), max(1, common.cores() // 2), meanwhile)
+
+
+def compile_kernels(wanted: list[tuple], workers: int, meanwhile=lambda: None) -> None:
+    """Kernels of ours, as (file, options), into the cache."""
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
-        futures = [pool.submit(compiled, instance) for instance in ours]
+    with concurrent.futures.ProcessPoolExecutor(max(1, min(len(wanted), workers)), context) as pool:
+        futures = [pool.submit(compiled, instance) for instance in wanted]
         meanwhile()
         for said in filter(None, (future.result() for future in futures)):
             print(said, flush=True)
-    print(f"ours: {len(ours)} kernels", flush=True)
+    print(f"ours: {len(wanted)} kernels", flush=True)
 
 
 def instances(torch, wanted: list[Cell], gpu: dict) -> list[tuple]:
@@ -421,6 +424,36 @@ def microseconds(torch, calls, least: int = 16) -> float:
         ended.synchronize()
         found.append(1e3 * begun.elapsed_time(ended) / (times * len(calls)))
     return statistics.median(found)
+
+
+def check_and_time(torch, row: dict, make, call, y, expected, most: float, again: int = 1) -> list:
+    """Into a tuner's row: us, the time of call(launch), or failed: not within `most`, or other bits `again`.
+
+    make() gives launches, of copies of the weight, each of which writes y; neither is written where one of
+    them is None. Returns them. Raises RuntimeError when the GPU itself has failed.
+    """
+    launches = []
+    try:
+        launches = make()
+        if None in launches:
+            return launches
+        first = None
+        for _ in range(1 + again):
+            y.fill_(float("nan"))
+            call(launches[0])
+            first = y.clone() if first is None else first
+        error = relative(y, expected)
+        if not error < most:
+            row["failed"] = f"error {error:.1e}"
+        elif not bool((first == y).all()):
+            row["failed"] = "not the same bits when repeated"
+        else:
+            row["us"] = microseconds(torch, [functools.partial(call, one) for one in launches])
+    except RuntimeError as error:
+        row["failed"] = first_line(error)
+        if "launch failure" in str(error) or "illegal" in str(error):
+            raise
+    return launches
 
 
 @contextlib.contextmanager

@@ -17,10 +17,8 @@ what was within 4 % of the best for these. FILE:
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import contextlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -146,14 +144,11 @@ def compile_all(cells, gpu: dict) -> None:
     """Every candidate's machine code, on all cores."""
     from mlxq.ops import cuda
 
-    wanted = {}
+    wanted = []
     for cell in cells:
         for kernel, _, shape in candidates(*cell, gpu):
-            wanted[f"{kernel}.cu", cuda.options(gpu["arch"], shape["defines"])] = True
-    with concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for failed in filter(None, pool.map(bench.compiled, wanted)):
-            print(failed, flush=True)
-    print(f"{len(wanted)} kernels", flush=True)
+            wanted.append((f"{kernel}.cu", cuda.options(gpu["arch"], shape["defines"])))
+    bench.compile_kernels(list(dict.fromkeys(wanted)), bench.common.cores())
 
 
 def main() -> int:
@@ -201,30 +196,16 @@ def main() -> int:
             row = {"bits": bits, "N": N, "K": K, "M": M, "kernel": kernel, "tuning": tuning, "us": None}
             row["shape"] = {k: v for k, v in shape.items() if k != "defines"} | shape["defines"]
             rows.append(row)
-            try:
-                with forced(kernel, tuning):
-                    launches = [launch_of(cuda, kernel, device, w, M) for w in ws]
 
-                def call(launch, x=x, y=y):
-                    stream = torch._C._cuda_getCurrentRawStream(device)
-                    launch(stream, x.data_ptr(), y.data_ptr(), early=gpu["early"])
+            def make(how=(kernel, tuning), M=M, ws=ws):
+                with forced(*how):
+                    return [launch_of(cuda, how[0], device, w, M) for w in ws]
 
-                y.fill_(float("nan"))
-                call(launches[0])
-                error = bench.relative(y, expected)
-                if not error < bench.ERROR_LIMIT[kernel]:
-                    row["failed"] = f"error {error:.1e}"
-                    continue
-                again = y.clone()
-                call(launches[0])
-                if not bool((y == again).all()):
-                    row["failed"] = "not the same bits when repeated"
-                    continue
-                row["us"] = bench.microseconds(torch, [lambda one=one: call(one) for one in launches])
-            except RuntimeError as error:
-                row["failed"] = bench.first_line(error)
-                if "launch failure" in str(error) or "illegal" in str(error):
-                    raise
+            def call(launch, x=x, y=y):
+                stream = torch._C._cuda_getCurrentRawStream(device)
+                launch(stream, x.data_ptr(), y.data_ptr(), early=gpu["early"])
+
+            bench.check_and_time(torch, row, make, call, y, expected, bench.ERROR_LIMIT[kernel])
         every += rows
         now, table = "qmv_stream", table_of(bits, M, N, K, gpu)
         same = [r for r in rows if r["kernel"] == now and tuple(r["tuning"]) == tuple(table)]

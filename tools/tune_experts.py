@@ -19,10 +19,8 @@ FILE, written after each cell:
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import functools
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -102,10 +100,7 @@ def compile_all(wanted, gpu: dict) -> None:
     for cell in wanted:
         for _, (kernel, shape) in candidates(*cell, gpu):
             flags[f"{kernel}.cu", cuda.options(gpu["arch"], shape["defines"])] = True
-    with concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for failed in filter(None, pool.map(bench.compiled, flags)):
-            print(failed, flush=True)
-    print(f"{len(flags)} kernels", flush=True)
+    bench.compile_kernels(list(flags), bench.common.cores())
 
 
 class Cell:
@@ -168,29 +163,14 @@ class Cell:
         }
         row |= {"form": form, "us": None}
         self.rows.append(row)
-        try:
-            launches = [self.launch(w, form, found) for w in self.weights]
-            first = None
-            for _ in range(3):
-                self.y.fill_(float("nan"))
-                self.call(launches[0])
-                first = self.y.clone() if first is None else first
-            error = bench.relative(self.y, self.expected)
-            if not error < bench.ROUNDED_LIMIT:
-                row["failed"] = f"error {error:.1e}"
-            elif not bool((first == self.y).all()):
-                row["failed"] = "not the same bits when repeated"
-            else:
-                calls = [functools.partial(self.call, one) for one in launches]
-                row["us"] = bench.microseconds(self.torch, calls)
-                if isinstance(launches[0], self.cuda._Grouped):
-                    row["sort_us"] = bench.microseconds(
-                        self.torch, [functools.partial(self.sort, launches[0])]
-                    )
-        except RuntimeError as error:
-            row["failed"] = bench.first_line(error)
-            if "launch failure" in str(error) or "illegal" in str(error):
-                raise
+
+        def make():
+            return [self.launch(w, form, found) for w in self.weights]
+
+        answer = self.y, self.expected, bench.ROUNDED_LIMIT
+        launches = bench.check_and_time(self.torch, row, make, self.call, *answer, again=2)
+        if row["us"] and isinstance(launches[0], self.cuda._Grouped):
+            row["sort_us"] = bench.microseconds(self.torch, [functools.partial(self.sort, launches[0])])
         if row.get("failed"):
             print(f"{form}: {row['failed']}", flush=True)
         return row

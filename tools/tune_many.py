@@ -20,10 +20,8 @@ beside torch._int_mm (int_mm_us in `best`, with group_size, per_row instead of t
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import functools
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -80,11 +78,7 @@ def forms(bits: int, M: int, transpose: bool) -> list[tuple]:
     kinds = [(("TURNED", int(turned and rows <= 32)), *kind[1:]) for kind in (single, plain)]
     usual = (rows, 2 if rows <= 64 else 1)
     kinds = kinds[:1] if rows <= 32 else kinds[1:] if rows == 256 else kinds
-    return found + [
-        (usual, (*kind, ("PARTS", parts)))
-        for kind in kinds
-        for parts in (2, 3, 4)
-    ]
+    return found + [(usual, (*kind, ("PARTS", parts))) for kind in kinds for parts in (2, 3, 4)]
 
 
 def shape_of(form: tuple, bits: int, M: int, N: int, K: int, transpose: bool, gpu: dict):
@@ -243,30 +237,18 @@ class Int8Cell:
             "us": None,
         }
         self.rows.append(row)
-        try:
+
+        def make():
             launches = []
             for w in self.weights:
                 pointers = [a.data_ptr() for a in (w.words, w.scales, w.biases)]
                 about = self.M, *WIDE, w.format, TYPES[1], TYPES[0], 1, self.per_row
                 launches.append(self.cuda._q8_stream_launch(self.device, pointers, *about, shape, ranks))
-            row["ranks"], first = launches[0].config.grid_x, None
-            for _ in range(2):
-                self.y.fill_(float("nan"))
-                self.call(launches[0])
-                first = self.y.clone() if first is None else first
-            error = bench.relative(self.y, self.expected)
-            if not error < bench.ERROR_LIMIT["qmv"]:
-                row["failed"] = f"error {error:.1e}"
-            elif not bool((first == self.y).all()):
-                row["failed"] = "not the same bits when repeated"
-            else:
-                row["us"] = bench.microseconds(
-                    self.torch, [functools.partial(self.call, one) for one in launches]
-                )
-        except RuntimeError as error:
-            row["failed"] = bench.first_line(error)
-            if "launch failure" in str(error) or "illegal" in str(error):
-                raise
+            row["ranks"] = launches[0].config.grid_x
+            return launches
+
+        answer = self.y, self.expected, bench.ERROR_LIMIT["qmv"]
+        bench.check_and_time(self.torch, row, make, self.call, *answer)
         if row.get("failed"):
             print(f"{row['form']} ranks {ranks}: {row['failed']}", flush=True)
         return row
@@ -303,7 +285,8 @@ def tune_int8(args) -> int:
     on_gpu = torch.cuda.is_available()
     gpu = cuda._device(torch.cuda.current_device()) if on_gpu else bench.H200
     shapes = [shape for cell in wanted for _, shape in int8_shapes(cell, gpu)]
-    compile_flags({("q8_stream.cu", cuda.options(gpu["arch"], shape["defines"])): True for shape in shapes})
+    flags = {("q8_stream.cu", cuda.options(gpu["arch"], shape["defines"])): True for shape in shapes}
+    bench.compile_kernels(list(flags), bench.common.cores())
     if args.prepare:
         return 0
     begin = time.monotonic()
@@ -348,15 +331,7 @@ def compile_all(wanted, gpu: dict) -> None:
         )
         if few:
             flags["qmv_stream.cu", cuda.options(gpu["arch"], few["defines"])] = True
-    compile_flags(flags)
-
-
-def compile_flags(flags: dict) -> None:
-    """Machine code of (file, options), on all cores."""
-    with concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for failed in filter(None, pool.map(bench.compiled, flags)):
-            print(failed, flush=True)
-    print(f"{len(flags)} kernels", flush=True)
+    bench.compile_kernels(list(flags), bench.common.cores())
 
 
 class Cell:
@@ -385,28 +360,13 @@ class Cell:
         cell = {"bits": self.bits, "N": self.N, "K": self.K, "M": self.M, "transpose": self.transpose}
         row = cell | {"form": form, "ranks": ranks, "us": None}
         self.rows.append(row)
-        try:
-            launches = [make(w) for w in self.weights]
-            if None in launches:
-                self.rows.pop()
-                return row
-            first = None
-            for _ in range(2):
-                self.y.fill_(float("nan"))
-                self.call(launches[0])
-                first = self.y.clone() if first is None else first
-            error = bench.relative(self.y, self.expected)
-            if not error < bench.ROUNDED_LIMIT:
-                row["failed"] = f"error {error:.1e}"
-            elif not bool((first == self.y).all()):
-                row["failed"] = "not the same bits when repeated"
-            else:
-                calls = [functools.partial(self.call, one) for one in launches]
-                row["us"] = bench.microseconds(self.torch, calls)
-        except RuntimeError as error:
-            row["failed"] = bench.first_line(error)
-            if "launch failure" in str(error) or "illegal" in str(error):
-                raise
+        answer = self.y, self.expected, bench.ROUNDED_LIMIT
+        launches = bench.check_and_time(
+            self.torch, row, lambda: [make(w) for w in self.weights], self.call, *answer
+        )
+        if None in launches:
+            self.rows.pop()
+            return row
         if row.get("failed"):
             print(f"{row['form']} ranks {ranks}: {row['failed']}", flush=True)
         return row
