@@ -1047,7 +1047,7 @@ def main() -> int:
     parser.add_argument("--prepare", action="store_true", help="compile on all cores and stop")
     parser.add_argument("--resume", action="store_true", help="go on with what --out holds")
     parser.add_argument(
-        "--tuning", type=Path, nargs="+", default=[], help="what tune_cuda.py and tune_many.py found best"
+        "--tuning", type=Path, nargs="*", default=[], help="what tune_cuda.py and tune_many.py found best"
     )
     parser.add_argument("--once", nargs="+", metavar="OP:BITS:NxK:M", help="one product each, and stop")
     parser.add_argument("--out", type=Path)
@@ -1071,7 +1071,7 @@ def main() -> int:
     if args.once:
         once(torch, args.once)
         return 0
-    for path in filter(Path.exists, args.tuning):
+    for path in args.tuning:
         found = json.loads(path.read_text())
         importlib.import_module(found["tool"]).apply(found["best"])
     if args.prepare and not torch.cuda.is_available():

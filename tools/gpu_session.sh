@@ -25,7 +25,7 @@
 # and a later call's last stage, `collect=SECONDS`, waits for all lanes begun so far, keeping $OUT/results.tar.gz
 # up to date until then. With two GPUs each stage has one of them (ON, below); nccl has both. With 16 cores, or 32
 # and more, the stages that compute on the CPU have cores of their own (CORES, below).
-#   sanitize  compute-sanitizer's memcheck and racecheck over some of tests/test_cuda.py
+#   sanitize  tools/sanitize_cuda.py: compute-sanitizer's memcheck and racecheck over some of tests/test_cuda.py
 #   amx      tests/test_q8mm.py and tools/amx_device_check.sh: the AMX families beside AVX-512; needs g++
 #   w8a8     tools/eval_w8a8.py, on the CPU: KL and tokens a second beside W8A16; after model
 #
@@ -49,6 +49,7 @@ setup() {
     done
     [ -e "$CARRY/data.tar.xz" ] && tar -xJf "$CARRY/data.tar.xz" -C "$WORK"
     [ -e "$CARRY/start.tar.xz" ] && tar -xJf "$CARRY/start.tar.xz" -C "$WORK"
+    [ -e "$CARRY/sanitize.json" ] && cp "$CARRY/sanitize.json" "$WORK/"
     [ -e "$CARRY/caches.tar.xz" ] && tar -xJf "$CARRY/caches.tar.xz" -C "$WORK"
     [ -e "$WORK/packages/mlxq" ] && return 0
     "$PYTHON" -m pip install -q --no-index --no-deps --target "$WORK/packages" "$CARRY"/wheels/*.whl || return 1
@@ -56,17 +57,11 @@ setup() {
 }
 tests() { (cd "$WORK" && "$PYTHON" -m pytest -q -p no:cacheprovider "$REPO/tests/test_cuda.py" "$REPO/tests/test_torch_cuda.py" ${TESTS:--n 8}); }
 testtorch() { (cd "$WORK" && "$PYTHON" -m pytest -q -rf --tb=short -p no:cacheprovider "$REPO/tests/test_torch_cuda.py" ${TESTTORCH:--n 4}); }
-sanitize() { # racecheck knows barriers and cp.async, not every pattern of mbarrier and copy engine: read what it says
-    local tool code=0 # the whole reports: $OUT/sanitize-TOOL.txt
-    local -A built=([racecheck]="-lineinfo ${RACECHECK--DARRIVALS=32}") # qmv_stream.cu says why
-    for tool in ${SANITIZERS:-memcheck racecheck}; do
-        (cd "$WORK" && MLXQ_NVRTC_OPTIONS=${built[$tool]:--lineinfo} timeout "${SANITIZE_SECONDS:-100}" compute-sanitizer --tool "$tool" \
-            --error-exitcode 9 "$PYTHON" -m pytest -v -x -p no:cacheprovider -p no:xdist "$REPO/tests/test_cuda.py" \
-            -k "${SANITIZE:-(4-bit/64 or 2-bit/128 or 8-bit/32) and (gathered or experts or transposed or (int8 and True) or (every_format and bfloat16-bfloat16)) or (many_rows and 4-bit/64 and bfloat16-bfloat16) or captured}") \
-            >"$OUT/sanitize-$tool.txt" 2>&1 || code=1
-        tail -n 30 "$OUT/sanitize-$tool.txt" | sed "s/^/$tool: /"
-    done
-    return $code
+sanitize() { # what is clean in $WORK/sanitize.json, of an earlier call, is not looked at again
+    (cd "$WORK" && "$PYTHON" "$REPO/tools/sanitize_cuda.py" --out "$WORK/sanitize.json" ${SANITIZE:---limit $((${LIMIT_sanitize:-560} - 20))})
+    code=$?
+    cp "$WORK/sanitize.json" "$OUT/"
+    return "$code"
 }
 prepare() { "$PYTHON" "$REPO/tools/bench_cuda.py" --prepare; }
 tune() { "$PYTHON" "$REPO/tools/tune_cuda.py" --out "$OUT/tuning.json" ${TUNE:---limit 45}; }
@@ -92,7 +87,7 @@ print(permuted_teacher(cache_folder() / 'smollm2-permuted-0', 0))" | tail -n 1 >
         "$PYTHON" -m mlxq convert "$(cat "$WORK/start-teacher")" "$WORK/start-2" --bits 2 --group-size 64 --embedding-bits 8 --method gptq
 }
 bench() { # with what tune found, if it ran before; compiles on all cores first; the GPU should be its own
-    "$PYTHON" "$REPO/tools/bench_cuda.py" --out "$OUT/cuda.json" --tuning "$OUT"/tuning*.json ${BENCH:---limit 130}
+    "$PYTHON" "$REPO/tools/bench_cuda.py" --out "$OUT/cuda.json" --tuning $(ls "$OUT"/tuning.json "$OUT"/tuning-many.json 2>/dev/null) ${BENCH:---limit 130}
     code=$?
     "$PYTHON" "$REPO/tools/bench_cuda.py" --plot "$OUT/cuda.json"
     return "$code"
@@ -167,7 +162,7 @@ w8a8() {
 }
 
 # seconds that a stage may take (in all the calls of a machine together it is less: LIMIT_stage=...); a call of the device machine ends after 600
-declare -A LIMIT=([setup]=90 [tests]=150 [testtorch]=150 [bench]=270 [small]=480 [model]=90 [mpq]=420 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [sanitize]=210 [tune]=120 [tunemany]=150 [tuneexperts]=150 [profile]=60 [prepare]=150 [quiet]=500 [start]=240 [parity]=300 [mixed]=540 [chat]=480 [amx]=240 [w8a8]=200 [quality]=900)
+declare -A LIMIT=([setup]=90 [tests]=150 [testtorch]=150 [bench]=270 [small]=480 [model]=90 [mpq]=420 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [sanitize]=560 [tune]=120 [tunemany]=150 [tuneexperts]=150 [profile]=60 [prepare]=150 [quiet]=500 [start]=240 [parity]=300 [mixed]=540 [chat]=480 [amx]=240 [w8a8]=200 [quality]=900)
 if [ "${1:-}" = --stage ]; then
     "$2"
     exit

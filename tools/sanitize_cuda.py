@@ -1,0 +1,190 @@
+"""The GPU tests under compute-sanitizer, a few in each process and many processes at once. Wants a GPU.
+
+    python tools/sanitize_cuda.py --out FILE [--limit 500] [--tools memcheck racecheck] [-k EXPRESSION]
+
+First each tool must find what is planted for it (an access out of bounds, a race in shared memory); a tool
+that does not is of no use here, and the run stops. Then the tests that EXPRESSION (below) selects run by
+turns: one of each function, then the next of each. A test is `clean` only if pytest passed it in a process
+whose tool counted nothing and that ended well; where a process has a finding or runs out of time, its tests
+run again, each alone. FILE, written after each process, is read again if it is there: what is clean in it
+does not run again unless a kernel, the tests or this tool have changed, so several calls add up.
+
+    sources   SHA-256 of what was looked at         gpu, sanitizer, planted: {tool: findings}
+    tests     {tool: {test: {said, seconds}}}       said: clean, or what is wrong, or "more than N s"
+    left      {tool: [test]}                        for which there was no time
+
+racecheck knows barriers and cp.async but not that one lane arrives at an mbarrier for its warp: the kernels
+are compiled with -DARRIVALS=32 for it (qmv_stream.cu says why). Exit code 1 unless all selected are clean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import bench_common as common
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = ROOT / "tests/test_cuda.py"
+OPTIONS = {"memcheck": "-lineinfo", "racecheck": "-lineinfo -DARRIVALS=32"}
+FORMATS = "(4-bit/64 or 2-bit/128 or 8-bit/32)"
+EXPRESSION = (
+    f"{FORMATS} and (gathered or experts or transposed or (int8 and True))"
+    f" or {FORMATS} and bfloat16-bfloat16 and (every_format or in_parts)"
+    " or 4-bit/64 and (many_rows and bfloat16-bfloat16 or cluster or quantize_and_dequantize)"
+    " or captured or keep_their_sums_apart"
+)
+TOGETHER = 4  # tests of a process
+PLANTED = """
+import cupy
+source = r'''
+extern "C" __global__ void memcheck(int* x) { x[1 << 20] = 1; }
+extern "C" __global__ void racecheck(int* x) {
+  __shared__ int s[64];
+  s[threadIdx.x] = threadIdx.x;
+  x[threadIdx.x] = s[63 - threadIdx.x];
+}'''
+x = cupy.zeros(64, cupy.int32)
+cupy.RawKernel(source, "TOOL")((1,), (64,), (x,))
+cupy.cuda.runtime.deviceSynchronize()
+"""
+
+
+def sources(tests: Path) -> str:
+    """SHA-256 of everything whose change makes earlier findings void."""
+    kernels = sorted(p for p in (ROOT / "mlxq/ops").iterdir() if p.suffix in (".cu", ".cuh"))
+    found = hashlib.sha256()
+    for path in [*kernels, ROOT / "mlxq/ops/cuda.py", tests, Path(__file__)]:
+        found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def selected(tests: Path, expression: str) -> list[str]:
+    """Node IDs, one of each function, then the next of each."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(tests)]
+    done = subprocess.run([*command, "-k", expression], capture_output=True, text=True)
+    found = re.findall(r"^\S*(::test_.*)$", done.stdout, re.M)
+    if not found:
+        raise SystemExit(f"no tests are selected by {expression!r}:\n{(done.stdout + done.stderr)[-800:]}")
+    functions: dict[str, list[str]] = {}
+    for name in found:
+        functions.setdefault(name.split("[")[0], []).append(name)
+    turns = [(n, at, name) for at, names in enumerate(functions.values()) for n, name in enumerate(names)]
+    return [name for *_, name in sorted(turns)]
+
+
+def sanitized(tool: str, command: list[str], seconds: float) -> tuple[int | None, int | None, str]:
+    """(exit code, or None after so many seconds; what the tool counted, or None; all that was said)."""
+    command = ["compute-sanitizer", "--tool", tool, "--print-limit", "20", "--error-exitcode", "9", *command]
+    environment = os.environ | {"MLXQ_NVRTC_OPTIONS": OPTIONS[tool]}
+    heard = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, **heard, env=environment, start_new_session=True) as running:
+        try:
+            said, code = running.communicate(timeout=seconds)[0], running.returncode
+        except subprocess.TimeoutExpired:
+            os.killpg(running.pid, 9)
+            said, code = running.communicate()[0], None
+    counted = re.findall(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+)", said)
+    return code, int(counted[-1]) if counted else None, said
+
+
+def look(tool: str, tests: Path, names: list[str], seconds: float) -> dict[str, dict]:
+    """{test: {said, seconds}}; said is None where several tests are not all clean: each has to run alone."""
+    command = [sys.executable, "-m", "pytest", "-v", "-rA", "--tb=short", "-p", "no:cacheprovider"]
+    begin = time.monotonic()
+    code, counted, output = sanitized(tool, [*command, *(f"{tests}{name}" for name in names)], seconds)
+    took = round((time.monotonic() - begin) / len(names), 1)
+    passed = set(re.findall(r"^PASSED \S*?(::test_.*)$", output, re.M))
+    skipped = set(re.findall(r"^SKIPPED .*$", output, re.M))
+    lines = [line for line in output.splitlines() if line.startswith("=========") and line.strip("= ")]
+    findings = "\n".join([*lines[:12], *lines[-1:]] or [output[-600:]])
+    if code == 0 and counted == 0 and not skipped:
+        said = {name: "clean" if name in passed else "not run" for name in names}
+    elif len(names) > 1:
+        said = dict.fromkeys(names)
+    else:
+        why = " ".join(sorted(skipped)) or (f"more than {seconds:.0f} s" if code is None else findings)
+        said = dict.fromkeys(names, why)
+    return {name: {"said": said[name], "seconds": took} for name in names}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tools", nargs="+", choices=tuple(OPTIONS), default=["racecheck", "memcheck"])
+    parser.add_argument(
+        "--limit", type=float, default=500, help="seconds after which no process is begun or left"
+    )
+    parser.add_argument("--each", type=float, default=120, help="seconds of a process at most")
+    parser.add_argument("--jobs", type=int, default=max(1, common.cores() - 2), help="processes at once")
+    parser.add_argument("--tests", type=Path, default=TESTS)
+    parser.add_argument("-k", dest="expression", default=EXPRESSION, help="as pytest's")
+    args = parser.parse_args()
+    end = time.monotonic() + args.limit
+    names, about = selected(args.tests, args.expression), sources(args.tests)
+    result = {"tool": "sanitize_cuda", "sources": about, "planted": {}, "tests": {}, "left": {}}
+    if args.out.exists():
+        before = json.loads(args.out.read_text())
+        if before["sources"] == about:
+            result["tests"] = before["tests"]
+    if shutil.which("compute-sanitizer") is None:
+        raise SystemExit("no compute-sanitizer in PATH; it comes with the CUDA toolkit")
+    version = subprocess.run(["compute-sanitizer", "--version"], capture_output=True, text=True).stdout
+    device = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    result["sanitizer"], result["gpu"] = version.strip().splitlines()[-1], device.split(" (UUID")[0].strip()
+    for tool in args.tools:
+        _, counted, said = sanitized(tool, [sys.executable, "-c", PLANTED.replace("TOOL", tool)], args.each)
+        result["planted"][tool] = counted
+        if not counted:
+            print(f"{tool} does not find what is planted for it:\n{said[-1500:]}", file=sys.stderr)
+            return 1
+
+    wanted = []
+    for tool in args.tools:
+        found = result["tests"].setdefault(tool, {})
+        todo = [name for name in names if found.get(name, {}).get("said") != "clean"]
+        wanted += [(n, tool, todo[n : n + TOGETHER]) for n in range(0, len(todo), TOGETHER)]
+    wanted = [part for _, *part in sorted(wanted)]  # the tools by turns
+
+    def process(tool: str, part: list[str]):
+        left = min(args.each, end - time.monotonic())
+        return look(tool, args.tests, part, left) if left > 5 else {}
+
+    done, total = 0, sum(len(part) for _, part in wanted)
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        running = {pool.submit(process, *part): part for part in wanted}
+        while running:
+            for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done:
+                tool, part = running.pop(future)
+                found = future.result()
+                again = [name for name, row in found.items() if row["said"] is None]
+                for name in again:
+                    running[pool.submit(process, tool, [name])] = (tool, [name])
+                told = {name: row for name, row in found.items() if row["said"] is not None}
+                result["tests"][tool].update(told)
+                done += len(told)
+                for name in (name for name, row in told.items() if row["said"] != "clean"):
+                    print(f"{tool} {name}: {told[name]['said']}", flush=True)
+                print(f"{done} of {total}, {end - time.monotonic():.0f} s left", flush=True)
+                result["left"] = {t: [n for n in names if n not in result["tests"][t]] for t in args.tools}
+                new = args.out.with_name(args.out.name + ".new")
+                new.write_text(json.dumps(result, indent=1) + "\n")
+                new.rename(args.out)
+    said = [
+        result["tests"][tool].get(name, {"said": "no time"})["said"] for tool in args.tools for name in names
+    ]
+    print(f"{said.count('clean')} of {len(said)} clean, no time for {said.count('no time')}")
+    return int(said.count("clean") < len(said))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
