@@ -489,9 +489,7 @@ class _Calibrated:
     @property
     def bytes(self) -> int:
         """Beside what the process has."""
-        return peak_bytes(
-            self.blocks, self.block_weights, self.outer, self.tokens, self.width, self.method
-        )
+        return peak_bytes(self.blocks, self.block_weights, self.outer, self.tokens, self.width, self.method)
 
 
 def _estimated(
@@ -669,9 +667,7 @@ class _Planner:
     def _chosen(self, slashed: dict[str, str], model, report: Summary) -> dict[str, QuantizationRule]:
         """The rule of each layer that has one, by the path with '/'; convolutions are listed as float."""
         found = RuleSet(self.rules)
-        chosen = {
-            slash: found.find(slash, operation(self.modules[path])) for path, slash in slashed.items()
-        }
+        chosen = {slash: found.find(slash, operation(self.modules[path])) for path, slash in slashed.items()}
         for path, module in model.named_modules():
             if path not in self.modules and operation(module) == "conv_general":
                 rule = found.find(slash := path.replace(".", "/"), "conv_general")

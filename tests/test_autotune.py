@@ -55,7 +55,7 @@ def rows(*shape, dtype="float32", seed=1):
 
 
 def served_by(call):
-    """"mlxq" or "stock", by whether a kernel of ours ran; and the answer."""
+    """ "mlxq" or "stock", by whether a kernel of ours ran; and the answer."""
     before = ops.kernel_calls()
     y = call()
     mx.eval(y)

@@ -18,7 +18,14 @@ def test_a_model_larger_than_its_memory_is_killed_twice_and_comes_out_whole(tmp_
     # 400 MB in tensors of up to 17 MB, with room for the interpreter and its libraries and not for the model
     result = big_convert.experiment(
         # the second kill as soon as it works: so small a rest is done before its journal can be looked at
-        tmp_path, 400_000_000, "420MB", (0.3, 0), hidden=1024, width=8192, vocabulary=8192, shard=64_000_000
+        tmp_path,
+        400_000_000,
+        "420MB",
+        (0.3, 0),
+        hidden=1024,
+        width=8192,
+        vocabulary=8192,
+        shard=64_000_000,
     )
     assert result["source_bytes"] > 380_000_000
     assert all(run["peak_anonymous_bytes"] < 420e6 for run in result["runs"])

@@ -360,9 +360,7 @@ class QuantizedEmbedding(_PackedLayer):
 
     rows_dtype = None
 
-    def __init__(
-        self, num_embeddings, embedding_dim, *, bits=4, group_size=64, device=None, dtype=None
-    ):
+    def __init__(self, num_embeddings, embedding_dim, *, bits=4, group_size=64, device=None, dtype=None):
         super().__init__()
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self._hold_zeros(num_embeddings, embedding_dim, bits, group_size, device, dtype)

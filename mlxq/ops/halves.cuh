@@ -1,4 +1,4 @@
-// Pairs of 16-bit floats, bits and addresses as functions, for hopper.cuh and warp.cuh. F16 is the 16-bit type (1 float16,
+// Pairs of 16-bit floats, bits and addresses as functions, for qmv.cu, hopper.cuh and warp.cuh. F16 is the 16-bit type (1 float16,
 // else bfloat16). tests/cuda/emulated.h and emulated_warp.h have the same names for a CPU.
 
 #if F16 == 1

@@ -26,6 +26,8 @@
 //
 // K a multiple of GROUP; rows of words multiples of COPY bytes. Any M, N. Limit: the bytes of W at the memory's rate.
 
+#include "halves.cuh"
+
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned long long u64;
@@ -65,12 +67,6 @@ constexpr float UNIT_VALUE = 1 << POSITION, CENTRE = 128 >> POSITION;
 #endif
 
 __device__ __forceinline__ u32 prmt(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
-
-__device__ __forceinline__ float half_value(u32 pattern) {
-  float value;
-  asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(value) : "r"(pattern & 0xffffu));
-  return value;
-}
 
 // Element i of an array of S_TYPE held in 32-bit registers.
 template <int TYPE>
