@@ -879,6 +879,17 @@ def test_threads_that_share_a_launch_start_it_with_their_own_arguments():
     assert sorted(started) == sorted((n, n + 100) for n in range(1, 5) for _ in range(20))
 
 
+def on_driver(monkeypatch, driver, kernel, at_once, empty) -> None:
+    """ops.cuda takes tensors of the CPU for those of an H200 and asks this driver."""
+    monkeypatch.setattr(cuda, "_driver", lambda: driver)
+    monkeypatch.setattr(cuda, "_device", lambda index: GPUS["sm_90a"])
+    monkeypatch.setattr(cuda, "_kernel", kernel)
+    monkeypatch.setattr(cuda, "_clusters_at_once", at_once)
+    monkeypatch.setattr(cuda._Torch, "on", staticmethod(lambda device: contextlib.nullcontext()))
+    monkeypatch.setattr(cuda._Torch, "stream", staticmethod(lambda device: 0))
+    monkeypatch.setattr(cuda._Torch, "empty", staticmethod(empty))
+
+
 def test_a_product_in_parts_has_a_workspace_and_what_adds_up_begins_early_behind_it(monkeypatch):
     torch = pytest.importorskip("torch", reason="needs the package torch")
     started, workspaces = [], []
@@ -912,14 +923,8 @@ def test_a_product_in_parts_has_a_workspace_and_what_adds_up_begins_early_behind
         return workspaces[-1]
 
     at_once = {2: 66, 3: 39, 4: 30}  # of an H200
-    monkeypatch.setattr(cuda, "_driver", lambda: Driver)
-    monkeypatch.setattr(cuda, "_device", lambda index: GPUS["sm_90a"])
-    monkeypatch.setattr(cuda, "_kernel", kernel)
-    monkeypatch.setattr(cuda, "_clusters_at_once", lambda kernel, threads, ranks: at_once.get(ranks, 17))
-    monkeypatch.setattr(cuda._Torch, "on", staticmethod(lambda device: contextlib.nullcontext()))
-    monkeypatch.setattr(cuda._Torch, "stream", staticmethod(lambda device: 0))
+    on_driver(monkeypatch, Driver, kernel, lambda kernel, threads, ranks: at_once.get(ranks, 17), empty)
     monkeypatch.setattr(cuda._Torch, "current_device", staticmethod(lambda: -1))
-    monkeypatch.setattr(cuda._Torch, "empty", staticmethod(empty))
     monkeypatch.setattr(cuda._Product, "_quick", lambda *a: None)
     N, K, M, fmt = 14336, 4096, 128, Format(2, 64)
     groups = torch.ones((N, K // 64), dtype=torch.bfloat16)
@@ -934,6 +939,47 @@ def test_a_product_in_parts_has_a_workspace_and_what_adds_up_begins_early_behind
     started.clear()
     cuda.qmm(torch.ones((2048, N), dtype=torch.bfloat16), w, transpose=False)
     assert [one[0] for one in started] == ["qmm_stream"] and len(workspaces) == 1  # the tiles are enough
+
+
+def test_rows_of_experts_are_sorted_into_as_many_tiles_as_the_product_is_started_for(monkeypatch):
+    torch = pytest.importorskip("torch", reason="needs the package torch")
+    started, sizes = [], {}
+
+    class Driver:
+        @staticmethod
+        def cuLaunchKernelEx(config, function, pointers, extra):  # noqa: N802 (the driver's name)
+            c = config._obj
+            at = range(6, 13) if function == "by_expert" else range(5, 8)
+            numbers = [cuda.ctypes.c_int.from_address(pointers[i]).value for i in at]
+            started.append((function, (c.grid_x, c.grid_y, c.grid_z), numbers))
+            return 0
+
+        cuTensorMapEncodeTiled = cuFuncSetAttribute = staticmethod(lambda *a: 0)  # noqa: N815
+
+    def kernel(device, file, function, flags, shared):
+        return cuda.Kernel(Driver, function, shared, function)
+
+    def empty(shape, dtype, device):
+        sizes.setdefault(dtype, []).append(shape)
+        return torch.empty(shape, dtype=getattr(torch, dtype))
+
+    on_driver(monkeypatch, Driver, kernel, lambda kernel, threads, ranks: 132 // ranks, empty)
+    monkeypatch.setattr(cuda, "_plans", {})
+    E, N, K, pairs, x_blocks, M, fmt = 6, 256, 512, 500, 250, 2, Format(4, 64)
+    groups = torch.ones((E, N, K // 64), dtype=torch.bfloat16)
+    words = torch.zeros((E, N, K // 8), dtype=torch.int32).view(torch.uint32)
+    w = format.Packed(words, groups, groups, fmt)
+    lhs, rhs = torch.arange(pairs) // 2, torch.arange(pairs) % E
+    y = cuda.gather_qmm(torch.ones((x_blocks, M, K), dtype=torch.bfloat16), w, lhs, rhs)
+    assert y.shape == (pairs, M, N)
+    (sort, _, numbers), (product, grid, about) = started
+    grouped = cuda.grouped_shape(pairs, M, N, K, fmt, "bfloat16", "bfloat16", GPUS["sm_90a"], True, E)
+    assert (sort, product) == ("by_expert", "qmm_stream") and grouped[0] == "qmm_stream"
+    rows = grouped[1]["rows"]
+    tiles = (pairs * M + E * (rows - 1)) // rows
+    assert numbers == [pairs, M, x_blocks, E, rows, tiles, K // 8] and grid[2] == tiles
+    assert about == [pairs * M, N, K]
+    assert (pairs * M, K) in sizes["bfloat16"] and (4 * tiles + pairs * M,) in sizes["int32"]
 
 
 def test_an_int8_product_starts_early_only_behind_what_cannot_have_written_its_weights(monkeypatch):
@@ -960,14 +1006,13 @@ def test_an_int8_product_starts_early_only_behind_what_cannot_have_written_its_w
         def cuFuncSetAttribute(*a):  # noqa: N802
             return 0
 
-    monkeypatch.setattr(cuda, "_driver", lambda: Driver)
-    monkeypatch.setattr(cuda, "_device", lambda index: GPUS["sm_90a"])
-    monkeypatch.setattr(cuda, "_kernel", lambda *a: cuda.Kernel(Driver, 1, a[-1]))
-    monkeypatch.setattr(cuda, "_clusters_at_once", lambda kernel, threads, ranks: 132 // ranks)
-    monkeypatch.setattr(cuda._Torch, "on", staticmethod(lambda device: contextlib.nullcontext()))
-    monkeypatch.setattr(cuda._Torch, "stream", staticmethod(lambda device: 0))
-    empty = staticmethod(lambda shape, dtype, device: torch.empty(shape, dtype=getattr(torch, dtype)))
-    monkeypatch.setattr(cuda._Torch, "empty", empty)
+    def kernel(*about):
+        return cuda.Kernel(Driver, 1, about[-1])
+
+    def empty(shape, dtype, device):
+        return torch.empty(shape, dtype=getattr(torch, dtype))
+
+    on_driver(monkeypatch, Driver, kernel, lambda kernel, threads, ranks: 132 // ranks, empty)
     monkeypatch.setattr(cuda, "_plans", {})
     N, K, fmt = 300, 1024, Format(4, 64)
     groups = torch.ones((N, K // 64), dtype=torch.bfloat16)

@@ -426,6 +426,15 @@ def microseconds(torch, calls, least: int = 16) -> float:
     return statistics.median(found)
 
 
+def rotated_bytes(l2_bytes: int) -> int:
+    """Of all copies of a weight together: none is in the L2 cache when it is its turn."""
+    return 4 * l2_bytes + (8 << 20)
+
+
+def copies(rotated: int, nbytes: int) -> int:
+    return max(3, min(64, -(-rotated // nbytes)))
+
+
 def check_and_time(torch, row: dict, make, call, y, expected, most: float, again: int = 1) -> list:
     """Into a tuner's row: us, the time of call(launch), or failed: not within `most`, or other bits `again`.
 
@@ -520,7 +529,7 @@ class Run:
 
         self.torch, self.format, self.cuda, self.args, self.gpu = torch, format, cuda, args, gpu
         self.begun, self.doing = time.monotonic(), ("starting", time.monotonic() + 60)
-        self.rotated = 4 * l2_bytes + (8 << 20)
+        self.rotated = rotated_bytes(l2_bytes)
         self.result = resumed or {
             "tool": "bench_cuda",
             "machine": {},
@@ -649,7 +658,7 @@ class Run:
                 machine["versions"][package] = importlib.metadata.version(package)
 
     def copies(self, nbytes: int) -> int:
-        return max(3, min(64, -(-self.rotated // nbytes)))
+        return copies(self.rotated, nbytes)
 
     def beside(self, row: dict, name: str, make, x) -> None:
         """One peer's time into a row, checked, or why there is none; make(): calls, their float64 weight."""

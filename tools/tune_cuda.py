@@ -170,7 +170,7 @@ def main() -> int:
         return 0
     device, begin = torch.cuda.current_device(), time.monotonic()
     gpu = cuda._device(device)
-    rotated = 4 * torch.cuda.get_device_properties(0).L2_cache_size
+    rotated = bench.rotated_bytes(torch.cuda.get_device_properties(0).L2_cache_size)
     best, every, weights = [], [], {}
     torch.manual_seed(0)
     for bits, M, N, K in cells:
@@ -179,7 +179,7 @@ def main() -> int:
             break
         if (bits, N, K) not in weights:
             nbytes = N * K * bits // 8 + N * K // bench.GROUP_SIZE * 4
-            copies = max(3, -(-rotated // nbytes))
+            copies = bench.copies(rotated, nbytes)
             fmt = Format(bits, bench.GROUP_SIZE)
             weights[bits, N, K] = [bench.random_weight(torch, fmt, N, K) for _ in range(copies)]
         ws = weights[bits, N, K]

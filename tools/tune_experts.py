@@ -216,7 +216,7 @@ def main() -> int:
     if args.prepare:
         return 0
     begin = time.monotonic()
-    rotated = 4 * torch.cuda.get_device_properties(0).L2_cache_size
+    rotated = bench.rotated_bytes(torch.cuda.get_device_properties(0).L2_cache_size)
     best, every, weights, skipped = [], [], {}, []
     torch.manual_seed(0)
     for cell in wanted:
@@ -226,7 +226,7 @@ def main() -> int:
             continue
         if bits not in weights:
             nbytes = bench.EXPERTS * (N * K * bits // 8 + N * K // bench.GROUP_SIZE * 4)
-            fmt, copies = Format(bits, bench.GROUP_SIZE), max(3, -(-rotated // nbytes))
+            fmt, copies = Format(bits, bench.GROUP_SIZE), bench.copies(rotated, nbytes)
             weights[bits] = [
                 bench.random_weight(torch, fmt, N, K, experts=(bench.EXPERTS,)) for _ in range(copies)
             ]

@@ -290,13 +290,13 @@ def tune_int8(args) -> int:
     if args.prepare:
         return 0
     begin = time.monotonic()
-    rotated = 4 * torch.cuda.get_device_properties(0).L2_cache_size
+    rotated = bench.rotated_bytes(torch.cuda.get_device_properties(0).L2_cache_size)
     N, K = WIDE
     best, every, weights, skipped = [], [], {}, []
     torch.manual_seed(0)
     others = [
         torch.randint(-127, 128, (N, K), device=bench.DEVICE, dtype=torch.int8)
-        for _ in range(max(3, -(-rotated // (N * K))))
+        for _ in range(bench.copies(rotated, N * K))
     ]
     for cell in wanted:
         if time.monotonic() - begin > args.limit:
@@ -304,7 +304,7 @@ def tune_int8(args) -> int:
             continue
         about = bits, group_size, per_row = cell[:3]
         if about not in weights:
-            count = max(3, -(-rotated // (N * K * bits // 8)))
+            count = bench.copies(rotated, N * K * bits // 8)
             fmt = Format(bits, group_size)
             weights[about] = [bench.random_weight(torch, fmt, N, K, per_row=per_row) for _ in range(count)]
         one = Int8Cell(torch, cell, weights[about], others)
@@ -442,7 +442,7 @@ def main() -> int:
     if args.prepare:
         return 0
     begin = time.monotonic()
-    rotated = 4 * torch.cuda.get_device_properties(0).L2_cache_size
+    rotated = bench.rotated_bytes(torch.cuda.get_device_properties(0).L2_cache_size)
     best, every, weights, clusters, skipped = [], [], {}, {}, []
     torch.manual_seed(0)
     for cell in wanted:
@@ -454,7 +454,7 @@ def main() -> int:
             nbytes = N * K * bits // 8 + N * K // bench.GROUP_SIZE * 4
             fmt = Format(bits, bench.GROUP_SIZE)
             weights[bits, N, K] = [
-                bench.random_weight(torch, fmt, N, K) for _ in range(max(3, -(-rotated // nbytes)))
+                bench.random_weight(torch, fmt, N, K) for _ in range(bench.copies(rotated, nbytes))
             ]
         one = Cell(torch, cell, weights[bits, N, K])
         found = one.run(clusters)

@@ -819,6 +819,11 @@ def grouped_tuning(rows: int, experts: int) -> tuple[int, int]:
     return found, 2 if found <= 80 else 1
 
 
+def shared_of(blocks: int, gpu: dict) -> int:
+    """Bytes of shared memory for each of so many blocks of a multiprocessor; the GPU takes 1 KiB a block."""
+    return gpu["shared"] if blocks == 1 else (gpu["shared"] + 1024) // blocks - 1024
+
+
 GROUPED_ROWS = 16, 32, 64, 80, 96, 128, 160, 192, 256
 
 
@@ -860,7 +865,7 @@ def qmm_stream_shape(
         if blocks == 1
         else min(8, max(4, 32768 // (rows * 128)))
     )
-    limit = gpu["shared"] if blocks == 1 else (gpu["shared"] + 1024) // blocks - 1024  # 1 KiB a block
+    limit = shared_of(blocks, gpu)
     for w_stages in range(12, 1, -1):
         s_stages = -(-w_stages * w_steps // s_steps) + 1
         shared = x_stages * rows * 128 + w_stages * w_stage + s_stages * 4096 * halves
@@ -964,7 +969,7 @@ def q8_stream_shape(
     w_steps, s_steps = 8 // fmt.bits, 16 // s_bytes * fmt.group_size // 128
     spans = 128 // fmt.group_size
     x_stage = rows * 128 + (0 if per_row else (1 + (x_scales == 2)) * spans * rows * 4)
-    limit = gpu["shared"] if blocks == 1 else (gpu["shared"] + 1024) // blocks - 1024  # 1 KiB a block
+    limit = shared_of(blocks, gpu)
     for x_stages, w_stages in ((8, 8), (6, 6), (6, 4), (4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2)):
         s_stages = 1 if per_row else -(-w_stages * w_steps // s_steps) + 1
         shared = x_stages * x_stage + w_stages * 16384 + s_stages * 4096
@@ -1085,10 +1090,7 @@ def _stream_launch(
 
     def compiled(function: str = "qmm_stream") -> Kernel:
         shared = shape["shared"] if function == "qmm_stream" else 0
-        found = _kernel(device, "qmm_stream.cu", function, options(gpu["arch"], shape["defines"]), shared)
-        code = found.driver.cuFuncSetAttribute(found.function, _FUNCTION_CARVEOUT, 100)
-        _check(code, "room for blocks")
-        return found
+        return _roomy_kernel(device, "qmm_stream.cu", function, shape["defines"], shared)
 
     kernel, given = compiled(), shape["defines"]["PARTS"]
     experts, tiles, most_tiles = groups or (0, *[-(-M // shape["rows"])] * 2)
@@ -1148,6 +1150,13 @@ def _many_launch(device: int, pointers, M: int, N: int, K: int, shape: dict, til
     return _Launch(kernel, grid, 256, arguments, changing, shape["ranks"])
 
 
+def _roomy_kernel(device: int, file: str, function: str, defines: dict, shared: int) -> Kernel:
+    """A kernel with as much shared memory as there is: else fewer blocks may fit than are meant to."""
+    found = _kernel(device, file, function, options(_device(device)["arch"], defines), shared)
+    _check(found.driver.cuFuncSetAttribute(found.function, _FUNCTION_CARVEOUT, 100), "room for blocks")
+    return found
+
+
 class _Grouped:
     """gather_qmm by experts.cu, which sorts rows by expert, and a product of tiles of one expert's rows.
 
@@ -1156,12 +1165,11 @@ class _Grouped:
     """
 
     def __init__(
-        self, device: int, product, tile_rows: int, pairs: int, x_blocks: int, M: int, experts, reduced
+        self, device: int, product, pairs: int, x_blocks: int, M: int, experts, reduced, tile_rows, tiles: int
     ):
         self.device, self.product, self.name = device, product, product.name
-        self.rows, self.reduced = pairs * M, reduced
-        self.most_tiles = most_tiles(pairs * M, tile_rows, min(experts, pairs))
-        self.sort = _sort(device, pairs, x_blocks, M, experts, reduced, tile_rows, self.most_tiles)
+        self.rows, self.reduced, self.most_tiles = pairs * M, reduced, tiles
+        self.sort = _sort(device, pairs, x_blocks, M, experts, reduced, tile_rows, tiles)
 
     def __call__(self, side, x_at: int, x_type: str, y, lhs, rhs) -> None:
         pointer, stream = side.pointer, side.stream(self.device)
@@ -1252,7 +1260,7 @@ def _grouped(
         product = _stream_launch(device, pointers, rows, *about, transpose, shape, ranks, groups)
     else:
         product = _many_launch(device, pointers, rows, N, K, shape, most)
-    return _Grouped(device, product, tile_rows, pairs, x_blocks, M, experts, reduced)
+    return _Grouped(device, product, pairs, x_blocks, M, experts, reduced, tile_rows, most)
 
 
 def qmm(x, w: format.Packed, transpose: bool = True):
@@ -1541,8 +1549,7 @@ def _q8_stream_launch(
     device, pointers, M, N, K, fmt, s_type, y_type, kinds, per_row, shape: dict, ranks=None
 ):
     gpu, defines = _device(device), shape["defines"]
-    kernel = _kernel(device, "q8_stream.cu", "q8_stream", options(gpu["arch"], defines), shape["shared"])
-    _check(kernel.driver.cuFuncSetAttribute(kernel.function, _FUNCTION_CARVEOUT, 100), "room for blocks")
+    kernel = _roomy_kernel(device, "q8_stream.cu", "q8_stream", defines, shape["shared"])
     row_tiles = -(-M // shape["rows"])
     ranks = ranks or qmm_stream_ranks(
         shape["out_tiles"] * row_tiles,
