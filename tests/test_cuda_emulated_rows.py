@@ -6,6 +6,8 @@ memory and the macros are those that ops.cuda gives.
 
 # ruff: noqa: F401, F811  the fixture build is an argument
 import ctypes
+import itertools
+import math
 
 import numpy as np
 import pytest
@@ -33,7 +35,9 @@ def run_stream(
     if grouped:
         x, table, rows = by_expert(x, lhs, rhs, experts, 8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "stream_tunings", lambda *a: [tuning])
+        warps, segment, most, *rest = tuning
+        patch.setattr(cuda, "stream_tunings", lambda *a: [(warps, segment, *rest)])
+        patch.setattr(cuda, "STREAM_STAGES", most)
         groups = len(table) if grouped else 0
         shape = cuda.stream_shape(min(M, 8), N, K, fmt, x_type, s_type, more.get("gpu", SMALL_H100), groups)
     defines = shape["defines"] | dict(changed)
@@ -55,34 +59,36 @@ def run_stream(
 
 SMALL_H100 = H100 | {"multiprocessors": 1}  # every block has many tiles
 ROUNDED_ONCE = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # only y is rounded: half an ulp of the largest
-# (warps, segment, stages at most, blocks that fit, blocks started, units together, rows, ranks), product
+# (warps, segment, stages at most, KiB ahead, blocks that fit, blocks started, units together, rows, ranks),
+# product
 STREAM_CASES = [
-    ((8, 128, 4, 2, 2, 2, 16, 1), 2, 64, "bfloat16", "bfloat16", 8, 150, 4096),
-    ((8, 128, 3, 2, 1, 4, 16, 1), 2, 64, "bfloat16", "bfloat16", 3, 100, 2560),
-    ((8, 64, 3, 2, 2, 2, 16, 1), 2, 64, "bfloat16", "bfloat16", 5, 70, 4096),
-    ((16, 64, 4, 1, 1, 2, 16, 1), 2, 64, "bfloat16", "bfloat16", 1, 41, 4096),
-    ((8, 128, 4, 2, 2, 2, 16, 1), 2, 128, "bfloat16", "float16", 8, 70, 3072),
-    ((8, 64, 4, 2, 1, 2, 16, 1), 4, 32, "bfloat16", "bfloat16", 7, 90, 2048),
-    ((8, 128, 5, 2, 2, 2, 16, 1), 4, 64, "bfloat16", "bfloat16", 8, 70, 4096),
-    ((16, 64, 6, 1, 1, 2, 16, 1), 4, 128, "float16", "float16", 4, 33, 2048),
-    ((8, 128, 5, 2, 2, 2, 16, 1), 8, 64, "bfloat16", "bfloat16", 8, 70, 2048),
-    ((8, 128, 2, 2, 2, 2, 16, 1), 8, 64, "bfloat16", "bfloat16", 8, 70, 4096),
-    ((8, 64, 3, 2, 1, 2, 16, 1), 4, 64, "bfloat16", "bfloat16", 4, 50, 4096),
-    ((8, 64, 6, 2, 1, 2, 16, 1), 8, 128, "bfloat16", "bfloat16", 6, 50, 3072),
-    ((16, 64, 6, 1, 1, 2, 16, 1), 8, 32, "float16", "float32", 2, 40, 1280),
-    ((8, 64, 4, 2, 2, 4, 16, 2), 2, 64, "bfloat16", "bfloat16", 8, 150, 4096),
-    ((8, 128, 3, 2, 4, 2, 16, 4), 2, 64, "bfloat16", "bfloat16", 5, 200, 14336),
-    ((7, 128, 4, 2, 4, 2, 16, 4), 2, 64, "bfloat16", "bfloat16", 8, 100, 14336),
-    ((7, 128, 5, 2, 4, 2, 16, 4), 4, 64, "bfloat16", "bfloat16", 8, 70, 14336),
-    ((12, 128, 4, 1, 1, 2, 16, 3), 2, 64, "bfloat16", "bfloat16", 8, 70, 18432),
-    ((8, 64, 3, 2, 1, 2, 32, 1), 2, 64, "bfloat16", "bfloat16", 8, 150, 4096),
-    ((8, 128, 2, 2, 1, 2, 32, 2), 2, 64, "bfloat16", "bfloat16", 7, 150, 8192),
-    ((8, 64, 3, 2, 1, 2, 32, 2), 4, 64, "bfloat16", "bfloat16", 8, 100, 8192),
-    ((8, 128, 3, 2, 1, 2, 32, 1), 4, 32, "bfloat16", "float16", 8, 90, 4096),
-    ((8, 128, 2, 1, 1, 1, 32, 2), 8, 64, "bfloat16", "bfloat16", 8, 70, 4096),
-    ((8, 64, 3, 2, 1, 2, 32, 1), 8, 128, "float16", "float32", 5, 70, 2048),
-    ((4, 128, 3, 2, 2, 2, 16, 2), 4, 32, "float16", "float16", 3, 100, 3072),
-    ((8, 128, 3, 2, 2, 2, 16, 2), 8, 64, "bfloat16", "float32", 8, 70, 3072),
+    ((8, 128, 4, 32, 2, 2, 2, 16, 1), 2, 64, "bfloat16", "bfloat16", 8, 150, 4096),
+    ((8, 128, 3, 192, 2, 1, 4, 16, 1), 2, 64, "bfloat16", "bfloat16", 3, 100, 2560),
+    ((8, 64, 3, 1, 2, 2, 2, 16, 1), 2, 64, "bfloat16", "bfloat16", 5, 70, 4096),
+    ((16, 64, 4, 32, 1, 1, 2, 16, 1), 2, 64, "bfloat16", "bfloat16", 1, 41, 4096),
+    ((8, 128, 4, 192, 2, 2, 2, 16, 1), 2, 128, "bfloat16", "float16", 8, 70, 3072),
+    ((8, 64, 4, 1, 2, 1, 2, 16, 1), 4, 32, "bfloat16", "bfloat16", 7, 90, 2048),
+    ((8, 128, 5, 32, 2, 2, 2, 16, 1), 4, 64, "bfloat16", "bfloat16", 8, 70, 4096),
+    ((16, 64, 6, 192, 1, 1, 2, 16, 1), 4, 128, "float16", "float16", 4, 33, 2048),
+    ((8, 128, 5, 1, 2, 2, 2, 16, 1), 8, 64, "bfloat16", "bfloat16", 8, 70, 2048),
+    ((8, 128, 2, 32, 2, 2, 2, 16, 1), 8, 64, "bfloat16", "bfloat16", 8, 70, 4096),
+    ((8, 64, 3, 192, 2, 1, 2, 16, 1), 4, 64, "bfloat16", "bfloat16", 4, 50, 4096),
+    ((8, 64, 6, 1, 2, 1, 2, 16, 1), 8, 128, "bfloat16", "bfloat16", 6, 50, 3072),
+    ((16, 64, 6, 32, 1, 1, 2, 16, 1), 8, 32, "float16", "float32", 2, 40, 1280),
+    ((8, 64, 4, 192, 2, 2, 4, 16, 2), 2, 64, "bfloat16", "bfloat16", 8, 150, 4096),
+    ((8, 128, 3, 1, 2, 4, 2, 16, 4), 2, 64, "bfloat16", "bfloat16", 5, 200, 14336),
+    ((7, 128, 4, 28, 2, 4, 2, 16, 4), 2, 64, "bfloat16", "bfloat16", 8, 100, 14336),
+    ((7, 128, 5, 192, 2, 4, 2, 16, 4), 4, 64, "bfloat16", "bfloat16", 8, 70, 14336),
+    ((12, 128, 4, 1, 1, 1, 2, 16, 3), 2, 64, "bfloat16", "bfloat16", 8, 70, 18432),
+    ((8, 64, 3, 32, 2, 1, 2, 32, 1), 2, 64, "bfloat16", "bfloat16", 8, 150, 4096),
+    ((8, 128, 2, 192, 2, 1, 2, 32, 2), 2, 64, "bfloat16", "bfloat16", 7, 150, 8192),
+    ((8, 64, 3, 1, 2, 1, 2, 32, 2), 4, 64, "bfloat16", "bfloat16", 8, 100, 8192),
+    ((8, 128, 3, 64, 2, 1, 2, 32, 1), 4, 32, "bfloat16", "float16", 8, 90, 4096),
+    ((8, 128, 2, 192, 1, 1, 1, 32, 2), 8, 64, "bfloat16", "bfloat16", 8, 70, 4096),
+    ((8, 64, 3, 1, 2, 1, 2, 32, 1), 8, 128, "float16", "float32", 5, 70, 2048),
+    ((8, 64, 4, 32, 1, 1, 2, 64, 2), 2, 64, "bfloat16", "bfloat16", 8, 150, 8192),
+    ((4, 128, 3, 16, 2, 2, 2, 16, 2), 4, 32, "float16", "float16", 3, 100, 3072),
+    ((8, 128, 3, 192, 2, 2, 2, 16, 2), 8, 64, "bfloat16", "float32", 8, 70, 3072),
 ]
 
 
@@ -104,6 +110,24 @@ def test_streamed_products_have_the_same_bits_in_any_order(build):
     assert all(np.array_equal(first, other) for other in others)
 
 
+@pytest.mark.parametrize("bits", (2, 4, 8))
+def test_no_wait_is_for_more_than_a_copy_brings(bits):
+    """For every K: K = 3584 at 2 and 4 bits once had 7 warps of half a column, and never ended."""
+    seen = set()
+    for group_size in (32, 64, 128):
+        fmt = Format(bits, group_size)
+        for K, N, groups in itertools.product(range(group_size, 32769, group_size), (512, 14336), (0, 8)):
+            shape = cuda.stream_shape(8, N, K, fmt, "bfloat16", "bfloat16", H100, groups)
+            if shape is None:
+                continue
+            defines = shape["defines"]
+            (*_, box, _), *_ = cuda.stream_tensors(N, K, fmt, "bfloat16", defines)
+            assert math.prod(box) == defines["ROWS"] * defines["WARPS"] * defines["SEGMENT"], (K, defines)
+            assert defines["AHEAD"] <= defines["DEPTH"]
+            seen.add(K)
+    assert {3584, 4096, 14336} <= seen
+
+
 ROUTED = (
     12,
     1,
@@ -111,12 +135,12 @@ ROUTED = (
     6,
 )  # experts 2 and 4 have no rows, 3 two groups of eight
 GROUPED_CASES = [  # M: blocks of x, rows of each, experts of the pairs, experts
-    ((8, 64, 3, 2, 2, 2, 16, 1), 2, 64, "bfloat16", "bfloat16", ROUTED, 70, 4096),
-    ((8, 128, 4, 2, 1, 2, 16, 2), 4, 64, "bfloat16", "bfloat16", ROUTED, 40, 4096),
-    ((16, 64, 6, 1, 1, 2, 16, 1), 4, 128, "float16", "float16", (4, 3, [1, 0, 1, 1], 2), 33, 2048),
-    ((8, 128, 2, 2, 2, 2, 16, 1), 8, 64, "bfloat16", "bfloat16", (3, 1, [2], 3), 50, 2048),
-    ((8, 128, 3, 2, 2, 2, 16, 2), 8, 64, "bfloat16", "float32", ROUTED, 20, 3072),
-    ((8, 64, 4, 2, 1, 2, 32, 1), 4, 32, "bfloat16", "bfloat16", (40, 1, [*range(40)], 40), 16, 2048),
+    ((8, 64, 3, 1, 2, 2, 2, 16, 1), 2, 64, "bfloat16", "bfloat16", ROUTED, 70, 4096),
+    ((8, 128, 4, 32, 2, 1, 2, 16, 2), 4, 64, "bfloat16", "bfloat16", ROUTED, 40, 4096),
+    ((16, 64, 6, 192, 1, 1, 2, 16, 1), 4, 128, "float16", "float16", (4, 3, [1, 0, 1, 1], 2), 33, 2048),
+    ((8, 128, 2, 1, 2, 2, 2, 16, 1), 8, 64, "bfloat16", "bfloat16", (3, 1, [2], 3), 50, 2048),
+    ((8, 128, 3, 32, 2, 2, 2, 16, 2), 8, 64, "bfloat16", "float32", ROUTED, 20, 3072),
+    ((8, 64, 4, 192, 2, 1, 2, 32, 1), 4, 32, "bfloat16", "bfloat16", (40, 1, [*range(40)], 40), 16, 2048),
 ]
 
 
@@ -133,12 +157,17 @@ ALONE, RANKED = STREAM_CASES[1], STREAM_CASES[13]
 STREAM_DEFECTS = {  # (case, what stands there, what then does) or (case, other macros)
     "places asked for before they are free": (ALONE, "barrier_wait(empty + 8 * slot, (round - 1) & 1);", ""),
     "no wait for the words": (ALONE, "barrier_wait(full + 8 * slot, round & 1);", ""),
-    "no wait for the biases": (ALONE, "barrier_wait(full + 8 * at, times & 1);", ""),
+    "no wait for the biases": (ALONE, "barrier_wait(biased + 8 * scale_at, times & 1);", ""),
     "no wait for the warps' sums": (ALONE, "barrier_wait(summed + 8 * buffer, this_round & 1);", ""),
+    "biases' places asked for before they are read": (
+        ALONE,
+        "barrier_wait(used + 8 * scale_slot, (scale_round - 1) & 1), ",
+        "",
+    ),
     "sums written before they were taken": (ALONE, "barrier_wait(taken + 8 * place, (round - 1) & 1);", ""),
     "no wait for the sums of x": (ALONE, "all_sync((WARPS + 1) * 32);", ""),
     "swizzled wrongly": (ALONE, "lane / 16) ^ lane % 8) * 16;", "lane / 16)) * 16;"),
-    "scales' ring too short": (ALONE, {"SCALE_DEPTH": 1}),
+    "scales' ring too short": (STREAM_CASES[4], {"SCALE_DEPTH": 1}),
     "no wait for the ranks' sums": (RANKED, "barrier_wait(summed + 8 * buffer, this_round & 1);", ""),
     "sums sent before they were taken": (RANKED, "barrier_wait(taken + 8 * place, (round - 1) & 1);", ""),
     "a rank ends before the others": (RANKED, "cluster_ends(), cluster_wait();  // nobody", ";  // nobody"),
@@ -149,7 +178,11 @@ STREAM_DEFECTS = {  # (case, what stands there, what then does) or (case, other 
         "0)",
     ),
     "rows of the next expert": (GROUPED_CASES[0], "m < rows_of_x && n < N", "n < N"),
-    "an expert for all": (GROUPED_CASES[0], "next_tile % tiles == 0)\n", "0)\n"),
+    "an expert for all": (
+        GROUPED_CASES[0],
+        "tile == first_tile || tile % tiles == 0 ?",
+        "tile == first_tile ?",
+    ),
     "a rank has another's x": (RANKED, "x += rank * PART * 2;", ""),
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -35,6 +36,7 @@ import pytest
 def test_one(n):
     with open({log!r}, "a") as log:
         log.write(f"one{{n}} {{os.environ['MLXQ_NVRTC_OPTIONS']}};")
+        log.write(f" on {{os.environ.get('CUDA_VISIBLE_DEVICES')}};")
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_racy(n):
@@ -114,6 +116,17 @@ def test_only_what_passed_with_nothing_found_is_clean_and_each_finding_has_its_t
 
     run.tests.write_text(run.tests.read_text() + "\n")  # other tests: all over again
     assert run("--tools", "racecheck", "-k", "one")[0] == 0 and run.log.exists()
+
+
+@pytest.mark.parametrize("visible, seen", [(None, {"0", "1"}), ("1", {"1"})])
+def test_several_gpus_take_turns(run, monkeypatch, tmp_path, visible, seen):
+    (tmp_path / "bin/nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: A (UUID: 1)\nGPU 1: A (UUID: 2)'\n")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    code, result = run("-k", "one")
+    assert code == 0 and result["gpu"] == ("GPU 0: A" if visible else "GPU 0: A, GPU 1: A")
+    assert set(re.findall(r" on (\w+);", run.log.read_text())) == seen
 
 
 def test_without_a_sanitizer_the_tool_says_where_it_comes_from(run, monkeypatch):

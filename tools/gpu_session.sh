@@ -23,7 +23,7 @@
 # `setup model together small smollm2 tests,bench` runs two stages, then three lanes at the same time.
 # `setup begin bench,small tests` leaves its lanes running when the call returns; what they write goes to $WORK/out,
 # and a later call's last stage, `collect=SECONDS`, waits for all lanes begun so far, keeping $OUT/results.tar.gz
-# up to date until then. With two GPUs each stage has one of them (ON, below); nccl has both. With 16 cores, or 32
+# up to date until then. With two GPUs each stage has one of them (ON, below); nccl and sanitize have both. With 16 cores, or 32
 # and more, the stages that compute on the CPU have cores of their own (CORES, below).
 #   sanitize  tools/sanitize_cuda.py: compute-sanitizer's memcheck and racecheck over some of tests/test_cuda.py
 #   amx      tests/test_q8mm.py and tools/amx_device_check.sh: the AMX families beside AVX-512; needs g++
@@ -55,7 +55,7 @@ setup() {
     "$PYTHON" -m pip install -q --no-index --no-deps --target "$WORK/packages" "$CARRY"/wheels/*.whl || return 1
     "$PYTHON" -c 'from mlxq import ops; assert ops.native_available(), ops.native_error(); print(ops.isa_levels())'
 }
-tests() { (cd "$WORK" && "$PYTHON" -m pytest -q -p no:cacheprovider "$REPO/tests/test_cuda.py" "$REPO/tests/test_torch_cuda.py" ${TESTS:--n 8}); }
+tests() { (cd "$WORK" && "$PYTHON" -m pytest -q -p no:cacheprovider "$REPO/tests/test_cuda.py" "$REPO/tests/test_torch_cuda.py" ${TESTS:--n 14}); }
 testtorch() { (cd "$WORK" && "$PYTHON" -m pytest -q -rf --tb=short -p no:cacheprovider "$REPO/tests/test_torch_cuda.py" ${TESTTORCH:--n 4}); }
 sanitize() { # what is clean in $WORK/sanitize.json, of an earlier call, is not looked at again
     (cd "$WORK" && "$PYTHON" "$REPO/tools/sanitize_cuda.py" --out "$WORK/sanitize.json" ${SANITIZE:---limit $((${LIMIT_sanitize:-560} - 20))})
@@ -162,7 +162,7 @@ w8a8() {
 }
 
 # seconds that a stage may take (in all the calls of a machine together it is less: LIMIT_stage=...); a call of the device machine ends after 600
-declare -A LIMIT=([setup]=90 [tests]=150 [testtorch]=150 [bench]=270 [small]=480 [model]=90 [mpq]=420 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [sanitize]=560 [tune]=120 [tunemany]=150 [tuneexperts]=150 [profile]=60 [prepare]=150 [quiet]=500 [start]=240 [parity]=300 [mixed]=540 [chat]=480 [amx]=240 [w8a8]=200 [quality]=900)
+declare -A LIMIT=([setup]=90 [tests]=250 [testtorch]=150 [bench]=270 [small]=480 [model]=90 [mpq]=420 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [sanitize]=560 [tune]=120 [tunemany]=150 [tuneexperts]=150 [profile]=60 [prepare]=150 [quiet]=500 [start]=240 [parity]=300 [mixed]=540 [chat]=480 [amx]=240 [w8a8]=200 [quality]=900)
 if [ "${1:-}" = --stage ]; then
     "$2"
     exit
@@ -173,7 +173,7 @@ declare -A CORES=() # where there are many
 rest=0-$(($(nproc) - 1))
 [ "$(nproc)" -eq 16 ] && CORES=([parity]=0-8 [start]=9-14 [quality]=0-9 [small]=12-15 [smollm2]=10-11 [mpq]=10-11 [prepare]=0-11 [bench]=0-11 [testtorch]=0-11)
 [ "$(nproc)" -ge 32 ] && rest=20-$(($(nproc) - 1)) &&
-    CORES=([mixed]=0-5 [mpqcpu]=6-13 [smollm2cpu]=14-17 [chat]=18-19 [quality]=0-27 [prepare]=0-19 [tune]=0-19 [tunemany]=0-19 [tuneexperts]=0-19 [bench]=0-19 [tests]=0-19 [small]=24-31 [testtorch]=20-23)
+    CORES=([mixed]=0-5 [mpqcpu]=6-13 [smollm2cpu]=14-17 [chat]=18-19 [quality]=0-27 [prepare]=0-19 [tune]=0-19 [tunemany]=0-19 [tuneexperts]=0-19 [bench]=0-19 [tests]=0-13 [sanitize]=14-31 [small]=24-31 [testtorch]=20-23)
 one_after_the_other() {
     local stage begun code limit cores
     set -o pipefail
@@ -185,7 +185,7 @@ one_after_the_other() {
         fi
         limit=LIMIT_$stage
         cores=${CORES[$stage]:-$rest}
-        if [ "$gpus" -gt 1 ] && [ "$stage" != nccl ]; then
+        if [ "$gpus" -gt 1 ] && [[ ! "$stage" =~ ^(nccl|sanitize)$ ]]; then
             export CUDA_VISIBLE_DEVICES=${ON[$stage]:-0}
         else
             unset CUDA_VISIBLE_DEVICES

@@ -6,8 +6,9 @@ First each tool must find what is planted for it (an access out of bounds, a rac
 that does not is of no use here, and the run stops. Then the tests that EXPRESSION (below) selects run by
 turns: one of each function, then the next of each. A test is `clean` only if pytest passed it in a process
 whose tool counted nothing and that ended well; where a process has a finding or runs out of time, its tests
-run again, each alone. FILE, written after each process, is read again if it is there: what is clean in it
-does not run again unless a kernel, the tests or this tool have changed, so several calls add up.
+run again, each alone. Several GPUs take turns. FILE, written after each process, is read again if it is
+there: what is clean in it does not run again unless a kernel, the tests or this tool have changed, so several
+calls add up.
 
     sources   SHA-256 of what was looked at         gpu, sanitizer, planted: {tool: findings}
     tests     {tool: {test: {said, seconds}}}       said: clean, or what is wrong, or "more than N s"
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -82,10 +84,24 @@ def selected(tests: Path, expression: str) -> list[str]:
     return [name for *_, name in sorted(turns)]
 
 
-def sanitized(tool: str, command: list[str], seconds: float) -> tuple[int | None, int | None, str]:
-    """(exit code, or None after so many seconds; what the tool counted, or None; all that was said)."""
+def gpus() -> list[str]:
+    """As nvidia-smi names those that may be used, "GPU 0: NVIDIA H200"."""
+    said = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    found = [line.split(" (UUID")[0].strip() for line in said.splitlines() if line.startswith("GPU ")]
+    return found[:1] if "CUDA_VISIBLE_DEVICES" in os.environ else found
+
+
+def sanitized(
+    tool: str, command: list[str], seconds: float, gpu: int | None = None
+) -> tuple[int | None, int | None, str]:
+    """(exit code, or None after so many seconds; what the tool counted, or None; all that was said).
+
+    gpu: the one that the command sees; None: as this process does.
+    """
     command = ["compute-sanitizer", "--tool", tool, "--print-limit", "20", "--error-exitcode", "9", *command]
     environment = os.environ | {"MLXQ_NVRTC_OPTIONS": OPTIONS[tool]}
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
     heard = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, **heard, env=environment, start_new_session=True) as running:
         try:
@@ -97,11 +113,12 @@ def sanitized(tool: str, command: list[str], seconds: float) -> tuple[int | None
     return code, int(counted[-1]) if counted else None, said
 
 
-def look(tool: str, tests: Path, names: list[str], seconds: float) -> dict[str, dict]:
+def look(tool: str, tests: Path, names: list[str], seconds: float, gpu: int | None) -> dict[str, dict]:
     """{test: {said, seconds}}; said is None where several tests are not all clean: each has to run alone."""
     command = [sys.executable, "-m", "pytest", "-v", "-rA", "--tb=short", "-p", "no:cacheprovider"]
     begin = time.monotonic()
-    code, counted, output = sanitized(tool, [*command, *(f"{tests}{name}" for name in names)], seconds)
+    command += [f"{tests}{name}" for name in names]
+    code, counted, output = sanitized(tool, command, seconds, gpu)
     took = round((time.monotonic() - begin) / len(names), 1)
     passed = set(re.findall(r"^PASSED \S*?(::test_.*)$", output, re.M))
     skipped = set(re.findall(r"^SKIPPED .*$", output, re.M))
@@ -139,8 +156,9 @@ def main() -> int:
     if shutil.which("compute-sanitizer") is None:
         raise SystemExit("no compute-sanitizer in PATH; it comes with the CUDA toolkit")
     version = subprocess.run(["compute-sanitizer", "--version"], capture_output=True, text=True).stdout
-    device = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-    result["sanitizer"], result["gpu"] = version.strip().splitlines()[-1], device.split(" (UUID")[0].strip()
+    devices = gpus()
+    result["sanitizer"], result["gpu"] = version.strip().splitlines()[-1], ", ".join(devices)
+    turns = itertools.cycle(range(len(devices)) if len(devices) > 1 else [None])
     for tool in args.tools:
         _, counted, said = sanitized(tool, [sys.executable, "-c", PLANTED.replace("TOOL", tool)], args.each)
         result["planted"][tool] = counted
@@ -157,7 +175,7 @@ def main() -> int:
 
     def process(tool: str, part: list[str]):
         left = min(args.each, end - time.monotonic())
-        return look(tool, args.tests, part, left) if left > 5 else {}
+        return look(tool, args.tests, part, left, next(turns)) if left > 5 else {}
 
     done, total = 0, sum(len(part) for _, part in wanted)
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:

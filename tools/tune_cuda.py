@@ -5,8 +5,8 @@
 
 For the large shapes of bench_cuda.py and 1, 2, 4 and 8 rows of bfloat16, in groups of 64, qmv.cu as its
 table has it (warps, blocks that fit a multiprocessor, bytes of a chunk, log2 of warps a tile) and every
-candidate of qmv_stream.cu (as ops.cuda.stream_tunings: warps, bytes of a segment, stages at most, blocks that
-fit a multiprocessor, blocks started for each, units at a time, rows, ranks) are checked against float64,
+candidate of qmv_stream.cu (as ops.cuda.stream_tunings: warps, bytes of a segment, KiB asked for ahead, blocks
+that fit a multiprocessor, blocks started for each, units at a time, rows, ranks) are checked against float64,
 twice with the same bits, and timed as bench_cuda.py times. 8 rows and 1 row come first; for 2 and 4 only
 what was within 4 % of the best for these. FILE:
 
@@ -30,35 +30,23 @@ from mlxq.format import Format
 
 ROWS = (8, 1, 4, 2)
 CLOSE = 1.04
-# (warps, segment, blocks that fit, blocks started, units at a time, rows, ranks), KiB of a block's ring
+# (warps, segment, blocks that fit, blocks started, units at a time, rows, ranks)
 STREAM = [
-    (warps, segment, kib * 1024 // (rows * warps * segment), *blocks, together, rows, ranks)
-    for (warps, segment, *blocks, together, rows, ranks), rings in [
-        ((8, 128, 2, 1, 2, 16, 2), (64, 80, 96)),
-        ((8, 64, 2, 1, 4, 16, 2), (64, 96)),
-        ((14, 128, 1, 1, 2, 16, 2), (112, 196)),
-        ((16, 64, 1, 1, 2, 16, 2), (96, 192)),
-        ((8, 128, 2, 2, 2, 16, 2), (48,)),
-        ((8, 64, 2, 2, 4, 16, 2), (48,)),
-        ((8, 64, 2, 1, 2, 16, 1), (64, 96)),
-        ((8, 128, 2, 1, 2, 16, 1), (64, 96)),
-        ((16, 64, 1, 1, 2, 16, 1), (96, 192)),
-        ((8, 64, 2, 1, 2, 32, 1), (64, 96)),
-        ((8, 64, 2, 1, 2, 32, 2), (64, 80, 96)),
-        ((8, 64, 2, 1, 1, 32, 2), (64, 96)),
-        ((8, 128, 2, 1, 2, 32, 2), (64, 96)),
-        ((8, 128, 1, 1, 2, 32, 2), (96, 192)),
-        ((14, 128, 1, 1, 2, 32, 2), (112, 168)),
-        ((16, 64, 1, 1, 2, 32, 2), (96, 160)),
-        ((16, 64, 1, 1, 2, 32, 1), (96, 160)),
-        ((8, 128, 2, 1, 2, 32, 4), (64, 96)),
-        ((8, 64, 2, 1, 2, 32, 4), (64,)),
-        ((8, 64, 2, 2, 2, 32, 2), (48, 64)),
-        ((8, 64, 2, 2, 1, 32, 2), (48, 64)),
-        ((8, 128, 2, 2, 2, 32, 2), (64,)),
-    ]
-    for kib in rings
+    (8, 128, 1, 1, 8, 32, 2),
+    (8, 64, 1, 1, 4, 32, 2),
+    (8, 64, 1, 1, 4, 32, 1),
+    (8, 64, 1, 1, 4, 16, 2),
+    (8, 64, 1, 1, 4, 16, 1),
+    (16, 64, 1, 1, 2, 16, 2),
+    (16, 64, 1, 1, 2, 16, 1),
+    (8, 64, 2, 1, 2, 32, 2),
+    (8, 64, 2, 1, 4, 16, 2),
+    (8, 128, 2, 1, 2, 16, 2),
+    (8, 128, 2, 2, 2, 16, 2),
+    (14, 128, 1, 1, 2, 16, 2),
+    (14, 64, 1, 1, 4, 16, 2),
 ]
+AHEAD = {2: (16, 24, 32), 4: (24, 32, 40, 48), 8: (40, 44, 48, 56, 64)}  # KiB
 SHAPES = (bench.MAIN_SHAPES[1], bench.MAIN_SHAPES[0], bench.LONG_SHAPE, bench.MAIN_SHAPES[2])
 TYPES = "bfloat16", "bfloat16"
 
@@ -84,7 +72,7 @@ def table_of(bits: int, M: int, N: int, K: int, gpu: dict) -> tuple[int, ...]:
     """What ops.cuda chooses of qmv_stream.cu's tunings."""
     from mlxq.ops import cuda
 
-    tunings = cuda.stream_tunings(bits, K * bits // 8, -(-N // 16), gpu["multiprocessors"], M)
+    tunings = cuda.stream_tunings(bits, K * bits // 8, -(-N // 16), gpu["multiprocessors"])
     return next(t for t in tunings if shape_of("qmv_stream", t, bits, M, N, K, gpu))
 
 
@@ -96,7 +84,8 @@ def candidates(bits: int, M: int, N: int, K: int, gpu: dict):
     columns = next(c for c in (1, 2, 4, 8) if c >= M)
     now = table_of(bits, M, N, K, gpu)
     table = cuda.qmv_tuning(bits, columns, -(-N // 16), gpu["multiprocessors"])
-    for kernel, tunings in (("qmv_stream", [now, *STREAM]), ("qmv", [table])):
+    streams = [(*of[:2], ahead, *of[2:]) for of in STREAM for ahead in AHEAD[bits]]
+    for kernel, tunings in (("qmv_stream", [now, *streams]), ("qmv", [table])):
         for tuning in tunings:
             if kernel == "qmv_stream" and tuning[0] * tuning[1] * tuning[-1] > K * bits // 8:
                 continue  # some warps would have nothing

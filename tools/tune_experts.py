@@ -27,6 +27,7 @@ from pathlib import Path
 from unittest import mock
 
 import bench_cuda as bench
+import tune_cuda
 
 from mlxq.format import Format
 
@@ -44,10 +45,9 @@ def forms(bits: int, tokens: int, transpose: bool) -> list[tuple]:
     """(kernel, how), the most promising first."""
     found = []
     if transpose and tokens <= 32:
-        best = (8, 64, 12) if bits == 2 else (8, 128, 4)
-        tunings = [(*best, 2, 1, 2, 16, 2), (*best, 2, 1, 2, 16, 1), (*best, 2, 2, 2, 16, 2)]
-        tunings += [(16, 64, 12, 1, 1, 2, 16, 1), (8, 64, 12, 2, 1, 4, 16, 2), (8, 64, 12, 2, 1, 2, 32, 2)]
-        tunings += [(8, 128, 6, 1, 1, 2, 16, 1), (8, 64, 8, 2, 1, 2, 16, 4)]
+        shapes = [(8, 128, 1, 1, 2, 16, 1), (16, 64, 1, 1, 2, 16, 1), (8, 64, 1, 1, 4, 16, 1)]
+        shapes += [(8, 64, 1, 1, 4, 32, 1), (8, 64, 1, 1, 4, 16, 2), (8, 128, 2, 2, 2, 16, 2)]
+        tunings = [(*of[:2], ahead, *of[2:]) for of in shapes for ahead in tune_cuda.AHEAD[bits]]
         found += [("qmv_stream", tuning) for tuning in tunings]
         found += [("qmv", None)] if tokens <= 8 else []
     plain, single, halves = {}, {"BUFFERS": 1}, {"BUFFERS": 1, "HALVES": 2}

@@ -39,6 +39,14 @@ __device__ __forceinline__ void barrier_wait(unsigned int at, int parity) {
       : "memory");
 }
 
+// One lane of a warp that is here as a whole. Behind this the compiler knows that there is only one, and puts no loop around
+// a copy for lanes that might have asked for another.
+__device__ __forceinline__ bool elected() {
+  unsigned int chosen;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(chosen));
+  return chosen;
+}
+
 // Bring the description of a tensor near, which the first copy waits for otherwise.
 __device__ __forceinline__ void tensor_expected(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");

@@ -531,42 +531,40 @@ def qmv_shared(K: int, fmt: format.Format, s_bytes: int, columns, chunk_bytes, w
 
 
 STREAM_REGISTERS = 64  # of qmv_stream.cu, that a thread may fill with x
+STREAM_STAGES = 64  # of its ring, at most
+AHEAD = {2: 32, 4: 48, 8: 48}  # KiB that a block of it asks for before they come
 
 
 def stream_tunings(
-    bits: int, row_bytes: int, tiles: int, multiprocessors: int, M: int, grouped: bool = False
+    bits: int, row_bytes: int, tiles: int, multiprocessors: int, grouped: bool = False
 ) -> list[tuple]:
     """Ways to run qmv_stream.cu, of which the first that serves is taken: what was best on an H200 first.
 
-    (warps, bytes of a row in a warp's part of a stage, stages at most, blocks that fit a multiprocessor,
-    blocks that are started for each, units whose products are interleaved, rows of a tile, ranks). Fewer
-    warps than were best come first where more would leave more of the last stage without columns. Grouped:
-    x is loaded anew for each group of rows.
+    (warps, bytes of a row in a warp's part of a stage, KiB of words that are asked for before they come,
+    blocks that fit a multiprocessor, blocks that are started for each, units whose products are interleaved,
+    rows of a tile, ranks). Fewer warps than were best come first where more would leave more of the last
+    stage without columns. Grouped: x is loaded anew for each group of rows.
     """
     wide = 8 * STREAM_REGISTERS * bits  # bytes whose x fills the registers of 8 warps
     small = tiles <= 2 * multiprocessors
     if row_bytes > 2 * wide:
-        best = 16, 128, 4, 1, 1, 2, 16, -(-row_bytes // (2 * wide))
+        best = 16, 64 if bits == 8 else 128, AHEAD[bits], 1, 1, 2, 16, -(-row_bytes // (2 * wide))
     elif row_bytes > wide:
         best = {
-            2: (8, 128, 3, 1, 1, 2, 32, 2),
-            4: (8, 128, 4, 2, 1, 2, 16, 2),
-            8: (8, 64, 12, 2, 1, 4, 16, 2),
+            2: (8, 128, 32, 1, 1, 8, 32, 2),
+            4: (8, 64, 40, 1, 1, 4, 16, 2),
+            8: (8, 64, 44, 1, 1, 4, 16, 2),
         }[bits]
     elif grouped:
-        best = 8, 128, 6, 1, 1, 2, 16, 1
-    elif small and bits < 8:
-        best = 8, 64, 4, 2, 1, 2, 32, 2
-    elif small and M <= 2:
-        best = 8, 64, 12, 2, 1, 2, 16, 1
+        best = 8, 128, AHEAD[bits], 1, 1, 2, 16, 1
     elif bits == 8:
-        best = (16, 64, 12, 1, 1, 2, 16, 1) if M <= 4 and not small else (8, 128, 4, 2, 1, 2, 16, 2)
-    elif bits == 4:
-        best = 8, 128, 6, 2, 1, 2, 16, 1
+        best = 8, 64, 56, 1, 1, 4, 16, 1
+    elif small:
+        best = (8, 64, 16, 2, 1, 2, 32, 2) if bits == 2 else (8, 128, 32, 2, 1, 2, 16, 2)
     else:
-        best = (16, 64, 12, 1, 1, 2, 16, 1) if M == 1 else (8, 64, 12, 2, 1, 2, 16, 1)
+        best = (8, 64, 24, 1, 1, 4, 16, 1) if bits == 2 else (8, 64, 32, 1, 1, 4, 32, 1)
     found = []
-    for warps, segment, *rest, ranks in (best, (8, 64, 8, 2, 1, 2, 16, 1), (16, 128, 5, 1, 1, 2, 16, 1)):
+    for warps, segment, *rest, ranks in (best, (8, 64, 48, 2, 1, 2, 16, 1), (16, 128, 48, 1, 1, 2, 16, 1)):
 
         def padded(w: int, stage=segment * ranks) -> int:
             return -(-row_bytes // (w * stage)) * w
@@ -593,13 +591,13 @@ def stream_shape(M, N, K, fmt, x_type: str, s_type: str, gpu: dict, groups: floa
     ):
         return None
     tiles = -(-N // 16) * max(1, math.ceil(groups))
-    tunings = stream_tunings(fmt.bits, row_bytes, tiles, gpu["multiprocessors"], M, groups > 0)
+    tunings = stream_tunings(fmt.bits, row_bytes, tiles, gpu["multiprocessors"], groups > 0)
     shapes = (_stream_shape(t, N, K, fmt, x_type, s_type, gpu, groups) for t in tunings)
     return next(filter(None, shapes), None)
 
 
 def _stream_shape(tuning: tuple, N, K, fmt, x_type: str, s_type: str, gpu: dict, groups=0) -> dict | None:
-    warps, segment, most, fit, started, together, rows, ranks = tuning
+    warps, segment, ahead, fit, started, together, rows, ranks = tuning
     row_bytes, s_bytes = K * fmt.bits // 8, SIZES[s_type]
     tiles = -(-N // rows) * max(1, math.ceil(groups))
     unit = min(fmt.group_size, segment * 8 // fmt.bits)  # codes of one scale
@@ -608,6 +606,8 @@ def _stream_shape(tuning: tuple, N, K, fmt, x_type: str, s_type: str, gpu: dict,
     part_scales = part_bytes * 8 // fmt.bits // fmt.group_size * s_bytes
     if (
         ranks > 8
+        or warps * segment % 128
+        or segment % 64
         or unit * fmt.bits < 128
         or stages * segment // fmt.bits > STREAM_REGISTERS
         or part_bytes * 8 // fmt.bits % fmt.group_size
@@ -619,14 +619,16 @@ def _stream_shape(tuning: tuple, N, K, fmt, x_type: str, s_type: str, gpu: dict,
     scale_columns = -(-part_scales // 128)
     clusters = max(1, min(started * gpu["multiprocessors"] // ranks, tiles))
     matrix_biases = x_type == s_type == "bfloat16"
-    fixed = buffers * 32 * rows * ranks * (warps + (matrix_biases and ranks > 1)) + units * 32
+    fixed = buffers * 32 * rows * ranks * (warps + matrix_biases) + units * 32
     fixed += 8 * (buffers + ranks * buffers)
+    fixed += warps * 8 * 160 if fmt.bits == 8 else 0  # x, turned
     if matrix_biases:
         fixed += -(-units * unit // fmt.group_size // 16) * 768
-    most = min(most, max(2, -(-tiles // clusters) * stages))
+    most = min(STREAM_STAGES, max(2, -(-tiles // clusters) * stages))
     for blocks, depth in itertools.product((fit, 1), range(most, 1, -1)):
         scale_depth = -(-(depth - 1) // stages) + 1  # a tile's stay until its last stage is through
-        shared = fixed + depth * (rows * part_bytes // stages + 16) + scale_depth * scale_columns * 256 * rows
+        shared = fixed + depth * (rows * part_bytes // stages + 16)
+        shared += scale_depth * (scale_columns * 256 * rows + 16)
         if shared <= (gpu["shared"] if blocks == 1 else gpu["shared"] // blocks - 1024):  # 1 KiB a block
             break
     else:
@@ -640,6 +642,7 @@ def _stream_shape(tuning: tuple, N, K, fmt, x_type: str, s_type: str, gpu: dict,
         "SEGMENT": segment,
         "STAGES": stages,
         "DEPTH": depth,
+        "AHEAD": min(depth, max(1, ahead * 1024 // (rows * part_bytes // stages))),
         "SCALE_DEPTH": scale_depth,
         "SCALE_COLUMNS": scale_columns,
         "BUFFERS": buffers,
@@ -649,7 +652,8 @@ def _stream_shape(tuning: tuple, N, K, fmt, x_type: str, s_type: str, gpu: dict,
         "RANKS": ranks,
         "GROUPED": int(groups > 0),
     }
-    return {"defines": defines, "grid_x": clusters * ranks, "threads": 32 * (warps + 1), "shared": shared}
+    threads = 32 * (warps + 2 + matrix_biases)
+    return {"defines": defines, "grid_x": clusters * ranks, "threads": threads, "shared": shared}
 
 
 def _tensor_map(pointer: int, sizes, strides, box, swizzle: int):
@@ -1095,15 +1099,19 @@ def _stream_launch(
     kernel, given = compiled(), shape["defines"]["PARTS"]
     experts, tiles, most_tiles = groups or (0, *[-(-M // shape["rows"])] * 2)
     free = given == 1 and shape["rows"] == 128 and not groups and out % 4 == 0  # with fewer rows not measured
-    ranks, parts = (ranks, given) if ranks else qmm_stream_ranks(
-        shape["out_tiles"] * math.ceil(tiles),
-        shape["units"],
-        shape["steps"],
-        shape["defines"]["BLOCKS"],
-        gpu["multiprocessors"],
-        functools.partial(_clusters_at_once, kernel, shape["threads"]),
-        parts or (range(1, 5) if free else (given,)),
-        4 * M * out,
+    ranks, parts = (
+        (ranks, given)
+        if ranks
+        else qmm_stream_ranks(
+            shape["out_tiles"] * math.ceil(tiles),
+            shape["units"],
+            shape["steps"],
+            shape["defines"]["BLOCKS"],
+            gpu["multiprocessors"],
+            functools.partial(_clusters_at_once, kernel, shape["threads"]),
+            parts or (range(1, 5) if free else (given,)),
+            4 * M * out,
+        )
     )
     if parts != given:
         shape = shape | {"defines": shape["defines"] | {"PARTS": parts}}
@@ -1551,14 +1559,17 @@ def _q8_stream_launch(
     gpu, defines = _device(device), shape["defines"]
     kernel = _roomy_kernel(device, "q8_stream.cu", "q8_stream", defines, shape["shared"])
     row_tiles = -(-M // shape["rows"])
-    ranks = ranks or qmm_stream_ranks(
-        shape["out_tiles"] * row_tiles,
-        shape["units"],
-        shape["steps"],
-        defines["BLOCKS"],
-        gpu["multiprocessors"],
-        functools.partial(_clusters_at_once, kernel, 384),
-    )[0]
+    ranks = (
+        ranks
+        or qmm_stream_ranks(
+            shape["out_tiles"] * row_tiles,
+            shape["units"],
+            shape["steps"],
+            defines["BLOCKS"],
+            gpu["multiprocessors"],
+            functools.partial(_clusters_at_once, kernel, 384),
+        )[0]
+    )
     row, scales = K * fmt.bits // 8, K // fmt.group_size * SIZES[s_type]
     x = _TensorMap((K, M), (K,), (128, shape["rows"]), 128, "bytes")
     words = _tensor_map(pointers[0], (row, N), (row,), (128, 128), 128)

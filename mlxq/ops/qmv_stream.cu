@@ -10,8 +10,10 @@
 //            and biases come with its first stage into a ring of their own. One copy at a time: each takes the engine
 //            some 40 ns however small it is, and 48 of them a stage (a row each) were the first version's time
 //   warps    WARPS multiply: warp w has bytes w * SEGMENT .. of every stage, so its part of x is the same for every tile and
-//            stays in registers: 2 * SEGMENT * 8 / BITS / 16 a stage, whatever M is. One more asks for a stage as soon as
-//            its place is free, adds the warps' sums up, in their order, when a tile is through, and writes y
+//            stays in registers: 2 * SEGMENT * 8 / BITS / 16 a stage, whatever M is. One more adds the warps' sums up, in
+//            their order, when a tile is through, and writes y; another asks for a stage as soon as its place is free
+//   x        at 8 bits comes in whole lines of memory, eight lanes each, and is turned in shared memory to what the lanes want:
+//            32 bytes a row at a time took the memory twice as long. At 4 and 2 bits (64, 128 bytes) that gained nothing
 //   sums     a warp's ROWS x 8 sums of a tile go to one of BUFFERS places, as its lanes have them
 //   ranks    RANKS neighbouring blocks, a cluster, share a tile: rank r has the r-th part of K, so a block reads no more of x
 //            than that, and needs fewer registers for it. Their sums go to the block whose turn it is, rank after rank
@@ -53,6 +55,7 @@ static_assert(BATCH * LANE_WORDS % 2 == 0, "load_rows brings two words");
 constexpr int HALVES = ROWS / 16;                           // of a tile, each a product's rows
 constexpr int COLUMN = ROWS * 128;                          // bytes of a box's column of 128
 constexpr int STAGE_BYTES = ROWS * WARPS * SEGMENT;
+static_assert(WARPS * SEGMENT % 128 == 0, "a copy brings whole columns, and a wait for more never ends");
 constexpr int S_BYTES = S_TYPE == 0 ? 4 : 2;
 constexpr int SCALE_STAGE = 2 * SCALE_COLUMNS * COLUMN;     // bytes of a tile's scales and biases
 constexpr int AT_ONCE = ROWS == 16 ? UNITS : BATCH;         // scales of a row that are held
@@ -62,8 +65,16 @@ constexpr int PART = STAGES * WARPS * CODES;                // of a row, that a 
 constexpr int ALL_UNITS = STAGES * WARPS * UNITS;           // of it
 constexpr int BIAS_STEPS = (PART / GROUP + 15) / 16;        // of 16 groups
 constexpr int BIAS_BATCH = BIAS_STEPS % 4 == 0 ? 4 : BIAS_STEPS % 3 == 0 ? 3 : BIAS_STEPS % 2 == 0 ? 2 : 1;
-constexpr bool SENT_BIASES = MATRIX_BIASES && RANKS > 1;    // their products come from each rank
-constexpr int SUMS = RANKS * WARPS + SENT_BIASES * RANKS;   // of each half that a tile's y is added up from
+constexpr int SUMS = RANKS * (WARPS + MATRIX_BIASES);       // of each half that a tile's y is added up from
+constexpr int ALL_WARPS = WARPS + 2 + MATRIX_BIASES;
+#if BITS == 8
+#define ROW_OF_X (lane / 8)  // and + 4
+constexpr int PITCH = 160;  // of rows of 128 bytes of x: no bank twice
+static_assert(CODES % 64 == 0, "x comes in lines of 128 bytes");
+#else
+#define ROW_OF_X g
+constexpr int PITCH = 0;
+#endif
 constexpr int PLACES = RANKS * BUFFERS;                     // of tiles' sums in a cluster, taken in turn
 static_assert(PART % GROUP == 0, "a block has whole groups");
 
@@ -119,7 +130,7 @@ __device__ __forceinline__ void read_scales(u32* out, const char* row, int at, i
   }
 }
 
-extern "C" __global__ void __launch_bounds__((WARPS + 1) * 32, BLOCKS)
+extern "C" __global__ void __launch_bounds__(ALL_WARPS * 32, BLOCKS)
 qmv_stream(const char* x, const __grid_constant__ TensorMap words, const __grid_constant__ TensorMap scales,
            const __grid_constant__ TensorMap biases, u16* __restrict__ y, int M, int N, int K, const uint4* groups,
            const int* rows) {
@@ -129,19 +140,23 @@ qmv_stream(const char* x, const __grid_constant__ TensorMap words, const __grid_
   x += rank * PART * 2;
   const int row_at = lane / 8 % 2 * 1024 + lane % 8 * 128;  // where load_rows finds this lane's row of 16
   // words [DEPTH][columns of 128 bytes][ROWS][128], scales [SCALE_DEPTH][2][SCALE_COLUMNS][ROWS][128], partial sums
-  // [BUFFERS][SUMS][HALVES][lane], parts of sums of x [BIAS_STEPS][3][lane], sums of x over units [ALL_UNITS][8], barriers
+  // [BUFFERS][SUMS][HALVES][lane], parts of sums of x [BIAS_STEPS][3][lane], lines of x [WARPS][8][PITCH], sums of x over units
+  // [ALL_UNITS][8], barriers
   char* const scale_ring = shared + DEPTH * STAGE_BYTES;
   float4* const partial = reinterpret_cast<float4*>(scale_ring + SCALE_DEPTH * SCALE_STAGE);
   uint2* const parts = reinterpret_cast<uint2*>(partial + BUFFERS * SUMS * HALVES * 32);
-  float* const x_sums = reinterpret_cast<float*>(parts + (MATRIX_BIASES ? BIAS_STEPS * 3 * 32 : 0));
+  char* const turned = reinterpret_cast<char*>(parts + (MATRIX_BIASES ? BIAS_STEPS * 3 * 32 : 0));
+  float* const x_sums = reinterpret_cast<float*>(turned + WARPS * 8 * PITCH);
   const u32 base = shared_address(shared);
   const u32 full = shared_address(x_sums + ALL_UNITS * 8);
   const u32 empty = full + 8 * DEPTH, summed = empty + 8 * DEPTH, taken = summed + 8 * BUFFERS;
-  if (threadIdx.x == WARPS * 32) {
+  const u32 biased = taken + 8 * PLACES, used = biased + 8 * SCALE_DEPTH;  // biases that are there, and that y has
+  if (threadIdx.x == (WARPS + 1) * 32) {
     tensor_expected(words), tensor_expected(scales), tensor_expected(biases);
     for (int i = 0; i < DEPTH; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, WARPS * ARRIVALS);
-    for (int i = 0; i < BUFFERS; i++) barrier_init(summed + 8 * i, RANKS > 1 ? 1 : WARPS * ARRIVALS);
+    for (int i = 0; i < BUFFERS; i++) barrier_init(summed + 8 * i, RANKS > 1 ? 1 : (WARPS + MATRIX_BIASES) * ARRIVALS);
     for (int i = 0; i < PLACES; i++) barrier_init(taken + 8 * i, ARRIVALS);
+    for (int i = 0; i < SCALE_DEPTH; i++) barrier_init(biased + 8 * i, 1), barrier_init(used + 8 * i, ARRIVALS);
     barriers_ready();
   }
   __syncthreads();
@@ -155,7 +170,7 @@ qmv_stream(const char* x, const __grid_constant__ TensorMap words, const __grid_
   const int first_tile = blockIdx.x / RANKS, end_tile = tiles, tile_step = gridDim.x / RANKS;
 #endif
 
-  // A warp's sums of the tile at this place of PLACES, or its biases', to the rank whose turn it is.
+  // A warp's sums of the tile at this place of PLACES to the rank whose turn it is.
   auto send = [&](int place, int round, int entry, const float4* sums) {
     const int buffer = place / RANKS, home = place % RANKS;
     float4* const to = partial + (buffer * SUMS + entry) * HALVES * 32 + lane;
@@ -172,53 +187,133 @@ qmv_stream(const char* x, const __grid_constant__ TensorMap words, const __grid_
     if (lane < ARRIVALS) barrier_arrive(summed + 8 * buffer);
   };
 
-  if (warp == WARPS) {  // the copies, and y
+  if (warp == WARPS + 1) {  // asks for the copies
     dependents_may_start();
-    int next_tile = first_tile, next_stage = 0, slot = 0, round = 0, scale_slot = 0;
+    if (elected()) {
+      int slot = 0, round = 0, scale_slot = 0, scale_round = 0, row = 0, asked = 0, come = 0, come_round = 0;
+#pragma unroll 1
+      for (int tile = first_tile; tile < end_tile; tile += tile_step) {
 #if GROUPED
-    int next_row = 0;  // of the tall tensor
-    auto find_row = [&]() {
-      if (next_tile == first_tile || next_tile % tiles == 0)
-        next_row = next_tile < end_tile ? int(groups[next_tile / tiles].x) * N + next_tile % tiles * ROWS : 0;
-      else
-        next_row += ROWS;
-    };
-    find_row();
+        row = tile == first_tile || tile % tiles == 0 ? int(groups[tile / tiles].x) * N + tile % tiles * ROWS : row + ROWS;
+#else
+        row = tile * ROWS;
 #endif
-    auto ask = [&]() {  // for the next stage, once its place is free
-      if (next_tile >= end_tile) return;
-#if !GROUPED
-      const int next_row = next_tile * ROWS;
-#endif
-      if (lane == 0) {
-        const u32 done = full + 8 * slot;
-        barrier_wait(empty + 8 * slot, (round - 1) & 1);  // a barrier begins as if a phase of parity 1 were over
-        barrier_expect(done, STAGE_BYTES + (next_stage ? 0 : SCALE_STAGE));
-        tensor_copy(base + slot * STAGE_BYTES, words, 0, next_row,
-                    (rank * STAGES + next_stage) * (WARPS * SEGMENT / 128), done);
-        if (next_stage == 0) {
-          const u32 to = base + DEPTH * STAGE_BYTES + scale_slot * SCALE_STAGE;
+#pragma unroll 1
+        for (int s = 0; s < STAGES; s++) {
+          const u32 done = full + 8 * slot;
+          if (AHEAD < DEPTH && asked++ >= AHEAD) {
+            barrier_wait(full + 8 * come, come_round & 1);
+            if (++come == DEPTH) come = 0, come_round++;
+          }
+          barrier_wait(empty + 8 * slot, (round - 1) & 1);  // a barrier begins as if a phase of parity 1 were over
+          barrier_expect(done, STAGE_BYTES + (s ? 0 : MATRIX_BIASES ? SCALE_STAGE / 2 : SCALE_STAGE));
+          tensor_copy(base + slot * STAGE_BYTES, words, 0, row, (rank * STAGES + s) * (WARPS * SEGMENT / 128), done);
+          if (++slot == DEPTH) slot = 0, round++;
+          if (s) continue;
+          const u32 to = base + DEPTH * STAGE_BYTES + scale_slot * SCALE_STAGE, there = MATRIX_BIASES ? biased + 8 * scale_slot : done;
+          if (MATRIX_BIASES) barrier_wait(used + 8 * scale_slot, (scale_round - 1) & 1), barrier_expect(there, SCALE_STAGE / 2);
 #pragma unroll
           for (int c = 0; c < SCALE_COLUMNS; c++) {
             const int at = rank * (PART / GROUP * S_BYTES) + c * 128;
-            tensor_copy(to + c * COLUMN, scales, at, next_row, done);
-            tensor_copy(to + (SCALE_COLUMNS + c) * COLUMN, biases, at, next_row, done);
+            tensor_copy(to + c * COLUMN, scales, at, row, done);
+            tensor_copy(to + (SCALE_COLUMNS + c) * COLUMN, biases, at, row, there);
           }
+          if (++scale_slot == SCALE_DEPTH) scale_slot = 0, scale_round++;
         }
       }
-      if (++slot == DEPTH) slot = 0, round++;
-      if (++next_stage == STAGES) {
-        next_stage = 0, next_tile += tile_step;
+    }
+    __syncwarp();
+    if (RANKS > 1) cluster_wait();
+    return;
+  }
+
+  if (MATRIX_BIASES && warp == WARPS + 2) {  // biases times the sums of x
+    dependents_may_start();
+    int times = 0, scale_at = 0, place = 0, place_round = 0, start = first_tile;
+    if (RANKS > 1) cluster_wait();
 #if GROUPED
-        find_row();
-#endif
-        if (++scale_slot == SCALE_DEPTH) scale_slot = 0;
-      }
-    };
 #pragma unroll 1
-    for (int d = 0; d < DEPTH; d++) ask();
+    for (; start < end_tile; start = min((start / tiles + 1) * tiles, end_tile))
+#endif
+    {
+      const int end_of_group = GROUPED ? min((start / tiles + 1) * tiles, end_tile) : end_tile;
+      all_sync((WARPS + 1) * 32);  // the sums of x are there
+#pragma unroll 1
+      for (int step = 0; step < BIAS_STEPS; step++) {
+        float left[2][2];
+        u32 rounded[2];
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+#pragma unroll
+          for (int e = 0; e < 2; e++) {
+            const int unit = (step * 16 + 8 * j + 2 * t + e) * (GROUP / UNIT);
+            left[j][e] = 0;
+#pragma unroll
+            for (int u = 0; u < GROUP / UNIT; u++)
+              if (unit < ALL_UNITS) left[j][e] += x_sums[(unit + u) * 8 + g];
+          }
+#pragma unroll
+        for (int part = 0; part < 3; part++) {
+#pragma unroll
+          for (int j = 0; j < 2; j++) {
+            rounded[j] = round2(left[j][0], left[j][1]);
+            left[j][0] -= element<2>(rounded, 2 * j), left[j][1] -= element<2>(rounded, 2 * j + 1);
+          }
+          parts[(step * 3 + part) * 32 + lane] = make_uint2(rounded[0], rounded[1]);
+        }
+      }
+      __syncwarp();
+#pragma unroll 1
+      for (int tile = start; tile < end_of_group; tile += tile_step) {
+        float sums[HALVES][3][4] = {};
+        barrier_wait(biased + 8 * scale_at, times & 1);
+        const u32 from = base + DEPTH * STAGE_BYTES + scale_at * SCALE_STAGE + SCALE_COLUMNS * COLUMN;
+        u32 last = 0;
+#pragma unroll 1
+        for (int first = 0; first < BIAS_STEPS; first += BIAS_BATCH) {  // all that is read before the first product
+          u32 of[BIAS_BATCH][HALVES][4];
+          uint2 sums_of_x[BIAS_BATCH][3];
+#pragma unroll
+          for (int i = 0; i < BIAS_BATCH; i++) {
+            const int step = first + i;
+#pragma unroll
+            for (int half = 0; half < HALVES; half++)
+              load_rows(of[i][half], from + step / 4 * COLUMN + half * 2048 + row_at + ((step % 4 * 2 + lane / 16) ^ lane % 8) * 16);
+#pragma unroll
+            for (int part = 0; part < 3; part++) sums_of_x[i][part] = parts[(step * 3 + part) * 32 + lane];
+          }
+#pragma unroll
+          for (int i = 0; i < BIAS_BATCH; i++)
+#pragma unroll
+            for (int part = 0; part < 3; part++)
+#pragma unroll
+              for (int half = 0; half < HALVES; half++) {
+                const u32* const a = of[i][half];
+                mma(sums[half][part], a[0], a[1], a[2], a[3], sums_of_x[i][part].x, sums_of_x[i][part].y);
+              }
+          last = of[BIAS_BATCH - 1][HALVES - 1][3];
+        }
+        __syncwarp();
+        if (lane < ARRIVALS) barrier_arrive_after(last, u32(M) >> 31, used + 8 * scale_at);
+        if (++scale_at == SCALE_DEPTH) scale_at = 0, times++;
+        float4 mine[HALVES];
+#pragma unroll
+        for (int half = 0; half < HALVES; half++) {
+          const auto of = [&](int i) { return sums[half][2][i] + sums[half][1][i] + sums[half][0][i]; };
+          mine[half] = make_float4(of(0), of(1), of(2), of(3));
+        }
+        send(place, place_round, RANKS * WARPS + rank, mine);
+        if (++place == PLACES) place = 0, place_round++;
+      }
+      if (GROUPED && end_of_group < end_tile) all_sync_again((WARPS + 1) * 32);  // the sums of x may be written anew
+    }
+    return;
+  }
+
+  if (warp == WARPS) {  // y
+    dependents_may_start();
     predecessor_done();  // the kernel before may still read what y is now
-    int at = 0, times = 0, scale_at = 0, place = 0, place_round = 0, start = first_tile;
+    int place = 0, place_round = 0, start = first_tile;
 #if GROUPED
     if (RANKS > 1) cluster_wait();
 #pragma unroll 1
@@ -234,97 +329,24 @@ qmv_stream(const char* x, const __grid_constant__ TensorMap words, const __grid_
 #else
       const int end_of_group = end_tile, rows_of_x = M, y_rows[2] = {2 * t, 2 * t + 1};
 #endif
-      if (MATRIX_BIASES) {
-        all_sync((WARPS + 1) * 32);  // the sums of x are there
-#pragma unroll 1
-        for (int step = 0; step < BIAS_STEPS; step++) {
-          float left[2][2];
-          u32 rounded[2];
-#pragma unroll
-          for (int j = 0; j < 2; j++)
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-              const int unit = (step * 16 + 8 * j + 2 * t + e) * (GROUP / UNIT);
-              left[j][e] = 0;
-#pragma unroll
-              for (int u = 0; u < GROUP / UNIT; u++)
-                if (unit < ALL_UNITS) left[j][e] += x_sums[(unit + u) * 8 + g];
-            }
-#pragma unroll
-          for (int part = 0; part < 3; part++) {
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-              rounded[j] = round2(left[j][0], left[j][1]);
-              left[j][0] -= element<2>(rounded, 2 * j), left[j][1] -= element<2>(rounded, 2 * j + 1);
-            }
-            parts[(step * 3 + part) * 32 + lane] = make_uint2(rounded[0], rounded[1]);
-          }
-        }
-      }
-      __syncwarp();
       if (RANKS > 1 && !GROUPED) cluster_wait();
 #pragma unroll 1
       for (int tile = start; tile < end_of_group; tile += tile_step) {
-        float sums[HALVES][3][4] = {};
-        if (MATRIX_BIASES) {  // before the places of this tile's scales are asked for again
-          barrier_wait(full + 8 * at, times & 1);
-          at += STAGES % DEPTH, times += STAGES / DEPTH;
-          if (at >= DEPTH) at -= DEPTH, times++;
-          const u32 from = base + DEPTH * STAGE_BYTES + scale_at * SCALE_STAGE + SCALE_COLUMNS * COLUMN;
-          if (++scale_at == SCALE_DEPTH) scale_at = 0;
-#pragma unroll 1
-          for (int first = 0; first < BIAS_STEPS; first += BIAS_BATCH) {  // all that is read before the first product
-            u32 of[BIAS_BATCH][HALVES][4];
-            uint2 sums_of_x[BIAS_BATCH][3];
-#pragma unroll
-            for (int i = 0; i < BIAS_BATCH; i++) {
-              const int step = first + i;
-#pragma unroll
-              for (int half = 0; half < HALVES; half++)
-                load_rows(of[i][half], from + step / 4 * COLUMN + half * 2048 + row_at + ((step % 4 * 2 + lane / 16) ^ lane % 8) * 16);
-#pragma unroll
-              for (int part = 0; part < 3; part++) sums_of_x[i][part] = parts[(step * 3 + part) * 32 + lane];
-            }
-#pragma unroll
-            for (int i = 0; i < BIAS_BATCH; i++)
-#pragma unroll
-              for (int part = 0; part < 3; part++)
-#pragma unroll
-                for (int half = 0; half < HALVES; half++) {
-                  const u32* const a = of[i][half];
-                  mma(sums[half][part], a[0], a[1], a[2], a[3], sums_of_x[i][part].x, sums_of_x[i][part].y);
-                }
-          }
-        }
-#pragma unroll 1
-        for (int s = 0; s < STAGES; s++) ask();
-        float4 mine[HALVES];
-#pragma unroll
-        for (int half = 0; half < HALVES; half++) {
-          const auto of = [&](int i) { return sums[half][2][i] + sums[half][1][i] + sums[half][0][i]; };
-          mine[half] = make_float4(of(0), of(1), of(2), of(3));
-        }
         const int here = place, this_round = place_round, buffer = place / RANKS;
         if (++place == PLACES) place = 0, place_round++;
-        if (RANKS > 1 && here % RANKS != rank) {
-          if (MATRIX_BIASES) send(here, this_round, RANKS * WARPS + rank, mine);
-          continue;
-        }
-        if (RANKS > 1 && lane == 0) barrier_expect(summed + 8 * buffer, (SUMS - SENT_BIASES) * HALVES * 512);
+        if (RANKS > 1 && here % RANKS != rank) continue;
+        if (RANKS > 1 && lane == 0) barrier_expect(summed + 8 * buffer, SUMS * HALVES * 512);
         barrier_wait(summed + 8 * buffer, this_round & 1);
         float4 sum[HALVES];
 #pragma unroll
         for (int half = 0; half < HALVES; half++) {
           sum[half] = make_float4(0, 0, 0, 0);
-          auto add = [&](float4 part) {
-            sum[half].x += part.x, sum[half].y += part.y, sum[half].z += part.z, sum[half].w += part.w;
-          };
           const float4* const from = partial + (buffer * SUMS * HALVES + half) * 32 + lane;
 #pragma unroll
-          for (int w = 0; w < RANKS * WARPS; w++) add(from[w * HALVES * 32]);
-#pragma unroll
-          for (int r = 0; r < RANKS; r++)
-            if (MATRIX_BIASES) add(r == rank ? mine[half] : from[(RANKS * WARPS + r) * HALVES * 32]);
+          for (int i = 0; i < SUMS; i++) {
+            const float4 part = from[i * HALVES * 32];
+            sum[half].x += part.x, sum[half].y += part.y, sum[half].z += part.z, sum[half].w += part.w;
+          }
         }
         __syncwarp();
         if (lane < ARRIVALS)
@@ -351,14 +373,14 @@ qmv_stream(const char* x, const __grid_constant__ TensorMap words, const __grid_
           if (m + 1 < rows_of_x && n + 8 < N) to[next + 8] = static_cast<u16>(low >> 16);
         }
       }
-      if (GROUPED && MATRIX_BIASES && end_of_group < end_tile) all_sync_again((WARPS + 1) * 32);  // the sums of x may be written anew
     }
     __syncwarp();
     if (RANKS > 1) cluster_ends(), cluster_wait();  // nobody arrives here after this block has ended
     return;
   }
 
-  // This warp's part of x, for row g of x in the lanes of g: the values that meet the lane's words.
+  // This warp's part of x, for row g of x in the lanes of g: the values that meet the lane's words. K is whole 128 bytes of
+  // words: of a stage all or none.
   predecessor_done();
   dependents_may_start();
   int slot = 0, round = 0, scale_slot = 0, place = 0, place_round = 0, start = first_tile;
@@ -372,33 +394,61 @@ qmv_stream(const char* x, const __grid_constant__ TensorMap words, const __grid_
     const uint4 group = groups[start / tiles];
     const int end_of_group = min((start / tiles + 1) * tiles, end_tile), rows_of_x = group.z;
     // opaque: or all addresses and bounds of x are computed before the loop, and kept
-    const int row_of_x = opaque(g), k_of_x = opaque(t * P), K_of_x = opaque(K), left_of_x = opaque(left);
+    const int row_of_x = opaque(ROW_OF_X), K_of_x = opaque(K), left_of_x = opaque(left);
     const char* const x_here = x + size_t(group.y) * K_of_x * 2;
     if (MATRIX_BIASES && start != first_tile) all_sync_again((WARPS + 1) * 32);
 #else
-    const int end_of_group = end_tile, rows_of_x = M, row_of_x = g, k_of_x = t * P, K_of_x = K, left_of_x = left;
+    const int end_of_group = end_tile, rows_of_x = M, row_of_x = ROW_OF_X, K_of_x = K, left_of_x = left;
     const char* const x_here = x;
 #endif
     u32 xs[STAGES][UNITS][LANE_WORDS][P / 2], largest = 0;
-    const char* const of_row = x_here + (size_t(row_of_x) * K_of_x + warp * CODES + k_of_x) * 2;
+#if BITS == 8
+    u32 lines[STAGES][CODES / 64][2][4];
+    const char* const of_row = x_here + (size_t(row_of_x) * K_of_x + warp * CODES) * 2 + lane % 8 * 16;
+#pragma unroll
+    for (int s = 0; s < STAGES; s++)
+#pragma unroll
+      for (int i = 0; i < CODES / 64; i++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+          const bool valid = row_of_x + 4 * j < rows_of_x && (s * WARPS + warp) * CODES < left_of_x;
+          load_if<4>(lines[s][i][j], of_row + (size_t(j * 4) * K_of_x + s * WARPS * CODES + i * 64) * 2, valid);
+        }
+    __syncwarp();  // all of it is asked for before any is waited for
+    char* const turn = turned + warp * 8 * PITCH;
+#pragma unroll
+    for (int s = 0; s < STAGES; s++)
+#pragma unroll
+      for (int i = 0; i < CODES / 64; i++) {
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+          const u32* const of = lines[s][i][j];
+          *reinterpret_cast<uint4*>(turn + (lane / 8 + 4 * j) * PITCH + lane % 8 * 16) = make_uint4(of[0], of[1], of[2], of[3]);
+        }
+        __syncwarp();
+#pragma unroll
+        for (int w = 0; w < 4; w++) {
+          const uint2 v = *reinterpret_cast<const uint2*>(turn + g * PITCH + (w * 4 + t) * 8);
+          u32* const to = xs[s][(i * 4 + w) / LANE_WORDS][(i * 4 + w) % LANE_WORDS];
+          to[0] = v.x, to[1] = v.y;
+        }
+        __syncwarp();
+      }
+#else
+    const char* const of_row = x_here + (size_t(row_of_x) * K_of_x + warp * CODES + t * P) * 2;
 #pragma unroll
     for (int s = 0; s < STAGES; s++) {
-      // K is whole 128 bytes of words: all of it or none
       const bool valid = row_of_x < rows_of_x && (s * WARPS + warp) * CODES < left_of_x;
 #pragma unroll
       for (int u = 0; u < UNITS; u++)
 #pragma unroll
-        for (int w = 0; w < LANE_WORDS; w++) {
-          const char* const from = of_row + (s * WARPS * CODES + u * UNIT + w * 4 * P) * 2;
-          u32* const to = xs[s][u][w];
-          if (P == 4)
-            load_if<2>(to, from, valid);
-          else
+        for (int w = 0; w < LANE_WORDS; w++)
 #pragma unroll
-            for (int i = 0; i < P / 2; i += 4) load_if<4>(to + i, from + 4 * i, valid);
-        }
+          for (int i = 0; i < P / 2; i += 4)
+            load_if<4>(xs[s][u][w] + i, of_row + (s * WARPS * CODES + u * UNIT + w * 4 * P + i * 2) * 2, valid);
     }
     __syncwarp();  // all of it is asked for before any is waited for
+#endif
 #pragma unroll
     for (int s = 0; s < STAGES; s++)
 #pragma unroll
@@ -410,7 +460,7 @@ qmv_stream(const char* x, const __grid_constant__ TensorMap words, const __grid_
 #pragma unroll
           for (int p = 0; p < P / 2; p++) {
             pairs[p] = __byte_perm(of[p / 2], of[p / 2 + P / 4], p % 2 ? 0x7632 : 0x5410);
-            largest = max2(largest, of[p] & 0x7fff7fffu);
+            largest = max_abs2(largest, of[p]);
           }
 #pragma unroll
           for (int p = 0; p < P / 2; p++) of[p] = pairs[p];

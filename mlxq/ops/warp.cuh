@@ -37,10 +37,10 @@ __device__ __forceinline__ void load_if(unsigned int* words, const void* from, b
         : "memory");
 }
 
-// The larger of each two halves, as unsigned integers.
-__device__ __forceinline__ unsigned int max2(unsigned int a, unsigned int b) {
+// The larger of a and |b| of each two halves, bfloat16; NaN where one is.
+__device__ __forceinline__ unsigned int max_abs2(unsigned int a, unsigned int b) {
   unsigned int d;
-  asm("max.u16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  asm("{\n.reg .b32 t;\nabs.bf16x2 t, %2;\nmax.NaN.bf16x2 %0, %1, t;\n}" : "=r"(d) : "r"(a), "r"(b));
   return d;
 }
 

@@ -26,14 +26,15 @@ inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct TensorMap { char* pointer; int rank; uint64_t sizes[3], strides[2]; uint32_t box[3]; int swizzle; };
 namespace emu {
-constexpr int THREADS = (WARPS + 1) * 32;
+constexpr int ALL = WARPS + 2 + (X_TYPE == 2 && S_TYPE == 2), THREADS = ALL * 32;  // warps
+
 struct Dim { unsigned x, y, z; };
 struct Fiber { ucontext_t context; std::vector<char> stack; bool done, arrived; Dim thread, block; int rank, turn; long phase; };
 struct Meeting { int count = 0; long generation = 0; };
 struct Warp { Meeting meeting; uint32_t given[2][32][6]; };
 struct Barrier { int count, missing; long bytes, phase; };
 struct Block {
-  std::vector<char> shared; Warp warps[WARPS + 1] = {}; Meeting all, named, again; std::map<uint32_t, Barrier> barriers; int running = THREADS;
+  std::vector<char> shared; Warp warps[ALL] = {}; Meeting all, named, again; std::map<uint32_t, Barrier> barriers; int running = THREADS;
 };
 inline Dim grid; inline std::vector<Fiber> fibers; inline std::vector<Block> blocks; inline Fiber* now; inline ucontext_t home;
 inline std::vector<std::function<void()>> copies; inline int order; inline std::mt19937 random_; inline bool moved; inline long phase;
@@ -103,7 +104,10 @@ inline uint32_t and_or(uint32_t a, uint32_t m, uint32_t c) { return (a & m) | c;
 inline float half_value(uint32_t h) { return _cvtsh_ss(h); }
 inline uint32_t round2(float low, float high) { return emu::rounded(low) | emu::rounded(high) << 16; }
 inline uint32_t mul2(uint32_t a, uint32_t b) { return round2(emu::value(a) * emu::value(b), emu::value(a >> 16) * emu::value(b >> 16)); }
-inline uint32_t max2(uint32_t a, uint32_t b) { return max(a & 65535, b & 65535) | max(a >> 16, b >> 16) << 16; }
+inline uint32_t max_abs2(uint32_t a, uint32_t b) {  // a NaN's bits are the largest, too
+  b &= 0x7fff7fff;
+  return max(a & 65535, b & 65535) | max(a >> 16, b >> 16) << 16;
+}
 inline uint32_t opaque(uint32_t v) { return v; }
 constexpr uint32_t BASE = 4096;  // where shared memory begins in its address space
 inline uint32_t shared_address(const void* p) { return uint32_t((const char*)p - emu::memory(emu::block())) + BASE; }
@@ -176,6 +180,7 @@ inline void box_copy(uint32_t to, const TensorMap& map, std::vector<int> c, uint
 inline void tensor_copy(uint32_t to, const TensorMap& m, int c0, int c1, uint32_t done) { box_copy(to, m, {c0, c1}, done); }
 inline void tensor_copy(uint32_t to, const TensorMap& m, int c0, int c1, int c2, uint32_t done) { box_copy(to, m, {c0, c1, c2}, done); }
 inline void dependents_may_start() {}
+inline bool elected() { return threadIdx.x % 32 == 0; }
 inline void predecessor_done() {}
 inline uint32_t at_rank(uint32_t a, int rank) { return uint32_t(rank) << 24 | a; }
 inline emu::Block& there(uint32_t a) {

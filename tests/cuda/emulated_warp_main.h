@@ -36,12 +36,12 @@ extern "C" const char* run(int blocks, int shared_bytes, int order, int seed, vo
       getcontext(&f.context), f.context.uc_stack.ss_sp = f.stack.data(), f.context.uc_stack.ss_size = f.stack.size();
       f.context.uc_link = nullptr, makecontext(&f.context, entry, 0);
     }
-    std::vector<int> ready(RANKS * (WARPS + 1)), lanes(32);
+    std::vector<int> ready(RANKS * emu::ALL), lanes(32);
     for (int i = 0; i < int(ready.size()); i++) ready[i] = i;
     for (int i = 0; i < 32; i++) lanes[i] = i;
     // a warp, or all of a block, runs only when no other can, perhaps not even while copies are left
     const int patience = emu::random_() % 2 ? 2 : 6;
-    const int slow = order ? int(emu::random_() % ready.size()) : -1, whole = RANKS > 1 && emu::random_() % 2 ? WARPS + 1 : 1;
+    const int slow = order ? int(emu::random_() % ready.size()) : -1, whole = RANKS > 1 && emu::random_() % 2 ? emu::ALL : 1;
     for (int idle = 0; !ready.empty(); idle = emu::moved ? 0 : idle + 1) {
       emu::moved = false;
       std::shuffle(ready.begin(), ready.end(), emu::random_), std::shuffle(lanes.begin(), lanes.end(), emu::random_);
