@@ -55,7 +55,7 @@ setup() {
     "$PYTHON" -m pip install -q --no-index --no-deps --target "$WORK/packages" "$CARRY"/wheels/*.whl || return 1
     "$PYTHON" -c 'from mlxq import ops; assert ops.native_available(), ops.native_error(); print(ops.isa_levels())'
 }
-tests() { (cd "$WORK" && "$PYTHON" -m pytest -q -p no:cacheprovider "$REPO/tests/test_cuda.py" "$REPO/tests/test_torch_cuda.py" ${TESTS:--n 14}); }
+tests() { (cd "$WORK" && OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -rf --tb=short -p no:cacheprovider "$REPO/tests/test_cuda.py" "$REPO/tests/test_torch_cuda.py" ${TESTS:--n 14}); }
 testtorch() { (cd "$WORK" && "$PYTHON" -m pytest -q -rf --tb=short -p no:cacheprovider "$REPO/tests/test_torch_cuda.py" ${TESTTORCH:--n 4}); }
 sanitize() { # what is clean in $WORK/sanitize.json, of an earlier call, is not looked at again
     (cd "$WORK" && "$PYTHON" "$REPO/tools/sanitize_cuda.py" --out "$WORK/sanitize.json" ${SANITIZE:---limit $((${LIMIT_sanitize:-560} - 20))})
