@@ -48,6 +48,10 @@ def getCUBIN(program: ctypes.c_void_p) -> bytes:
     return _result(program, "CUBIN")
 
 
+def getPTX(program: ctypes.c_void_p) -> str:
+    return _result(program, "PTX").rstrip(b"\0").decode()
+
+
 def getProgramLog(program: ctypes.c_void_p) -> str:
     return _result(program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
 

@@ -6,6 +6,7 @@
 #   tests    tests/test_cuda.py, test_torch_cuda.py   testtorch the second alone
 #   bench    tools/bench_cuda.py   tune    tools/tune_cuda.py
 #   tunemany tools/tune_many.py   tuneexperts tools/tune_experts.py
+#   trace    tools/trace_cuda.py and rates_cuda.py: clocks inside qmv_stream.cu, and of its instructions
 #   profile  ncu over the cells of PROFILE (bench_cuda.py --once)
 #   small    tools/train_small.py                model    SmolLM2 put together, checked, unpacked; packed at 4 bits
 #   mpq      tools/train_mpq.py                  smollm2  tools/train_smollm2.py
@@ -67,6 +68,7 @@ prepare() { "$PYTHON" "$REPO/tools/bench_cuda.py" --prepare; }
 tune() { "$PYTHON" "$REPO/tools/tune_cuda.py" --out "$OUT/tuning.json" ${TUNE:---limit 45}; }
 tunemany() { "$PYTHON" "$REPO/tools/tune_many.py" --out "$OUT/tuning-many.json" ${TUNEMANY:---limit 60}; }
 tuneexperts() { "$PYTHON" "$REPO/tools/tune_experts.py" --out "$OUT/tuning-experts.json" ${TUNEEXPERTS:---limit 60}; }
+trace() { "$PYTHON" "$REPO/tools/trace_cuda.py" ${TRACE:-} && "$PYTHON" "$REPO/tools/rates_cuda.py"; }
 profile() { # needs hardware counters, which not every lent machine has
     ncu --clock-control none -k 'regex:qmm_stream|qmv' --log-file "$OUT/profile.txt" \
         --section SpeedOfLight --section LaunchStats --section Occupancy --section SchedulerStats --section WarpStateStats \
@@ -162,13 +164,13 @@ w8a8() {
 }
 
 # seconds that a stage may take (in all the calls of a machine together it is less: LIMIT_stage=...); a call of the device machine ends after 600
-declare -A LIMIT=([setup]=90 [tests]=250 [testtorch]=150 [bench]=270 [small]=480 [model]=90 [mpq]=420 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [sanitize]=560 [tune]=120 [tunemany]=150 [tuneexperts]=150 [profile]=60 [prepare]=150 [quiet]=500 [start]=240 [parity]=300 [mixed]=540 [chat]=480 [amx]=240 [w8a8]=200 [quality]=900)
+declare -A LIMIT=([setup]=90 [tests]=250 [testtorch]=150 [bench]=270 [small]=480 [model]=90 [mpq]=420 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [sanitize]=560 [tune]=120 [tunemany]=150 [tuneexperts]=150 [profile]=60 [trace]=60 [prepare]=150 [quiet]=500 [start]=240 [parity]=300 [mixed]=540 [chat]=480 [amx]=240 [w8a8]=200 [quality]=900)
 if [ "${1:-}" = --stage ]; then
     "$2"
     exit
 fi
 gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c ^GPU)
-declare -A ON=([bench]=1 [tests]=1 [prepare]=1 [tune]=1 [tunemany]=1 [tuneexperts]=1 [profile]=1) # which of two GPUs; the others, and all where there is one: 0
+declare -A ON=([bench]=1 [tests]=1 [prepare]=1 [tune]=1 [tunemany]=1 [tuneexperts]=1 [profile]=1 [trace]=1) # which of two GPUs; the others, and all where there is one: 0
 declare -A CORES=() # where there are many
 rest=0-$(($(nproc) - 1))
 [ "$(nproc)" -eq 16 ] && CORES=([parity]=0-8 [start]=9-14 [quality]=0-9 [small]=12-15 [smollm2]=10-11 [mpq]=10-11 [prepare]=0-11 [bench]=0-11 [testtorch]=0-11)

@@ -100,7 +100,7 @@ def sanitized(
     gpu: the one that the command sees; None: as this process does.
     """
     command = ["compute-sanitizer", "--tool", tool, "--print-limit", "20", "--error-exitcode", "9", *command]
-    # a thread each: numpy's and torch's of 28 processes were a load of 130 on 32 cores, and nothing was through
+    # a thread each: numpy's and torch's of 28 processes were a load of 130 on 32 cores, and none was through
     environment = os.environ | {"MLXQ_NVRTC_OPTIONS": OPTIONS[tool], "OMP_NUM_THREADS": "1"}
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
@@ -174,7 +174,9 @@ def main() -> int:
         todo = [name for name in names if found.get(name, {}).get("said") != "clean"]
         step = TOGETHER[tool]
         wanted += [(n, tool, todo[n : n + step]) for n in range(0, len(todo), step)]
-    wanted = [part for _, *part in sorted(wanted, key=lambda w: w[0])]  # the tools by turns, as they are given
+    wanted = [
+        part for _, *part in sorted(wanted, key=lambda w: w[0])
+    ]  # the tools by turns, as they are given
 
     def process(tool: str, part: list[str]):
         left = min(args.each, end - time.monotonic())

@@ -548,7 +548,8 @@ def stream_tunings(
     wide = 8 * STREAM_REGISTERS * bits  # bytes whose x fills the registers of 8 warps
     small = tiles <= 2 * multiprocessors
     if row_bytes > 2 * wide:
-        best = 16, 64 if bits == 8 else 128, AHEAD[bits], 1, 1, 2, 16, -(-row_bytes // (2 * wide))
+        ranks = -(-row_bytes // (2 * wide))
+        best = (*((14, 64) if bits == 8 else (16, 128)), AHEAD[bits], 1, 1, 2, 16, ranks)
     elif row_bytes > wide:
         best = {
             2: (8, 128, 32, 1, 1, 8, 32, 2),

@@ -4,14 +4,17 @@
 //   words    u32  (N, K * BITS / 32)    scales, biases  S (N, K / GROUP), S_TYPE 0 float32, 1 float16, 2 bfloat16
 //   y        X    (M, N)
 //
-//   tile     ROWS of W, 16 or 32; blocks are persistent and take tiles blockIdx.x, + gridDim.x, ...
+//   tile     ROWS of W, 16, 32 or 64; blocks are persistent and take tiles blockIdx.x, + gridDim.x, ...
 //   stage    the rows x WARPS * SEGMENT bytes of words, one copy of a box (128 bytes, ROWS, columns of 128 bytes) whose
 //            16-byte pieces are swizzled (eight rows x four lanes: no bank twice), in a ring of DEPTH; the tile's scales
 //            and biases come with its first stage into a ring of their own. One copy at a time: each takes the engine
 //            some 40 ns however small it is, and 48 of them a stage (a row each) were the first version's time
 //   warps    WARPS multiply: warp w has bytes w * SEGMENT .. of every stage, so its part of x is the same for every tile and
-//            stays in registers: 2 * SEGMENT * 8 / BITS / 16 a stage, whatever M is. One more adds the warps' sums up, in
-//            their order, when a tile is through, and writes y; another asks for a stage as soon as its place is free
+//            stays in registers: 2 * SEGMENT * 8 / BITS / 16 a stage, whatever M is. Three more, on three schedulers: one
+//            asks for stages, one has the biases' product, one adds all sums up, in their order, when a tile is through, and
+//            writes y. As one warp they were late, and what runs beside its scheduler's two warps sets the pace of all
+//   ahead    at most AHEAD stages are asked for and not there yet: enough to keep the memory busy. What is asked for beyond
+//            that stands in x's way, which comes last and is wanted first
 //   x        at 8 bits comes in whole lines of memory, eight lanes each, and is turned in shared memory to what the lanes want:
 //            32 bytes a row at a time took the memory twice as long. At 4 and 2 bits (64, 128 bytes) that gained nothing
 //   sums     a warp's ROWS x 8 sums of a tile go to one of BUFFERS places, as its lanes have them
@@ -20,7 +23,7 @@
 //   unit     the codes of a warp's stage with one scale; products of TOGETHER units (of 16 rows each) are interleaved, for
 //            each of a unit's waits for the one before
 //   biases   times the sums of x over groups: where biases and x are bfloat16 a product of its own, 16 groups a step, by the
-//            warp that writes y (the sums in three parts, 24 bits, as its lanes need them); else each warp's, unit by unit
+//            warp of its own (the sums in three parts, 24 bits, as its lanes need them); else each warp's, unit by unit
 //
 // GROUPED: x is sorted by experts, groups[] says whose rows every eight of it are, rows[] where in y they belong (experts.cu);
 // words, scales and biases of all experts are one tall tensor. A tile is ROWS of W for one of groups, and a cluster has a
