@@ -118,14 +118,16 @@ def test_only_what_passed_with_nothing_found_is_clean_and_each_finding_has_its_t
     assert run("--tools", "racecheck", "-k", "one")[0] == 0 and run.log.exists()
 
 
-@pytest.mark.parametrize("visible, seen", [(None, {"0", "1"}), ("1", {"1"})])
+@pytest.mark.parametrize("visible, seen", [(None, {"0", "1"}), ("1", {"1"}), ("2,0", {"2", "0"})])
 def test_several_gpus_take_turns(run, monkeypatch, tmp_path, visible, seen):
-    (tmp_path / "bin/nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: A (UUID: 1)\nGPU 1: A (UUID: 2)'\n")
+    listed = "GPU 0: A (UUID: 1)\nGPU 1: A (UUID: 2)" + "\nGPU 2: B (UUID: 3)" * (visible is not None)
+    (tmp_path / "bin/nvidia-smi").write_text(f"#!/bin/sh\necho '{listed}'\n")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     code, result = run("-k", "one")
-    assert code == 0 and result["gpu"] == ("GPU 0: A" if visible else "GPU 0: A, GPU 1: A")
+    names = {None: "GPU 0: A, GPU 1: A", "1": "GPU 1: A", "2,0": "GPU 2: B, GPU 0: A"}
+    assert code == 0 and result["gpu"] == names[visible]
     assert set(re.findall(r" on (\w+);", run.log.read_text())) == seen
 
 

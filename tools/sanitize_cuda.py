@@ -85,15 +85,17 @@ def selected(tests: Path, expression: str) -> list[str]:
     return [name for *_, name in sorted(turns)]
 
 
-def gpus() -> list[str]:
-    """As nvidia-smi names those that may be used, "GPU 0: NVIDIA H200"."""
+def gpus() -> dict[str, str]:
+    """{number: "GPU 0: NVIDIA H200"} of those that may be used."""
     said = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-    found = [line.split(" (UUID")[0].strip() for line in said.splitlines() if line.startswith("GPU ")]
-    return found[:1] if "CUDA_VISIBLE_DEVICES" in os.environ else found
+    lines = [line.split(" (UUID")[0].strip() for line in said.splitlines() if line.startswith("GPU ")]
+    found = {line.split(":")[0].removeprefix("GPU "): line for line in lines}
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(found)).split(",")
+    return {number: found.get(number, f"GPU {number}") for number in chosen if number}
 
 
 def sanitized(
-    tool: str, command: list[str], seconds: float, gpu: int | None = None
+    tool: str, command: list[str], seconds: float, gpu: str | None = None
 ) -> tuple[int | None, int | None, str]:
     """(exit code, or None after so many seconds; what the tool counted, or None; all that was said).
 
@@ -103,7 +105,7 @@ def sanitized(
     # a thread each: numpy's and torch's of 28 processes were a load of 130 on 32 cores, and none was through
     environment = os.environ | {"MLXQ_NVRTC_OPTIONS": OPTIONS[tool], "OMP_NUM_THREADS": "1"}
     if gpu is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
     heard = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, **heard, env=environment, start_new_session=True) as running:
         try:
@@ -115,7 +117,7 @@ def sanitized(
     return code, int(counted[-1]) if counted else None, said
 
 
-def look(tool: str, tests: Path, names: list[str], seconds: float, gpu: int | None) -> dict[str, dict]:
+def look(tool: str, tests: Path, names: list[str], seconds: float, gpu: str | None) -> dict[str, dict]:
     """{test: {said, seconds}}; said is None where several tests are not all clean: each has to run alone."""
     command = [sys.executable, "-m", "pytest", "-v", "-rA", "--tb=short", "-p", "no:cacheprovider"]
     begin = time.monotonic()
@@ -159,8 +161,8 @@ def main() -> int:
         raise SystemExit("no compute-sanitizer in PATH; it comes with the CUDA toolkit")
     version = subprocess.run(["compute-sanitizer", "--version"], capture_output=True, text=True).stdout
     devices = gpus()
-    result["sanitizer"], result["gpu"] = version.strip().splitlines()[-1], ", ".join(devices)
-    turns = itertools.cycle(range(len(devices)) if len(devices) > 1 else [None])
+    result["sanitizer"], result["gpu"] = version.strip().splitlines()[-1], ", ".join(devices.values())
+    turns = itertools.cycle(devices if len(devices) > 1 else [None])
     for tool in args.tools:
         _, counted, said = sanitized(tool, [sys.executable, "-c", PLANTED.replace("TOOL", tool)], args.each)
         result["planted"][tool] = counted

@@ -540,10 +540,10 @@ def stream_tunings(
 ) -> list[tuple]:
     """Ways to run qmv_stream.cu, of which the first that serves is taken: what was best on an H200 first.
 
-    (warps, bytes of a row in a warp's part of a stage, KiB of words that are asked for before they come,
-    blocks that fit a multiprocessor, blocks that are started for each, units whose products are interleaved,
-    rows of a tile, ranks). Fewer warps than were best come first where more would leave more of the last
-    stage without columns. Grouped: x is loaded anew for each group of rows.
+    (warps, bytes of a row in a warp's part of a stage, KiB of words asked for before they come (whole stages,
+    one at least), blocks that fit a multiprocessor, blocks that are started for each, units whose products
+    are interleaved, rows of a tile, ranks). Fewer warps than were best come first where more would leave more
+    of the last stage without columns. Grouped: x is loaded anew for each group of rows.
     """
     wide = 8 * STREAM_REGISTERS * bits  # bytes whose x fills the registers of 8 warps
     small = tiles <= 2 * multiprocessors
@@ -554,7 +554,7 @@ def stream_tunings(
         best = {
             2: (8, 128, 32, 1, 1, 8, 32, 2),
             4: (8, 64, 40, 1, 1, 4, 16, 2),
-            8: (8, 64, 44, 1, 1, 4, 16, 2),
+            8: (8, 64, 40, 1, 1, 4, 16, 2),
         }[bits]
     elif grouped:
         best = 8, 128, AHEAD[bits], 1, 1, 2, 16, 1
@@ -608,7 +608,7 @@ def _stream_shape(tuning: tuple, N, K, fmt, x_type: str, s_type: str, gpu: dict,
     if (
         ranks > 8
         or warps * segment % 128
-        or segment % 64
+        or segment not in (64, 128)
         or unit * fmt.bits < 128
         or stages * segment // fmt.bits > STREAM_REGISTERS
         or part_bytes * 8 // fmt.bits % fmt.group_size

@@ -153,7 +153,7 @@ qmv_stream(const char* x, const __grid_constant__ TensorMap words, const __grid_
   const u32 base = shared_address(shared);
   const u32 full = shared_address(x_sums + ALL_UNITS * 8);
   const u32 empty = full + 8 * DEPTH, summed = empty + 8 * DEPTH, taken = summed + 8 * BUFFERS;
-  const u32 biased = taken + 8 * PLACES, used = biased + 8 * SCALE_DEPTH;  // biases that are there, and that y has
+  const u32 biased = taken + 8 * PLACES, used = biased + 8 * SCALE_DEPTH;  // biases that are there, and whose product is made
   if (threadIdx.x == (WARPS + 1) * 32) {
     tensor_expected(words), tensor_expected(scales), tensor_expected(biases);
     for (int i = 0; i < DEPTH; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, WARPS * ARRIVALS);
