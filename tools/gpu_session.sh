@@ -26,6 +26,7 @@
 # and a later call's last stage, `collect=SECONDS`, waits for all lanes begun so far, keeping $OUT/results.tar.gz
 # up to date until then. With two GPUs each stage has one of them (ON, below); nccl and sanitize have both. With 16 cores, or 32
 # and more, the stages that compute on the CPU have cores of their own (CORES, below).
+#   caches    gives back what was compiled, as caches.tar.xz: another session may carry it
 #   sanitize  tools/sanitize_cuda.py: compute-sanitizer's memcheck and racecheck over some of tests/test_cuda.py
 #   amx      tests/test_q8mm.py and tools/amx_device_check.sh: the AMX families beside AVX-512; needs g++
 #   w8a8     tools/eval_w8a8.py, on the CPU: KL and tokens a second beside W8A16; after model
@@ -64,6 +65,7 @@ sanitize() { # what is clean in $WORK/sanitize.json, of an earlier call, is not 
     cp "$WORK/sanitize.json" "$OUT/"
     return "$code"
 }
+caches() { tar -I 'xz -T0 -2' -cf "$OUT/caches.tar.xz" -C "$WORK" cache/cuda && ls -l "$OUT/caches.tar.xz"; }
 prepare() { "$PYTHON" "$REPO/tools/bench_cuda.py" --prepare; }
 tune() { "$PYTHON" "$REPO/tools/tune_cuda.py" --out "$OUT/tuning.json" ${TUNE:---limit 45}; }
 tunemany() { "$PYTHON" "$REPO/tools/tune_many.py" --out "$OUT/tuning-many.json" ${TUNEMANY:---limit 60}; }
@@ -164,7 +166,7 @@ w8a8() {
 }
 
 # seconds that a stage may take (in all the calls of a machine together it is less: LIMIT_stage=...); a call of the device machine ends after 600
-declare -A LIMIT=([setup]=90 [tests]=250 [testtorch]=150 [bench]=270 [small]=480 [model]=90 [mpq]=420 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [sanitize]=560 [tune]=120 [tunemany]=150 [tuneexperts]=150 [profile]=60 [trace]=60 [prepare]=150 [quiet]=500 [start]=240 [parity]=300 [mixed]=540 [chat]=480 [amx]=240 [w8a8]=200 [quality]=900)
+declare -A LIMIT=([setup]=90 [tests]=250 [testtorch]=150 [bench]=270 [small]=480 [model]=90 [mpq]=420 [mpqcpu]=450 [smollm2]=520 [smollm2cpu]=530 [nccl]=90 [sanitize]=560 [tune]=120 [tunemany]=150 [tuneexperts]=150 [profile]=60 [trace]=60 [caches]=30 [prepare]=150 [quiet]=500 [start]=240 [parity]=300 [mixed]=540 [chat]=480 [amx]=240 [w8a8]=200 [quality]=900)
 if [ "${1:-}" = --stage ]; then
     "$2"
     exit
