@@ -165,6 +165,17 @@ STREAM_DEFECTS = {  # (case, what stands there, what then does) or (case, other 
         "",
     ),
     "sums written before they were taken": (ALONE, "barrier_wait(taken + 8 * place, (round - 1) & 1);", ""),
+    "y before the biases' product": (ALONE, "(WARPS + MATRIX_BIASES) * ARRIVALS", "WARPS * ARRIVALS"),
+    "x of a line before all lanes have it": (
+        STREAM_CASES[8],
+        "        __syncwarp();\n#pragma unroll\n        for (int w = 0; w < 4; w++) {",
+        "#pragma unroll\n        for (int w = 0; w < 4; w++) {",
+    ),
+    "a line written over before it is read": (
+        STREAM_CASES[8],
+        "        }\n        __syncwarp();\n      }\n#else",
+        "        }\n      }\n#else",
+    ),
     "no wait for the sums of x": (ALONE, "all_sync((WARPS + 1) * 32);", ""),
     "swizzled wrongly": (ALONE, "lane / 16) ^ lane % 8) * 16;", "lane / 16)) * 16;"),
     "scales' ring too short": (STREAM_CASES[4], {"SCALE_DEPTH": 1}),
