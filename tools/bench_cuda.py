@@ -48,6 +48,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -433,6 +434,12 @@ def rotated_bytes(l2_bytes: int) -> int:
 
 def copies(rotated: int, nbytes: int) -> int:
     return max(3, min(64, -(-rotated // nbytes)))
+
+
+def rotated_weights(torch, fmt, N: int, K: int, rotated: int, experts=()) -> list:
+    """As many random weights as are `rotated` bytes together."""
+    nbytes = math.prod(experts) * (N * K * fmt.bits // 8 + N * K // fmt.group_size * 4)
+    return [random_weight(torch, fmt, N, K, experts=experts) for _ in range(copies(rotated, nbytes))]
 
 
 def check_and_time(torch, row: dict, make, call, y, expected, most: float, again: int = 1) -> list:

@@ -20,27 +20,26 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import functools
 import statistics
 import sys
 from unittest import mock
 
 import bench_cuda as bench
+import tune_cuda
 
 from mlxq.format import Format
 
 CELLS = ("2:8:28672x8192", "2:1:28672x8192", "2:8:14336x4096", "8:8:28672x8192")
-TYPES = "bfloat16", "bfloat16"
 WARPS = ("multiplies", "asks", "y")
 PLACES = 62  # for clocks, of each warp; then its globaltimer at the start and at the end
 BLOCKS = 600
-STATE = """__device__ u64 trace_[3][600][64];
-__device__ __forceinline__ void mark(int who, int at) {
-  if (at < 62) trace_[who][blockIdx.x][at] = clock64();
-}
-__device__ __forceinline__ void mark_time(int at) {
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(trace_[2][blockIdx.x][at]));
-}
+STATE = f"""__device__ u64 trace_[{len(WARPS)}][{BLOCKS}][{PLACES + 2}];
+__device__ __forceinline__ void mark(int who, int at) {{
+  if (at < {PLACES}) trace_[who][blockIdx.x][at] = clock64();
+}}
+__device__ __forceinline__ void mark_time(int at) {{
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(trace_[{WARPS.index("y")}][blockIdx.x][{PLACES} + at]));
+}}
 """
 # what stands in the kernel: what comes before it, and behind it
 MARKS = {
@@ -52,7 +51,7 @@ MARKS = {
         "",
     ),
     "    predecessor_done();  // the kernel before may still read what y is now\n": (
-        "    int step = 0;\n    if (lane == 0) mark_time(62), mark(2, 0);\n",
+        "    int step = 0;\n    if (lane == 0) mark_time(0), mark(2, 0);\n",
         "    if (lane == 0) mark(2, 1);\n",
     ),
     "        barrier_wait(summed + 8 * buffer, this_round & 1);\n": (
@@ -64,7 +63,7 @@ MARKS = {
         "        if (lane == 0) mark(2, 4 + 3 * step++);\n",
     ),
     "    if (RANKS > 1) cluster_ends(), cluster_wait();  // nobody": (
-        "    if (lane == 0) mark_time(63);\n",
+        "    if (lane == 0) mark_time(1);\n",
         "",
     ),
     "  predecessor_done();\n  dependents_may_start();\n  int slot = 0, round = 0,": (
@@ -118,12 +117,9 @@ def clocks_of(launch, shape: dict) -> list[list[list[int]]]:
     cuda._check(driver.cuFuncGetModule(ctypes.byref(module), launch.function), "the kernel's module")
     found = driver.cuModuleGetGlobal_v2(ctypes.byref(at), ctypes.byref(size), module, b"trace_")
     cuda._check(found, "where the marks are")
-    host = (ctypes.c_uint64 * (len(WARPS) * BLOCKS * 64))()
+    host = (ctypes.c_uint64 * (PLACES + 2) * BLOCKS * len(WARPS))()
     cuda._check(driver.cuMemcpyDtoH_v2(host, at, ctypes.c_size_t(ctypes.sizeof(host))), "reading the marks")
-    return [
-        [[*host[(w * BLOCKS + b) * 64 : (w * BLOCKS + b + 1) * 64]] for b in range(shape["grid_x"])]
-        for w in range(len(WARPS))
-    ]
+    return [[[*block] for block in blocks[: shape["grid_x"]]] for blocks in host]
 
 
 def report(cell: str, tuning: tuple | None) -> None:
@@ -133,40 +129,41 @@ def report(cell: str, tuning: tuple | None) -> None:
 
     bits, M, shape = cell.split(":")
     (bits, M), (N, K) = (int(bits), int(M)), map(int, shape.split("x"))
-    nbytes = N * K * bits // 8 + N * K // bench.GROUP_SIZE * 4
-    rotated = bench.rotated_bytes(torch.cuda.get_device_properties(0).L2_cache_size)
-    ws = [
-        bench.random_weight(torch, Format(bits, bench.GROUP_SIZE), N, K)
-        for _ in range(bench.copies(rotated, nbytes))
-    ]
-    x = torch.randn(M, K, device="cuda").bfloat16()
-    y = torch.empty(M, N, device="cuda", dtype=torch.bfloat16)
+    device, source = torch.cuda.current_device(), cuda._source
+    gpu = cuda._device(device)
+    tuning = tuning or tune_cuda.table_of(bits, M, N, K, gpu)
+    made = tune_cuda.shape_of("qmv_stream", tuning, bits, M, N, K, gpu)
+    if made is None or made["grid_x"] > BLOCKS:
+        raise SystemExit(f"trace_cuda: qmv_stream.cu does not serve {cell} as {tuning}")
+    rotated = bench.rotated_bytes(torch.cuda.get_device_properties(device).L2_cache_size)
+    ws = bench.rotated_weights(torch, Format(bits, bench.GROUP_SIZE), N, K, rotated)
+    x = torch.randn(M, K, device=bench.DEVICE).bfloat16()
+    y = torch.empty(M, N, device=bench.DEVICE, dtype=torch.bfloat16)
     expected = x.double() @ bench.float64_weight(torch, ws[0]).T
-    tunings = (lambda *a: [tuning]) if tuning else cuda.stream_tunings
-    times, source = [], cuda._source
+
+    def make():
+        with tune_cuda.forced("qmv_stream", tuning):
+            return [tune_cuda.launch_of(cuda, "qmv_stream", device, w, M) for w in ws]
+
+    def call(launch):
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        launch(stream, x.data_ptr(), y.data_ptr(), early=gpu["early"])
+
+    times = []
     for text in (source, lambda name: marked(source(name)) if name == "qmv_stream.cu" else source(name)):
-        with mock.patch.object(cuda, "_source", text), mock.patch.object(cuda, "stream_tunings", tunings):
-            cuda._kernel.cache_clear()
-            made = cuda.stream_shape(M, N, K, ws[0].format, *TYPES, cuda._device(0))
-            if made is None or made["grid_x"] > BLOCKS:
-                raise SystemExit(f"trace_cuda: qmv_stream.cu does not serve {cell} so")
-            pointers = [[a.data_ptr() for a in (w.words, w.scales, w.biases)] for w in ws]
-            launches = [cuda._stream(0, p, M, N, K, ws[0].format, *TYPES) for p in pointers]
-        stream = torch._C._cuda_getCurrentRawStream
-
-        def call(launch, stream=stream):
-            launch(stream(0), x.data_ptr(), y.data_ptr(), early=True)
-
-        call(launches[0])
-        error = float((y.double() - expected).norm() / expected.norm())
-        if not error < bench.ERROR_LIMIT["qmv_stream"]:
-            raise SystemExit(f"trace_cuda: {cell} is wrong by {error:.1e}")
-        times.append(bench.microseconds(torch, [functools.partial(call, one) for one in launches]))
-    cuda._kernel.cache_clear()
+        row = {"us": None}
+        cuda._kernel.cache_clear()
+        with mock.patch.object(cuda, "_source", text):
+            limit = bench.ERROR_LIMIT["qmv_stream"]
+            launches = bench.check_and_time(torch, row, make, call, y, expected, limit)
+        cuda._kernel.cache_clear()
+        if row["us"] is None:
+            raise SystemExit(f"trace_cuda: {cell}: {row['failed']}")
+        times.append(row["us"])
     torch.cuda.synchronize()
     found = clocks_of(launches[-1], made)
     begin = [block[0] for block in found[WARPS.index("y")]]
-    starts, ends = ([block[at] / 1e3 for block in found[WARPS.index("y")]] for at in (62, 63))
+    starts, ends = ([block[at] / 1e3 for block in found[WARPS.index("y")]] for at in (PLACES, PLACES + 1))
     print(f"{cell}: {times[0]:.2f} us, with marks {times[1]:.2f}; {made['grid_x']} blocks, {made['defines']}")
     print(f"  begin {max(starts) - min(starts):.1f} us apart, end {max(ends) - min(ends):.1f} us apart")
     for warp, blocks in zip(WARPS, found, strict=True):

@@ -167,10 +167,8 @@ def main() -> int:
             print("the limit is reached", flush=True)
             break
         if (bits, N, K) not in weights:
-            nbytes = N * K * bits // 8 + N * K // bench.GROUP_SIZE * 4
-            copies = bench.copies(rotated, nbytes)
             fmt = Format(bits, bench.GROUP_SIZE)
-            weights[bits, N, K] = [bench.random_weight(torch, fmt, N, K) for _ in range(copies)]
+            weights[bits, N, K] = bench.rotated_weights(torch, fmt, N, K, rotated)
         ws = weights[bits, N, K]
         x = torch.randn(M, K, device="cuda").bfloat16()
         y = torch.empty(M, N, device="cuda", dtype=torch.bfloat16)

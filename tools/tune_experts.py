@@ -225,11 +225,8 @@ def main() -> int:
             skipped.append(cell)
             continue
         if bits not in weights:
-            nbytes = bench.EXPERTS * (N * K * bits // 8 + N * K // bench.GROUP_SIZE * 4)
-            fmt, copies = Format(bits, bench.GROUP_SIZE), bench.copies(rotated, nbytes)
-            weights[bits] = [
-                bench.random_weight(torch, fmt, N, K, experts=(bench.EXPERTS,)) for _ in range(copies)
-            ]
+            fmt = Format(bits, bench.GROUP_SIZE)
+            weights[bits] = bench.rotated_weights(torch, fmt, N, K, rotated, (bench.EXPERTS,))
         one = Cell(torch, cell, weights[bits])
         found = one.run()
         every += one.rows

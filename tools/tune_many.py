@@ -451,11 +451,8 @@ def main() -> int:
             skipped.append(cell)
             continue
         if (bits, N, K) not in weights:
-            nbytes = N * K * bits // 8 + N * K // bench.GROUP_SIZE * 4
             fmt = Format(bits, bench.GROUP_SIZE)
-            weights[bits, N, K] = [
-                bench.random_weight(torch, fmt, N, K) for _ in range(bench.copies(rotated, nbytes))
-            ]
+            weights[bits, N, K] = bench.rotated_weights(torch, fmt, N, K, rotated)
         one = Cell(torch, cell, weights[bits, N, K])
         found = one.run(clusters)
         every += one.rows

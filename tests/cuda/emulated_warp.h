@@ -26,8 +26,7 @@ inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct TensorMap { char* pointer; int rank; uint64_t sizes[3], strides[2]; uint32_t box[3]; int swizzle; };
 namespace emu {
-constexpr int ALL = WARPS + 2 + (X_TYPE == 2 && S_TYPE == 2), THREADS = ALL * 32;  // warps
-
+constexpr int ALL = WARPS + 2 + (X_TYPE == 2 && S_TYPE == 2), THREADS = ALL * 32;
 struct Dim { unsigned x, y, z; };
 struct Fiber { ucontext_t context; std::vector<char> stack; bool done, arrived; Dim thread, block; int rank, turn; long phase; };
 struct Meeting { int count = 0; long generation = 0; };
