@@ -289,7 +289,8 @@ def cuda_run(monkeypatch, tmp_path):
     from mlxq.ops import cuda
 
     def launch(name):
-        return types.SimpleNamespace(name=name)
+        started = {"start": lambda *arguments: None, "config_at": 1, "function": 2, "pointers": 3}
+        return types.SimpleNamespace(name=name, **started)
 
     def qmm(x, w, transpose=True):
         plans = w.__dict__.setdefault("_cuda_plans", {})
@@ -353,6 +354,8 @@ def test_a_wrong_answer_or_a_failing_peer_of_a_cuda_run_costs_only_itself(cuda_r
     assert set(right["missing"]) == {"humming", "tinygemm"} and len(result["failures"]) >= 3
     assert rows["qmm_n", "", 2, 8, 64, 128]["peers"]["forward"] == 2.0
     assert rows["gather_qmm", "decode, sorted", 4, 8, 64, 128]["kernel"] == "qmm"
+    host = rows["host", "a call of ops.qmm", 4, 1, 64, 128]
+    assert host["peers"] == {"driver_start": 3.0, "torch_mm": 3.0}
     assert {b["what"]: b["measured"] for b in result["bars"]}["rows with a wrong answer"] == 1
 
 

@@ -30,6 +30,7 @@ Rows of the JSON
     limit_us    null for host
     rel_err     and error_limit: a row above it counts as failed
     peers       {name: us}          peer_errors  {name: relative error}
+                of host: torch_mm, and driver_start, what cuLaunchKernelEx takes of the call
     missing     {name: why this peer has no time here}
     failed      null, or what went wrong with our product
 failures: what installed peers threw; broken: what broke the GPU's context or hung; skipped: cells for which
@@ -867,9 +868,17 @@ class Run:
             kernel, _ = self.kernel_of(w, x)
             if self.judged(row, kernel, relative(y, x.double() @ float64_weight(torch, w).T)):
                 row["us"] = host_microseconds(torch, functools.partial(ops.qmm, x, w))
+                row["peers"]["driver_start"] = self.start_microseconds(w, x)
         half = torch.randn(cell.N, cell.K, device=DEVICE).half()
         row["peers"]["torch_mm"] = host_microseconds(torch, functools.partial(torch.mm, x.half(), half.T))
         self.finish(row)
+
+    def start_microseconds(self, w, x) -> float:
+        """What the driver alone takes of a call: the same kernel started again with the arguments it has."""
+        launch = w.__dict__["_cuda_plans"][x.shape, x.dtype, True].launch
+        _y = self.cuda.qmm(x, w)  # what it writes to
+        start = functools.partial(launch.start, launch.config_at, launch.function, launch.pointers, None)
+        return host_microseconds(self.torch, start)
 
     def all(self, wanted: list[Cell]) -> int:
         run = {"qmm": self.product, "qmm_n": self.product, "q8mm": self.int8}

@@ -46,7 +46,7 @@ STREAM = [
     (14, 128, 1, 1, 2, 16, 2),
     (14, 64, 1, 1, 4, 16, 2),
 ]
-AHEAD = {2: (16, 24, 32, 64), 4: (24, 32, 40, 48), 8: (40, 48, 56, 64)}  # KiB
+AHEAD = {2: (16, 24, 32, 48), 4: (24, 32, 40, 48), 8: (40, 48, 56, 64)}  # KiB
 SHAPES = (bench.MAIN_SHAPES[1], bench.MAIN_SHAPES[0], bench.LONG_SHAPE, bench.MAIN_SHAPES[2])
 TYPES = "bfloat16", "bfloat16"
 

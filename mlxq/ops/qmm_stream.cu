@@ -347,11 +347,25 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
     const u32 own = base + W_RING + half * W_HALF + (flat ^ (flat >> 7 & (BITS - 1)) << 4);  // row `lane` of a stage
     const char* const of_groups = shared + S_RING + half * S_HALF + t * 32 + out / GROUP * 8;
 #endif
+    // Where weights are unpacked from scales in any order, all must be there before a stage is given back: they are when they
+    // have been multiplied. To look at every one before the product cost 1 us of 35.
+    constexpr bool LATE = W_TURNED && BUFFERS == 1;
     u32 left[BUFFERS][16];
     const u32 never = u32(M) >> 31;
     int w_slot = 0, w_parity = 0, s_slot = 0, s_parity = 0, x_slot = 0, x_parity = 0;
+    const auto scale_step = [&](int step, int in_w) { return (W_STEPS % S_STEPS ? step : in_w) & (S_STEPS - 1); };
+    auto give_back = [&](u32 read, int in_w, int in_s) {  // words and scales to the copy engine
+      if (in_w == W_STEPS - 1) {
+        if (lane < ARRIVALS) barrier_arrive_after(read, never, w_empty + 8 * w_slot);
+        if (++w_slot == W_STAGES) w_slot = 0, w_parity ^= 1;
+      }
+      if (in_s == S_STEPS - 1) {
+        if (lane < ARRIVALS) barrier_arrive_after(read, never, s_empty + 8 * s_slot);
+        if (++s_slot == S_STAGES) s_slot = 0, s_parity ^= 1;
+      }
+    };
     auto unpack = [&](u32* to, int step, int in_w) {
-      const int in_s = (W_STEPS % S_STEPS ? step : in_w) & (S_STEPS - 1);
+      const int in_s = scale_step(step, in_w);
       if (in_w == 0) barrier_wait(w_full + 8 * w_slot, w_parity);
       if (in_s == 0 || (W_STEPS % S_STEPS && step == begin)) barrier_wait(s_ready + 8 * s_slot, s_parity);
       const char* const w_stage = shared + W_RING + w_slot * W_STAGE + half * W_HALF;
@@ -416,19 +430,13 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
       }
 #endif
       __syncwarp();
+      if (LATE) return;
       u32 read = to[0] | to[15];  // of the first and the last that was asked for
 #if W_TURNED  // of all: the compiler asks for scales in any order
 #pragma unroll
       for (int i = 1; i < 15; i++) read |= to[i];
 #endif
-      if (in_w == W_STEPS - 1) {
-        if (lane < ARRIVALS) barrier_arrive_after(read, never, w_empty + 8 * w_slot);
-        if (++w_slot == W_STAGES) w_slot = 0, w_parity ^= 1;
-      }
-      if (in_s == S_STEPS - 1) {
-        if (lane < ARRIVALS) barrier_arrive_after(read, never, s_empty + 8 * s_slot);
-        if (++s_slot == S_STAGES) s_slot = 0, s_parity ^= 1;
-      }
+      give_back(read, in_w, in_s);
     };
     auto multiply = [&](const u32* from) {
       barrier_wait(x_ready + 8 * x_slot, x_parity);
@@ -459,6 +467,7 @@ qmm_stream(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tens
         } else {
           wgmma_wait<0>(sums);
           multiplied(left[0], x_slot);
+          if (LATE) give_back(0, in_w, scale_step(step, in_w));
         }
         if (++x_slot == X_STAGES) x_slot = 0, x_parity ^= 1;
       }
