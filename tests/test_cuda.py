@@ -2,12 +2,14 @@
 
 import contextlib
 import functools
+import gc
 import itertools
 import re
 import sys
 import threading
 import time
 import types
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -579,6 +581,42 @@ def test_products_in_parts_that_follow_each_other_keep_their_sums_apart(M, monke
     assert not wrong
 
 
+def test_threads_that_have_not_used_the_gpu_yet_make_every_product():
+    """Such as autograd's own: neither a plan nor a moved x may want a context that the thread has not got."""
+    torch = torch_gpu()
+    fmt = Format(4, 64)
+    x, w = problem(fmt, 128, 1024, 4096, "bfloat16", "bfloat16")
+    _, experts = problem(fmt, 1, 256, 1024, "bfloat16", "bfloat16", experts=(6,))
+    back, rows = (torch.randn(shape, device="cuda").bfloat16() for shape in ((128, 1024), (8, 1, 1024)))
+    lhs, rhs = (torch.arange(40, device="cuda", dtype=torch.int32) % n for n in (8, 6))
+    codes = torch.randint(-9, 9, (30, 4096), device="cuda", dtype=torch.int8)
+    factors = torch.ones(30, device="cuda")
+    calls = {  # what is multiplied, and by what
+        "decode": (x[:3], ops.qmm),
+        "many rows": (x, ops.qmm),
+        "transpose=False": (back, lambda x, w: ops.qmm(x, w, transpose=False)),
+        "experts": (rows, lambda x, w: ops.gather_qmm(x, experts, lhs, rhs)),
+        "int8": (codes, lambda x, w: ops.q8mm(x, factors, w)),
+        "dequantize": (x, lambda x, w: ops.dequantize(w, "bfloat16")),
+    }
+
+    def anew() -> format.Packed:
+        return format.Packed(w.words, w.scales, w.biases, fmt)  # no plans yet
+
+    for name, (left, call) in calls.items():
+        found: list = []
+        moved, planned = [left.clone() for _ in range(3)], anew()
+        expected = call(left, planned)
+        torch.cuda.synchronize()
+        for at, weight in zip(moved, (anew(), planned, planned), strict=True):
+            thread = threading.Thread(
+                target=lambda x, w, call=call, found=found: found.append(call(x, w)), args=(at, weight)
+            )
+            thread.start()
+            thread.join()
+        assert len(found) == 3 and all(bool((y == expected).all()) for y in found), name
+
+
 def test_cupy_arrays_give_the_bits_of_torch_tensors():
     torch = torch_gpu()
     import cupy
@@ -889,6 +927,78 @@ def on_driver(monkeypatch, driver, kernel, at_once, empty) -> None:
     monkeypatch.setattr(cuda._Torch, "on", staticmethod(lambda device: contextlib.nullcontext()))
     monkeypatch.setattr(cuda._Torch, "stream", staticmethod(lambda device: 0))
     monkeypatch.setattr(cuda._Torch, "empty", staticmethod(empty))
+
+
+def test_a_driver_that_misses_a_context_is_asked_again_with_one(monkeypatch):
+    """As in a new thread: whatever it is asked first."""
+    bound, asked = [], []
+
+    def answer(name):
+        def call(*arguments):
+            asked.append(name)
+            return 0 if bound else cuda._INVALID_CONTEXT
+
+        return staticmethod(call)
+
+    about_kernels = "cuModuleLoadData cuFuncSetAttribute cuOccupancyMaxActiveClusters"
+    names = [*about_kernels.split(), "cuTensorMapEncodeTiled", "cuLaunchKernelEx"]
+    driver = type("Driver", (), {name: answer(name) for name in names})
+    driver.cuModuleGetFunction = staticmethod(lambda *a: 0)
+    runtime = types.SimpleNamespace(getDevice=lambda: 3, setDevice=bound.append, free=lambda pointer: None)
+    monkeypatch.setitem(sys.modules, "cupy", types.ModuleType("cupy"))
+    monkeypatch.setitem(sys.modules, "cupy.cuda", types.SimpleNamespace(runtime=runtime))
+    monkeypatch.setattr(cuda, "_driver", lambda: driver)
+    monkeypatch.setattr(cuda, "_device", lambda index: GPUS["sm_90a"])
+    monkeypatch.setattr(cuda, "cubin", lambda *a: b"")
+    kernel = cuda.Kernel(driver, None, 0)
+    about = cuda._TensorMap((64, 8), (64,), (64, 8), 128, "bytes")
+    calls = {
+        "cuModuleLoadData": lambda: cuda._kernel.__wrapped__(0, "qmv.cu", "qmv", (), 0),
+        "cuFuncSetAttribute": lambda: cuda._roomy_kernel(0, "qmm_stream.cu", "qmm_stream", {}, 0),
+        "cuOccupancyMaxActiveClusters": lambda: cuda._clusters_at_once(kernel, 128, 2),
+        "cuTensorMapEncodeTiled": lambda: setattr(about, "value", 1024),
+        "cuLaunchKernelEx": lambda: cuda._Launch(kernel, (1, 1, 1), 32, (), ())(0),
+    }
+    assert set(calls) == set(names)
+    for name, call in calls.items():
+        with monkeypatch.context() as patch:
+            if name == "cuFuncSetAttribute":
+                patch.setattr(cuda, "_kernel", lambda *a: kernel)
+            bound.clear(), asked.clear()
+            call()
+            assert bound == [3] and asked == [name, name], name
+
+
+def test_weights_do_not_outlive_their_plans(monkeypatch):
+    """Whoever drops a model has its memory back at once, not when Python next looks for cycles."""
+    torch = pytest.importorskip("torch", reason="needs the package torch")
+
+    class Driver:
+        cuLaunchKernelEx = cuTensorMapEncodeTiled = staticmethod(lambda *a: 0)  # noqa: N815
+
+    def kernel(device, file, function, flags, shared):
+        return cuda.Kernel(Driver, None, shared, function)
+
+    on_driver(monkeypatch, Driver, kernel, lambda *a: 66, lambda *a: None)
+    here = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, device=None, **k: here(*a, **k))
+    monkeypatch.setattr(torch, "device", lambda *a: None)
+    for name, answer in (("_cuda_getCurrentRawStream", 0), ("_cuda_getDevice", -1)):
+        monkeypatch.setattr(torch._C, name, lambda *a, answer=answer: answer, raising=False)
+    groups = torch.ones((64, 16), dtype=torch.bfloat16)
+    words = torch.zeros((64, 128), dtype=torch.int32).view(torch.uint32)
+    w = format.Packed(words, groups, groups, Format(4, 64))
+    x = torch.ones((2, 1024), dtype=torch.bfloat16)
+    for _ in range(3):
+        y = cuda.qmm(x, w)
+        assert y.shape == (2, 64) and y.dtype == torch.bfloat16 and y.is_contiguous()
+    gone = weakref.ref(words)
+    gc.disable()
+    try:
+        del w, words, groups
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_product_in_parts_has_a_workspace_and_what_adds_up_begins_early_behind_it(monkeypatch):

@@ -73,6 +73,23 @@ def _check(code: int, what: str) -> None:
         raise RuntimeError(f"{what}: {_error_text(_driver(), code)}")
 
 
+def _take_context() -> None:
+    """Gives this thread its current device's context: a new one has none yet, autograd's own among them."""
+    from cupy.cuda import runtime
+
+    runtime.setDevice(runtime.getDevice())
+    runtime.free(0)
+
+
+def _in_context(call, *arguments) -> int:
+    """What the driver answers; asked again if only the context was missing."""
+    code = call(*arguments)
+    if code == _INVALID_CONTEXT:
+        _take_context()
+        code = call(*arguments)
+    return code
+
+
 @functools.cache
 def _device(index: int) -> dict[str, int]:
     """Of a GPU: arch ("sm_90a"), multiprocessors, shared (bytes that a block may have)."""
@@ -163,7 +180,7 @@ def _kernel(device: int, file: str, function: str, flags: tuple[str, ...], share
     """A function of a kernel file, loaded on the current device, which is `device`."""
     driver, code = _driver(), cubin(file, flags)
     module, found = ctypes.c_void_p(), ctypes.c_void_p()
-    _check(driver.cuModuleLoadData(ctypes.byref(module), code), f"loading {file}")
+    _check(_in_context(driver.cuModuleLoadData, ctypes.byref(module), code), f"loading {file}")
     _check(driver.cuModuleGetFunction(ctypes.byref(found), module, function.encode()), f"{file}: {function}")
     if shared_bytes > 48 << 10:
         _check(driver.cuFuncSetAttribute(found, _FUNCTION_SHARED, shared_bytes), f"{file}: shared memory")
@@ -229,11 +246,8 @@ class _Launch:
             config.stream, config.count = stream, self.always + early
             code = self.start(self.config_at, self.function, self.pointers, None)
             if code:
-                if code == _INVALID_CONTEXT:  # a thread that has not used the GPU yet
-                    from cupy.cuda import runtime
-
-                    runtime.setDevice(runtime.getDevice())
-                    runtime.free(0)
+                if code == _INVALID_CONTEXT:
+                    _take_context()
                     code = self.start(self.config_at, self.function, self.pointers, None)
                 _check(code, "starting a kernel")
 
@@ -552,7 +566,7 @@ def stream_tunings(
         best = (*((14, 64) if bits == 8 else (16, 128)), AHEAD[bits], 1, 1, 2, 16, ranks)
     elif row_bytes > wide:
         best = {
-            2: (8, 128, 32, 1, 1, 8, 32, 2),
+            2: (8, 64, 32, 1, 1, 4, 32, 2),
             4: (8, 64, 40, 1, 1, 4, 16, 2),
             8: (8, 64, 40, 1, 1, 4, 16, 2),
         }[bits]
@@ -694,10 +708,8 @@ class _TensorMap:
     @value.setter
     def value(self, pointer: int) -> None:
         if pointer != self.pointer:
-            _check(
-                self.encode(*self.before, ctypes.c_void_p(pointer), *self.after),
-                "describing a tensor to the copy engine",
-            )
+            code = _in_context(self.encode, *self.before, ctypes.c_void_p(pointer), *self.after)
+            _check(code, "describing a tensor to the copy engine")
             self.pointer = pointer
 
 
@@ -1059,7 +1071,8 @@ def _clusters_at_once(kernel: Kernel, threads: int, ranks: int) -> int:
     """How many clusters of so many of the kernel's blocks its device holds at once; 0: none fits."""
     launch = _Launch(kernel, (ranks, 1, 1), threads, (), (), ranks)
     found = ctypes.c_int()
-    code = kernel.driver.cuOccupancyMaxActiveClusters(ctypes.byref(found), kernel.function, launch.config_at)
+    counted = kernel.driver.cuOccupancyMaxActiveClusters
+    code = _in_context(counted, ctypes.byref(found), kernel.function, launch.config_at)
     _check(code, "counting clusters")
     return found.value
 
@@ -1162,7 +1175,8 @@ def _many_launch(device: int, pointers, M: int, N: int, K: int, shape: dict, til
 def _roomy_kernel(device: int, file: str, function: str, defines: dict, shared: int) -> Kernel:
     """A kernel with as much shared memory as there is: else fewer blocks may fit than are meant to."""
     found = _kernel(device, file, function, options(_device(device)["arch"], defines), shared)
-    _check(found.driver.cuFuncSetAttribute(found.function, _FUNCTION_CARVEOUT, 100), "room for blocks")
+    code = _in_context(found.driver.cuFuncSetAttribute, found.function, _FUNCTION_CARVEOUT, 100)
+    _check(code, "room for blocks")
     return found
 
 
@@ -1280,7 +1294,7 @@ def qmm(x, w: format.Packed, transpose: bool = True):
     key = x.shape, x.dtype, transpose
     plan = plans.get(key)
     if plan is not None:
-        y = plan(x, w)
+        y = plan.call(plan, x, w)
         if y is not None:
             return y
     plan = plans[key] = _Product(x, w, transpose)
@@ -1324,7 +1338,8 @@ class _Product:
                     self.launch = _qmv(device, self.pointers, 1, M, *about, None)
         self.floats = getattr(self.launch, "floats", 0)  # of a workspace
         quick = self.launch is not None and side is _Torch
-        self.quick = self._quick(w.words, w.scales, w.biases) if quick else None
+        # a function of (plan, x, w), no method: a plan that holds itself would keep the weights
+        self.call = self._quick(w.words, w.scales, w.biases) if quick else _Product._checked
 
     def fits(self, x, w) -> bool:
         """Whether what the first call checked still holds, in as few looks as possible."""
@@ -1333,22 +1348,22 @@ class _Product:
             side.pointer(w.words), side.pointer(w.scales), side.pointer(w.biases)
         )  # fmt: skip
 
-    def __call__(self, x, w):
+    def _checked(self, x, w):
         """The product, or None if what the first call checked no longer holds."""
-        if self.quick is not None:
-            return self.quick(x, w)
         return self.run(x, w) if self.fits(x, w) else None
 
     def _quick(self, words, scales, biases):
-        """__call__ for torch with a kernel, all looked up beforehand: this is host time of each call."""
+        """_checked for torch with a kernel, all looked up beforehand: this is host time of each call."""
         torch = sys.modules["torch"]
-        device, shape, launch, pointers = self.device, self.shape, self.launch, self.pointers
+        device, launch, pointers = self.device, self.launch, self.pointers
         current_stream, current_device = torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDevice
         early_at_all = _device(device)["early"] and counts_versions(words, scales, biases)
-        empty, dtype, where = torch.empty, getattr(torch, self.x_type), torch.device("cuda", device)
-        versions, floats = None, self.floats
+        where, floats, versions = torch.device("cuda", device), self.floats, None
+        # one element in y's shape: another like it is made faster than by naming shape, dtype and device
+        like, another = torch.empty(1, dtype=getattr(torch, self.x_type), device=where), torch.empty_like
+        like = like.expand(self.shape)
 
-        def quick(x, w):
+        def quick(plan, x, w):
             nonlocal versions
             at = x.data_ptr()
             if (
@@ -1359,14 +1374,14 @@ class _Product:
             ):
                 return None
             if current_device() != device:
-                return self.run(x, w)
+                return plan.run(x, w)
             now = (words._version, scales._version, biases._version) if early_at_all else None
-            y = empty(shape, dtype=dtype, device=where)
+            y = another(like)
             # Early, before the kernel before it has ended, only if that one cannot have written the weights:
             # if they are what they were at the last call, whose kernel waited for all that came before it.
             early = early_at_all and now == versions
             if floats:
-                workspace = empty((floats,), dtype=torch.float32, device=where)
+                workspace = torch.empty((floats,), dtype=torch.float32, device=where)
                 launch(current_stream(device), at, y.data_ptr(), workspace.data_ptr(), early=early)
             else:
                 launch(current_stream(device), at, y.data_ptr(), early=early)
