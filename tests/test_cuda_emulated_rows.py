@@ -176,7 +176,7 @@ STREAM_DEFECTS = {  # (case, what stands there, what then does) or (case, other 
         "        }\n        __syncwarp();\n      }\n#else",
         "        }\n      }\n#else",
     ),
-    "no wait for the sums of x": (ALONE, "all_sync((WARPS + 1) * 32);", ""),
+    "no wait for the sums of x": (ALONE, "barrier_wait(summed_up, before & 1);", ""),
     "swizzled wrongly": (ALONE, "lane / 16) ^ lane % 8) * 16;", "lane / 16)) * 16;"),
     "scales' ring too short": (STREAM_CASES[4], {"SCALE_DEPTH": 1}),
     "no wait for the ranks' sums": (RANKED, "barrier_wait(summed + 8 * buffer, this_round & 1);", ""),
@@ -185,8 +185,8 @@ STREAM_DEFECTS = {  # (case, what stands there, what then does) or (case, other 
     "a rank begins before the others": (RANKED, "if (RANKS > 1 && !GROUPED) cluster_wait();", ""),
     "sums of x written anew before they are read": (
         GROUPED_CASES[0],
-        "start != first_tile) all_sync_again((WARPS + 1) * 32)",
-        "0)",
+        "barrier_wait(taken_up, (before - 1) & 1);",
+        "",
     ),
     "rows of the next expert": (GROUPED_CASES[0], "m < rows_of_x && n < N", "n < N"),
     "an expert for all": (

@@ -635,7 +635,7 @@ def _stream_shape(tuning: tuple, N, K, fmt, x_type: str, s_type: str, gpu: dict,
     clusters = max(1, min(started * gpu["multiprocessors"] // ranks, tiles))
     matrix_biases = x_type == s_type == "bfloat16"
     fixed = buffers * 32 * rows * ranks * (warps + matrix_biases) + units * 32
-    fixed += 8 * (buffers + ranks * buffers)
+    fixed += 8 * (buffers + ranks * buffers + 2)
     fixed += warps * 8 * 160 if fmt.bits == 8 else 0  # x, turned
     if matrix_biases:
         fixed += -(-units * unit // fmt.group_size // 16) * 768

@@ -154,12 +154,14 @@ qmv_stream(const char* x, const __grid_constant__ TensorMap words, const __grid_
   const u32 full = shared_address(x_sums + ALL_UNITS * 8);
   const u32 empty = full + 8 * DEPTH, summed = empty + 8 * DEPTH, taken = summed + 8 * BUFFERS;
   const u32 biased = taken + 8 * PLACES, used = biased + 8 * SCALE_DEPTH;  // biases that are there, and whose product is made
+  const u32 summed_up = used + 8 * SCALE_DEPTH, taken_up = summed_up + 8;   // sums of x that are there, and that may be written anew
   if (threadIdx.x == (WARPS + 1) * 32) {
     tensor_expected(words), tensor_expected(scales), tensor_expected(biases);
     for (int i = 0; i < DEPTH; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, WARPS * ARRIVALS);
     for (int i = 0; i < BUFFERS; i++) barrier_init(summed + 8 * i, RANKS > 1 ? 1 : (WARPS + MATRIX_BIASES) * ARRIVALS);
     for (int i = 0; i < PLACES; i++) barrier_init(taken + 8 * i, ARRIVALS);
     for (int i = 0; i < SCALE_DEPTH; i++) barrier_init(biased + 8 * i, 1), barrier_init(used + 8 * i, ARRIVALS);
+    barrier_init(summed_up, WARPS * ARRIVALS), barrier_init(taken_up, ARRIVALS);
     barriers_ready();
   }
   __syncthreads();
@@ -232,15 +234,15 @@ qmv_stream(const char* x, const __grid_constant__ TensorMap words, const __grid_
 
   if (MATRIX_BIASES && warp == WARPS + 2) {  // biases times the sums of x
     dependents_may_start();
-    int times = 0, scale_at = 0, place = 0, place_round = 0, start = first_tile;
+    int times = 0, scale_at = 0, place = 0, place_round = 0, start = first_tile, before = 0;  // groups
     if (RANKS > 1) cluster_wait();
 #if GROUPED
 #pragma unroll 1
-    for (; start < end_tile; start = min((start / tiles + 1) * tiles, end_tile))
+    for (; start < end_tile; start = min((start / tiles + 1) * tiles, end_tile), before++)
 #endif
     {
       const int end_of_group = GROUPED ? min((start / tiles + 1) * tiles, end_tile) : end_tile;
-      all_sync((WARPS + 1) * 32);  // the sums of x are there
+      barrier_wait(summed_up, before & 1);
 #pragma unroll 1
       for (int step = 0; step < BIAS_STEPS; step++) {
         float left[2][2];
@@ -266,6 +268,7 @@ qmv_stream(const char* x, const __grid_constant__ TensorMap words, const __grid_
         }
       }
       __syncwarp();
+      if (GROUPED && lane < ARRIVALS) barrier_arrive(taken_up);
 #pragma unroll 1
       for (int tile = start; tile < end_of_group; tile += tile_step) {
         float sums[HALVES][3][4] = {};
@@ -308,7 +311,6 @@ qmv_stream(const char* x, const __grid_constant__ TensorMap words, const __grid_
         send(place, place_round, RANKS * WARPS + rank, mine);
         if (++place == PLACES) place = 0, place_round++;
       }
-      if (GROUPED && end_of_group < end_tile) all_sync_again((WARPS + 1) * 32);  // the sums of x may be written anew
     }
     return;
   }
@@ -386,11 +388,11 @@ qmv_stream(const char* x, const __grid_constant__ TensorMap words, const __grid_
   // words: of a stage all or none.
   predecessor_done();
   dependents_may_start();
-  int slot = 0, round = 0, scale_slot = 0, place = 0, place_round = 0, start = first_tile;
+  int slot = 0, round = 0, scale_slot = 0, place = 0, place_round = 0, start = first_tile, before = 0;  // groups
 #if GROUPED
   if (RANKS > 1) cluster_wait();
 #pragma unroll 1
-  for (; start < end_tile; start = min((start / tiles + 1) * tiles, end_tile))
+  for (; start < end_tile; start = min((start / tiles + 1) * tiles, end_tile), before++)
 #endif
   {
 #if GROUPED
@@ -399,7 +401,6 @@ qmv_stream(const char* x, const __grid_constant__ TensorMap words, const __grid_
     // opaque: or all addresses and bounds of x are computed before the loop, and kept
     const int row_of_x = opaque(ROW_OF_X), K_of_x = opaque(K), left_of_x = opaque(left);
     const char* const x_here = x + size_t(group.y) * K_of_x * 2;
-    if (MATRIX_BIASES && start != first_tile) all_sync_again((WARPS + 1) * 32);
 #else
     const int end_of_group = end_tile, rows_of_x = M, row_of_x = ROW_OF_X, K_of_x = K, left_of_x = left;
     const char* const x_here = x;
@@ -468,6 +469,7 @@ qmv_stream(const char* x, const __grid_constant__ TensorMap words, const __grid_
 #pragma unroll
           for (int p = 0; p < P / 2; p++) of[p] = pairs[p];
         }
+    if (MATRIX_BIASES && before) barrier_wait(taken_up, (before - 1) & 1);
 #pragma unroll
     for (int s = 0; s < STAGES; s++)
 #pragma unroll
@@ -502,10 +504,8 @@ qmv_stream(const char* x, const __grid_constant__ TensorMap words, const __grid_
     down = 1.0f / (1 << POSITION);
     magic = opaque(MAGIC);
 #endif
-    if (MATRIX_BIASES)
-      all_arrive((WARPS + 1) * 32);
-    else
-      __syncwarp();
+    __syncwarp();
+    if (MATRIX_BIASES && lane < ARRIVALS) barrier_arrive(summed_up);
 
     const u32 never = u32(M) >> 31;
     constexpr int PIECES = SEGMENT / 16;  // of a row in a warp's part of a stage

@@ -50,9 +50,3 @@ __device__ __forceinline__ unsigned int opaque(unsigned int value) {
   asm volatile("mov.b32 %0, %1;" : "=r"(d) : "r"(value));
   return d;
 }
-
-// A barrier of all threads of a block (named, for __syncthreads may not be split): some only say that they have come.
-__device__ __forceinline__ void all_arrive(int threads) { asm volatile("bar.arrive 1, %0;" ::"r"(threads) : "memory"); }
-__device__ __forceinline__ void all_sync(int threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
-// Another, at which nobody can be meant to come to that one.
-__device__ __forceinline__ void all_sync_again(int threads) { asm volatile("bar.sync 2, %0;" ::"r"(threads) : "memory"); }

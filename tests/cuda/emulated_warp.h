@@ -33,7 +33,7 @@ struct Meeting { int count = 0; long generation = 0; };
 struct Warp { Meeting meeting; uint32_t given[2][32][6]; };
 struct Barrier { int count, missing; long bytes, phase; };
 struct Block {
-  std::vector<char> shared; Warp warps[ALL] = {}; Meeting all, named, again; std::map<uint32_t, Barrier> barriers; int running = THREADS;
+  std::vector<char> shared; Warp warps[ALL] = {}; Meeting all; std::map<uint32_t, Barrier> barriers; int running = THREADS;
 };
 inline Dim grid; inline std::vector<Fiber> fibers; inline std::vector<Block> blocks; inline Fiber* now; inline ucontext_t home;
 inline std::vector<std::function<void()>> copies; inline int order; inline std::mt19937 random_; inline bool moved; inline long phase;
@@ -44,11 +44,11 @@ inline void fail(const char* what) {  // ends the run; a fiber cannot throw
   if (!now) throw what;
   for (;;) yield();
 }
-inline void meet(Meeting& m, int n, bool wait = true) {
+inline void meet(Meeting& m, int n) {
   moved = true;
   const long before = m.generation;
   if (++m.count == n) m.count = 0, m.generation++;
-  while (wait && m.generation == before) yield();
+  while (m.generation == before) yield();
 }
 inline Block& block() { return blocks[now->rank]; }
 inline Warp& warp() { return block().warps[now->thread.x / 32]; }
@@ -85,9 +85,6 @@ inline void check_cluster() {  // have all that run arrived?
 #define SHARED_MEMORY(name) char* name = emu::memory(emu::block())
 inline void __syncthreads() { emu::meet(emu::block().all, emu::THREADS); }
 inline void __syncwarp() { emu::meet(emu::warp().meeting, 32); }
-inline void all_arrive(int n) { emu::meet(emu::block().named, n, false); }
-inline void all_sync(int n) { emu::meet(emu::block().named, n); }
-inline void all_sync_again(int n) { emu::meet(emu::block().again, n); }
 inline bool __any_sync(uint32_t, bool mine) {
   auto& given = emu::exchange({uint32_t(mine)});
   return std::any_of(given, given + 32, [](auto& of) { return of[0]; });
