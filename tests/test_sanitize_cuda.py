@@ -39,6 +39,7 @@ def test_one(n):
     with open({log!r}, "a") as log:
         log.write(f"one{{n}} {{os.environ['MLXQ_NVRTC_OPTIONS']}};")
         log.write(f" on {{os.environ.get('CUDA_VISIBLE_DEVICES')}};")
+        log.write(f" times {{os.environ['MLXQ_TEST_REPEATS']}};")
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_racy(n):
@@ -106,7 +107,12 @@ def test_only_what_passed_with_nothing_found_is_clean_and_each_finding_has_its_t
         assert said[tool]["::test_slow"] == "more than 8 s" and not result["left"][tool]
         assert "::test_other" not in said[tool]
     assert "SUMMARY: 1 hazards" in said["racecheck"]["::test_racy[2]"]
-    assert "-DARRIVALS=32" in run.log.read_text() and "one0 -lineinfo;" in run.log.read_text()
+    log = run.log.read_text()
+    assert (
+        "-DARRIVALS=32" in log
+        and "one0 -lineinfo;" in log
+        and set(re.findall("times .*?;", log)) == {"times 1;"}
+    )
 
     run.mended.touch()  # a second call looks only at what was not clean
     run.log.unlink()

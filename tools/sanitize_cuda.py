@@ -114,6 +114,7 @@ def sanitized(
     command = ["compute-sanitizer", "--tool", tool, *options, *command]
     # a thread each: numpy's and torch's of 28 processes were a load of 130 on 32 cores, and none was through
     environment = os.environ | {"MLXQ_NVRTC_OPTIONS": OPTIONS[tool], "OMP_NUM_THREADS": "1"}
+    environment["MLXQ_TEST_REPEATS"] = "1"  # of tests that look for other bits many times
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
     heard = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

@@ -17,6 +17,7 @@ docs/kernels-cuda.md.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -38,7 +39,6 @@ PLANS_KEPT = 4096
 # CUdevice_attribute and CUfunction_attribute
 _MULTIPROCESSORS, _MAJOR, _MINOR, _SHARED_OPTIN = 16, 75, 76, 97
 _FUNCTION_SHARED, _FUNCTION_CARVEOUT = 8, 9
-_INVALID_CONTEXT = 201
 _CLUSTER, _CLUSTER_POLICY, _PROGRAMMATIC_SERIALIZATION = 4, 5, 6  # CUlaunchAttributeID
 
 
@@ -73,21 +73,30 @@ def _check(code: int, what: str) -> None:
         raise RuntimeError(f"{what}: {_error_text(_driver(), code)}")
 
 
+class _Thread(threading.local):
+    """Whether this thread is known to have a context: a new one has none, autograd's own among them."""
+
+    ready = False
+
+
+_thread = _Thread()
+
+
 def _take_context() -> None:
-    """Gives this thread its current device's context: a new one has none yet, autograd's own among them."""
+    """Gives a thread its current device's context, without which the driver refuses whatever it is asked."""
     from cupy.cuda import runtime
 
     runtime.setDevice(runtime.getDevice())
     runtime.free(0)
+    _thread.ready = True
 
 
-def _in_context(call, *arguments) -> int:
-    """What the driver answers; asked again if only the context was missing."""
-    code = call(*arguments)
-    if code == _INVALID_CONTEXT:
+@contextlib.contextmanager
+def _with_context(there):
+    """On a device (`there`), in a thread that may not have a context."""
+    with there:
         _take_context()
-        code = call(*arguments)
-    return code
+        yield
 
 
 @functools.cache
@@ -180,7 +189,7 @@ def _kernel(device: int, file: str, function: str, flags: tuple[str, ...], share
     """A function of a kernel file, loaded on the current device, which is `device`."""
     driver, code = _driver(), cubin(file, flags)
     module, found = ctypes.c_void_p(), ctypes.c_void_p()
-    _check(_in_context(driver.cuModuleLoadData, ctypes.byref(module), code), f"loading {file}")
+    _check(driver.cuModuleLoadData(ctypes.byref(module), code), f"loading {file}")
     _check(driver.cuModuleGetFunction(ctypes.byref(found), module, function.encode()), f"{file}: {function}")
     if shared_bytes > 48 << 10:
         _check(driver.cuFuncSetAttribute(found, _FUNCTION_SHARED, shared_bytes), f"{file}: shared memory")
@@ -239,6 +248,8 @@ class _Launch:
         self.lock = threading.Lock()
 
     def __call__(self, stream: int, *values, early: bool = False) -> None:
+        if not _thread.ready:
+            _take_context()
         with self.lock:  # threads share the arguments, and may change hands between setting and starting
             for slot, value in zip(self.slots, values):  # noqa: B905 (a keyword costs time here)
                 slot.value = value
@@ -246,9 +257,6 @@ class _Launch:
             config.stream, config.count = stream, self.always + early
             code = self.start(self.config_at, self.function, self.pointers, None)
             if code:
-                if code == _INVALID_CONTEXT:
-                    _take_context()
-                    code = self.start(self.config_at, self.function, self.pointers, None)
                 _check(code, "starting a kernel")
 
 
@@ -291,7 +299,8 @@ class _Torch:
 
     @staticmethod
     def on(device: int):
-        return sys.modules["torch"].cuda.device(device)
+        there = sys.modules["torch"].cuda.device(device)
+        return there if _thread.ready else _with_context(there)
 
     @staticmethod
     def product(x, w):
@@ -363,7 +372,8 @@ class _Cupy:
 
     @staticmethod
     def on(device: int):
-        return sys.modules["cupy"].cuda.Device(device)
+        there = sys.modules["cupy"].cuda.Device(device)
+        return there if _thread.ready else _with_context(there)
 
     @staticmethod
     def product(x, w):
@@ -708,8 +718,10 @@ class _TensorMap:
     @value.setter
     def value(self, pointer: int) -> None:
         if pointer != self.pointer:
-            code = _in_context(self.encode, *self.before, ctypes.c_void_p(pointer), *self.after)
-            _check(code, "describing a tensor to the copy engine")
+            _check(
+                self.encode(*self.before, ctypes.c_void_p(pointer), *self.after),
+                "describing a tensor to the copy engine",
+            )
             self.pointer = pointer
 
 
@@ -1071,8 +1083,7 @@ def _clusters_at_once(kernel: Kernel, threads: int, ranks: int) -> int:
     """How many clusters of so many of the kernel's blocks its device holds at once; 0: none fits."""
     launch = _Launch(kernel, (ranks, 1, 1), threads, (), (), ranks)
     found = ctypes.c_int()
-    counted = kernel.driver.cuOccupancyMaxActiveClusters
-    code = _in_context(counted, ctypes.byref(found), kernel.function, launch.config_at)
+    code = kernel.driver.cuOccupancyMaxActiveClusters(ctypes.byref(found), kernel.function, launch.config_at)
     _check(code, "counting clusters")
     return found.value
 
@@ -1175,8 +1186,7 @@ def _many_launch(device: int, pointers, M: int, N: int, K: int, shape: dict, til
 def _roomy_kernel(device: int, file: str, function: str, defines: dict, shared: int) -> Kernel:
     """A kernel with as much shared memory as there is: else fewer blocks may fit than are meant to."""
     found = _kernel(device, file, function, options(_device(device)["arch"], defines), shared)
-    code = _in_context(found.driver.cuFuncSetAttribute, found.function, _FUNCTION_CARVEOUT, 100)
-    _check(code, "room for blocks")
+    _check(found.driver.cuFuncSetAttribute(found.function, _FUNCTION_CARVEOUT, 100), "room for blocks")
     return found
 
 
