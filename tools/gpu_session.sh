@@ -172,12 +172,12 @@ if [ "${1:-}" = --stage ]; then
     exit
 fi
 gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c ^GPU)
-declare -A ON=([bench]=1 [tests]=1 [prepare]=1 [tune]=1 [tunemany]=1 [tuneexperts]=1 [profile]=1 [trace]=1) # which of two GPUs; the others, and all where there is one: 0
+declare -A ON=([bench]=1 [prepare]=1 [tune]=1 [tunemany]=1 [tuneexperts]=1 [profile]=1 [trace]=1) # which of two GPUs; the others, and all where there is one: 0
 declare -A CORES=() # where there are many
 rest=0-$(($(nproc) - 1))
 [ "$(nproc)" -eq 16 ] && CORES=([parity]=0-8 [start]=9-14 [quality]=0-9 [small]=12-15 [smollm2]=10-11 [mpq]=10-11 [prepare]=0-11 [bench]=0-11 [testtorch]=0-11)
 [ "$(nproc)" -ge 32 ] && rest=20-$(($(nproc) - 1)) &&
-    CORES=([mixed]=0-5 [mpqcpu]=6-13 [smollm2cpu]=14-17 [chat]=18-19 [quality]=0-27 [prepare]=0-19 [tune]=0-19 [tunemany]=0-19 [tuneexperts]=0-19 [bench]=0-19 [tests]=0-13 [sanitize]=14-31 [small]=24-31 [testtorch]=20-23)
+    CORES=([mixed]=0-5 [mpqcpu]=6-13 [smollm2cpu]=14-17 [chat]=18-19 [quality]=0-27 [prepare]=0-19 [tune]=0-13 [tunemany]=0-13 [tuneexperts]=0-13 [bench]=0-13 [tests]=14-23 [parity]=24-31 [sanitize]=0-23 [small]=24-31 [testtorch]=20-23)
 one_after_the_other() {
     local stage begun code limit cores
     set -o pipefail
