@@ -161,7 +161,7 @@ qmv_stream(const char* x, const __grid_constant__ TensorMap words, const __grid_
     for (int i = 0; i < BUFFERS; i++) barrier_init(summed + 8 * i, RANKS > 1 ? 1 : (WARPS + MATRIX_BIASES) * ARRIVALS);
     for (int i = 0; i < PLACES; i++) barrier_init(taken + 8 * i, ARRIVALS);
     for (int i = 0; i < SCALE_DEPTH; i++) barrier_init(biased + 8 * i, 1), barrier_init(used + 8 * i, ARRIVALS);
-    barrier_init(summed_up, WARPS * ARRIVALS), barrier_init(taken_up, ARRIVALS);
+    barrier_init(summed_up, WARPS * 4), barrier_init(taken_up, ARRIVALS);
     barriers_ready();
   }
   __syncthreads();
@@ -482,6 +482,10 @@ qmv_stream(const char* x, const __grid_constant__ TensorMap words, const __grid_
         float* const to = x_sums + ((s * WARPS + warp) * UNITS + u) * 8 + 2 * t;
         if (g == 0) to[0] = sums[0], to[1] = sums[1];
       }
+    if (MATRIX_BIASES)
+      barrier_arrive_if(summed_up, g == 0);  // each lane for what it wrote
+    else
+      __syncwarp();
     // what makes sums of products of u32 fields and raised x those of codes and x: two factors, for one would not be a float
     float down = 1;
     bool large = false;
@@ -504,8 +508,6 @@ qmv_stream(const char* x, const __grid_constant__ TensorMap words, const __grid_
     down = 1.0f / (1 << POSITION);
     magic = opaque(MAGIC);
 #endif
-    __syncwarp();
-    if (MATRIX_BIASES && lane < ARRIVALS) barrier_arrive(summed_up);
 
     const u32 never = u32(M) >> 31;
     constexpr int PIECES = SEGMENT / 16;  // of a row in a warp's part of a stage

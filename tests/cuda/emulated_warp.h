@@ -147,6 +147,7 @@ inline void arrive(emu::Barrier& b) {
 }
 #define ARRIVALS 1
 inline void barrier_arrive(uint32_t a) { arrive(emu::barrier(emu::block(), a)); }
+inline void barrier_arrive_if(uint32_t a, bool valid) { if (valid) barrier_arrive(a); }
 inline void barrier_arrive_after(uint32_t value, uint32_t never, uint32_t a) { barrier_arrive(a + (value & never)); }
 inline void barrier_expect(uint32_t a, int bytes) { emu::barrier(emu::block(), a).bytes += bytes; barrier_arrive(a); }
 inline void barrier_wait(uint32_t a, int parity) {
