@@ -21,6 +21,7 @@ import bench_cuda  # noqa: E402
 import bench_decode  # noqa: E402
 import bench_qmm  # noqa: E402
 import readme_tables  # noqa: E402
+import tune_cuda  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not ops.native_available(), reason=f"needs the extension: {ops.native_error()}"
@@ -411,6 +412,23 @@ def launches_of_a_tuner(*answers):
 
     bench_cuda.check_and_time(torch, row, lambda: ["launch"] * 3, call, y, torch.ones(4).double(), 1e-3)
     return row
+
+
+def test_forms_near_the_best_and_the_tables_own_are_timed_again_by_turns(monkeypatch):
+    times = {1: [10.3, 10.5, 10.4, 10.2], 2: [9.9, 11.0, 11.0, 11.0], 4: [14.0] * 4}
+    asked = []
+
+    def microseconds(torch, calls):
+        asked.append(calls[0])
+        return times[calls[0]].pop(0)
+
+    monkeypatch.setattr(bench_cuda, "microseconds", microseconds)
+    first = {1: 10.1, 2: 10.0, 3: 10.5, 4: 14.0, 5: None}
+    rows = {n: {"us": us, "tuning": [n, 64]} for n, us in first.items()}
+    tune_cuda.by_turns(None, [(row, [n]) for n, row in rows.items()], (4, 64))
+    assert asked == [1, 2, 4] * tune_cuda.ROUNDS  # 3 is 5 % slower, 4 the table's, 5 failed
+    assert {n: row["us"] for n, row in rows.items()} == {1: 10.3, 2: 11.0, 3: 10.5, 4: 14.0, 5: None}
+    assert rows[2]["rounds"] == [10.0, 9.9, 11.0, 11.0, 11.0] and "rounds" not in rows[3]
 
 
 def test_a_tuner_times_only_what_is_right_and_the_same_when_repeated(monkeypatch):

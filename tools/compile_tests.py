@@ -146,6 +146,8 @@ def main() -> int:
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
     found = []
+    if args.sanitized:
+        os.environ["MLXQ_TEST_REPEATS"] = "1"  # other shapes in some tests
     for options in sanitize_cuda.OPTIONS.values() if args.sanitized else [""]:
         with mock.patch.dict(os.environ, {"MLXQ_NVRTC_OPTIONS": options}):
             found += recorded(args.expression or (sanitize_cuda.EXPRESSION if args.sanitized else None))
