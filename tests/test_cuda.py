@@ -489,6 +489,23 @@ def test_nan_and_infinity_spoil_their_row_and_no_other():
         assert bool((y[0] == clean[0]).all() and (y[3] == clean[3]).all())
 
 
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_a_row_of_huge_values_takes_no_digits_from_a_row_of_tiny_ones(fmt):
+    torch, g = torch_gpu(), fmt.group_size
+    sizes = torch.tensor([100, -20, 0, 38, -60, 3, -9, 36], device="cuda").double().exp2()
+    for M, N, K in [(8, 300, 4096), (2, 40, 5 * g), (40, 300, 2048), (200, 264, 1024)]:
+        x, w = problem(fmt, M, N, K, "bfloat16", "bfloat16")
+        x *= sizes.repeat(M // 8 + 1)[:M, None].bfloat16()
+        expected = x.double() @ exact(w).T
+        y = ops.qmm(x, w).double()
+        assert float(((y - expected).norm(dim=1) / expected.norm(dim=1)).max()) < 2.0**-8, (M, N, K)
+        x[1, 7] = float("inf")
+        y = ops.qmm(x, w).double()
+        others = torch.arange(M, device="cuda") != 1
+        assert not bool(torch.isfinite(y[1]).any())
+        assert float(((y - expected).norm(dim=1) / expected.norm(dim=1))[others].max()) < 2.0**-8, (M, N, K)
+
+
 def test_calls_are_captured_by_a_cuda_graph_and_run_on_the_callers_stream():
     torch = torch_gpu()
     x, w = problem(Format(4, 64), 1, 256, 512, "bfloat16", "bfloat16")

@@ -105,6 +105,15 @@ def test_streamed_products_equal_float64_however_large_x(build, factor):
     assert error(values, want) < ROUNDED_ONCE["bfloat16"]
 
 
+@pytest.mark.parametrize("case", [0, 8, 18, 19])
+def test_a_row_of_huge_values_takes_no_digits_from_a_row_of_tiny_ones(build, case):
+    tuning, bits, group_size, x_type, s_type, M, N, K = STREAM_CASES[case]
+    sizes = 2.0 ** np.array([100, -20, 0, 38, -60, 3, -9, 36])[:M, None]
+    values, want = run_stream(build, tuning, bits, group_size, x_type, s_type, M, N, K, factor=sizes)
+    for m in range(M):
+        assert error(values[:, m], want[:, m]) < ROUNDED_ONCE["bfloat16"], m
+
+
 def test_streamed_products_have_the_same_bits_in_any_order(build):
     first, *others = (run_stream(build, *STREAM_CASES[1], order=o, seed=7)[0] for o in (0, 1, 2, 2))
     assert all(np.array_equal(first, other) for other in others)

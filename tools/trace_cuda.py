@@ -74,7 +74,7 @@ MARKS = {
         "    if (marks) mark(0, 0);\n",
         "",
     ),
-    "    // what makes sums of products of u32 fields": ("    if (marks) mark(0, 1);\n", ""),
+    "    u32 magic = 0;\n": ("    if (marks) mark(0, 1);\n", ""),
     "    const u32 never = u32(M) >> 31;\n": ("    if (marks) mark(0, 2);\n", ""),
     "        barrier_wait(full + 8 * slot, round & 1);\n": (
         "        if (marks && s == 0) mark(0, 3 + 3 * step);\n",

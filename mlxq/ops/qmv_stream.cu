@@ -33,8 +33,8 @@
 //
 // Tensor cores are fed integers, as in qmv.cu. bfloat16: a field of a word, masked where it stands, is the bfloat16 whose bits
 // it is: code * 2^position * 2^-133, exactly (up to 255 the bits of a bfloat16 are linear, the first binade and the
-// subnormals alike); x is multiplied by 2^(RAISE - position), so no code is moved or shifted out of an offset. A warp
-// whose x has a value of 2^36 or more (or NaN, infinity) does not raise its x. float16 has too few exponents for that:
+// subnormals alike); x is multiplied by 2^(RAISE - position), so no code is moved or shifted out of an offset. Of a row
+// of x with a value of 2^36 or more (or NaN, infinity) in its part a warp does not raise it. float16 has too few exponents for that:
 // there u * (C + code) as in qmv.cu.
 //
 // Rows of words of whole 128 bytes, of scales of whole 16; K / 8 * BITS at most RANKS * STAGES * WARPS * SEGMENT: what lies beyond K
@@ -486,13 +486,10 @@ qmv_stream(const char* x, const __grid_constant__ TensorMap words, const __grid_
       barrier_arrive_if(summed_up, g == 0);  // each lane for what it wrote
     else
       __syncwarp();
-    // what makes sums of products of u32 fields and raised x those of codes and x: two factors, for one would not be a float
-    float down = 1;
-    bool large = false;
     u32 magic = 0;
 #if X_TYPE == 2
-    large = __any_sync(0xffffffffu, max(largest & 0xffffu, largest >> 16) >= TOO_LARGE);
-    down = __uint_as_float((127u + (large ? 70u : 133u - RAISE)) << 23);
+    const u32 large = __ballot_sync(0xffffffffu, max(largest & 0xffffu, largest >> 16) >= TOO_LARGE);  // four bits a row of x
+    const bool mine_is_large = large >> 4 * g & 15;
 #pragma unroll
     for (int s = 0; s < STAGES; s++)
 #pragma unroll
@@ -501,11 +498,10 @@ qmv_stream(const char* x, const __grid_constant__ TensorMap words, const __grid_
         for (int w = 0; w < LANE_WORDS; w++)
 #pragma unroll
           for (int p = 0; p < P / 2; p++) {
-            const u32 by = (127 + (large ? 0 : RAISE) - p % (8 / BITS) * BITS) << 7;
+            const u32 by = (127 + (mine_is_large ? 0 : RAISE) - p % (8 / BITS) * BITS) << 7;
             xs[s][u][w][p] = mul2(xs[s][u][w][p], by * 0x10001u);
           }
 #else
-    down = 1.0f / (1 << POSITION);
     magic = opaque(MAGIC);
 #endif
 
@@ -588,9 +584,14 @@ qmv_stream(const char* x, const __grid_constant__ TensorMap words, const __grid_
       float4 sums[HALVES];
 #pragma unroll
       for (int half = 0; half < HALVES; half++) {
-        const auto of = [&](int i) {
-          const float sum = large ? total[half][i] * __uint_as_float((127u + 63u) << 23) : total[half][i];
-          return __fmaf_rn(sum, down, offset[half][i]);
+        const auto of = [&](int i) {  // sums of products of u32 fields and raised x become those of codes and x
+#if X_TYPE == 1
+          return __fmaf_rn(total[half][i], 1.0f / (1 << POSITION), offset[half][i]);
+#else
+          const bool plain = large >> (2 * t + i % 2) * 4 & 15;  // two factors: one would be no float
+          const float sum = plain ? total[half][i] * __uint_as_float((127u + 63u) << 23) : total[half][i];
+          return __fmaf_rn(sum, __uint_as_float((127u + (plain ? 70u : 133u - RAISE)) << 23), offset[half][i]);
+#endif
         };
         sums[half] = make_float4(of(0), of(1), of(2), of(3));
       }

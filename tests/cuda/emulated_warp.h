@@ -85,9 +85,11 @@ inline void check_cluster() {  // have all that run arrived?
 #define SHARED_MEMORY(name) char* name = emu::memory(emu::block())
 inline void __syncthreads() { emu::meet(emu::block().all, emu::THREADS); }
 inline void __syncwarp() { emu::meet(emu::warp().meeting, 32); }
-inline bool __any_sync(uint32_t, bool mine) {
+inline uint32_t __ballot_sync(uint32_t, bool mine) {
   auto& given = emu::exchange({uint32_t(mine)});
-  return std::any_of(given, given + 32, [](auto& of) { return of[0]; });
+  uint32_t bits = 0;
+  for (int i = 0; i < 32; i++) bits |= given[i][0] << i;
+  return bits;
 }
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t s) {
   uint64_t v = a | uint64_t(b) << 32; uint32_t out = 0;
