@@ -7,6 +7,7 @@ shared memory and the macros are those that ops.cuda gives on an H100.
 import contextlib
 import ctypes
 import functools
+import itertools
 import os
 import platform
 import shutil
@@ -613,6 +614,12 @@ TURNED_DEFECTS = {  # of transpose=False
     "rows of x in each other's place": ("m % 2 * 4 + m % 8 / 2", "m % 2 * 4 + m % 8 / 4"),
 }
 
+LATE_DEFECTS = {  # of transpose=False, where a stage is given back behind the product: one set of registers
+    "words given back before they are multiplied": ("if (in_w == W_STEPS - 1) {", "if (in_w == 0) {"),
+    "scales given back before they are multiplied": ("if (in_s == S_STEPS - 1) {", "if (in_s == 0) {"),
+    "never given back": ("if (LATE) give_back(0, in_w, scale_step(step, in_w));", ""),
+}
+
 PARTS_DEFECTS = {
     "every part has the same columns": ("(part * ranks + rank) * share", "rank * share"),
     "all parts in one place": ("size_t(part * M + m0 + m) * outs", "size_t(m0 + m) * outs"),
@@ -671,13 +678,17 @@ Q8_DEFECTS = {  # text, and the form that shows it
 }
 
 
-@pytest.mark.parametrize("defect", [*STREAM_DEFECTS, *TURNED_DEFECTS, *PARTS_DEFECTS, *GROUPED_DEFECTS])
+KINDS_OF_DEFECTS = STREAM_DEFECTS, TURNED_DEFECTS, LATE_DEFECTS, PARTS_DEFECTS, GROUPED_DEFECTS
+
+
+@pytest.mark.parametrize("defect", list(itertools.chain(*KINDS_OF_DEFECTS)))
 def test_a_planted_defect_shows_in_a_stream(build, defect):
     about = 4, 64, "bfloat16", "bfloat16", 40, 200, 4608, True, (32, 2), 4  # the last rank has less to do
-    every = STREAM_DEFECTS | TURNED_DEFECTS | PARTS_DEFECTS | GROUPED_DEFECTS
-    planted, changed = every[defect], {"BUFFERS": 2}
-    if defect in TURNED_DEFECTS:
-        about, changed = (*about[:5], 1160, 512, False, (32, 1), 4), BOTH_HALVES
+    planted = next(kind[defect] for kind in KINDS_OF_DEFECTS if defect in kind)
+    changed = {"BUFFERS": 2}
+    if defect in TURNED_DEFECTS or defect in LATE_DEFECTS:
+        about = *about[:5], 1160, 512, False, (32, 1), 4
+        changed = BOTH_HALVES if defect in TURNED_DEFECTS else SINGLE
     if defect in PARTS_DEFECTS:
         about, changed = (*about[:4], 40, 204, 4608, True, (16, 2), 2), {"PARTS": 3}
     if defect in GROUPED_DEFECTS:

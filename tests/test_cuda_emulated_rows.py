@@ -193,9 +193,9 @@ STREAM_DEFECTS = {  # (case, what stands there, what then does) or (case, other 
     "a rank ends before the others": (RANKED, "cluster_ends(), cluster_wait();  // nobody", ";  // nobody"),
     "a rank begins before the others": (RANKED, "if (RANKS > 1 && !GROUPED) cluster_wait();", ""),
     "sums of x written anew before they are read": (
-        GROUPED_CASES[0],
+        GROUPED_CASES[5],
         "barrier_wait(taken_up, (before - 1) & 1);",
-        "",
+        ";",
     ),
     "rows of the next expert": (GROUPED_CASES[0], "m < rows_of_x && n < N", "n < N"),
     "an expert for all": (

@@ -221,15 +221,17 @@ def compile_ours(torch, wanted: list[Cell], gpu: dict, meanwhile=lambda: None) -
     compile_kernels(instances(torch, wanted, gpu), max(1, common.cores() // 2), meanwhile)
 
 
-def compile_kernels(wanted: list[tuple], workers: int, meanwhile=lambda: None) -> None:
-    """Kernels of ours, as (file, options), into the cache."""
+def compile_kernels(wanted: list[tuple], workers: int, meanwhile=lambda: None) -> int:
+    """Kernels of ours, as (file, options), into the cache. How many could not be compiled."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(max(1, min(len(wanted), workers)), context) as pool:
         futures = [pool.submit(compiled, instance) for instance in wanted]
         meanwhile()
-        for said in filter(None, (future.result() for future in futures)):
-            print(said, flush=True)
+        failed = [said for said in (future.result() for future in futures) if said]
+    for said in failed:
+        print(said, flush=True)
     print(f"ours: {len(wanted)} kernels", flush=True)
+    return len(failed)
 
 
 def instances(torch, wanted: list[Cell], gpu: dict) -> list[tuple]:

@@ -49,6 +49,7 @@ class Recorder:
 
     def __init__(self):
         self.found: dict[tuple, None] = {}
+        self.patched = contextlib.ExitStack()
 
     def kernel(self, device, file, function, flags, shared_bytes):
         from mlxq.ops import cuda
@@ -93,7 +94,7 @@ class Recorder:
         yield cuda, "_device", lambda index: bench.H200
         yield cuda, "_kernel", self.kernel
         yield cuda, "_driver", lambda: Driver
-        yield cuda, "_take_context", lambda: None
+        yield cuda, "_take_context", lambda device: None
         yield cuda, "_clusters_at_once", lambda kernel, threads, ranks: resident.get(ranks, 17)
         yield cuda._Product, "_quick", lambda *a: cuda._Product._checked
         for name, answer in {
@@ -111,7 +112,7 @@ class Recorder:
         }.items():
             yield cuda._Torch, name, staticmethod(answer)
 
-    def pytest_runtest_call(self, item):
+    def pytest_collection_modifyitems(self, items):
         from torch.overrides import TorchFunctionMode
 
         class OnMeta(TorchFunctionMode):
@@ -121,11 +122,10 @@ class Recorder:
                     kwargs["device"] = "meta"
                 return function(*args, **kwargs)
 
-        patched = contextlib.ExitStack()
-        for where, name, stand_in in self.patches(item.module):
-            patched.enter_context(mock.patch.object(where, name, stand_in, create=True))
-        patched.enter_context(OnMeta())
-        item.addfinalizer(patched.close)
+        for tests in {item.module for item in items}:
+            for where, name, stand_in in self.patches(tests):
+                self.patched.enter_context(mock.patch.object(where, name, stand_in, create=True))
+        self.patched.enter_context(OnMeta())
 
 
 def recorded(expression: str | None) -> list[tuple]:
@@ -134,7 +134,7 @@ def recorded(expression: str | None) -> list[tuple]:
 
     plugin = Recorder()
     command = [str(sanitize_cuda.TESTS), "-q", "-p", "no:cacheprovider", "--tb=no", "--no-summary"]
-    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
+    with plugin.patched, open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
         pytest.main([*command, *(["-k", expression] if expression else [])], plugins=[plugin])
     return list(plugin.found)
 
@@ -151,12 +151,13 @@ def main() -> int:
     for options in sanitize_cuda.OPTIONS.values() if args.sanitized else [""]:
         with mock.patch.dict(os.environ, {"MLXQ_NVRTC_OPTIONS": options}):
             found += recorded(args.expression or (sanitize_cuda.EXPRESSION if args.sanitized else None))
-    if args.list:
-        for one in found:
-            print(json.dumps(one))
-    elif found:
-        bench.compile_kernels(found, common.cores())
-    return int(not found)
+    if not found:
+        return 1
+    if not args.list:
+        return int(bench.compile_kernels(found, common.cores()) > 0)
+    for one in found:
+        print(json.dumps(one))
+    return 0
 
 
 if __name__ == "__main__":

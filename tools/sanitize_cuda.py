@@ -16,7 +16,7 @@ kernel, the tests or this tool have changed, so several calls add up.
     left      {tool: [test]}                        for which there was no time
 
 racecheck knows barriers and cp.async but not that one lane arrives at an mbarrier for its warp: the kernels
-are compiled with -DARRIVALS=32 for it (qmv_stream.cu says why). Exit code 1 unless all selected are clean.
+are compiled with -DARRIVALS=32 for it (copies.cuh says why). Exit code 1 unless all selected are clean.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ table has it (warps, blocks that fit a multiprocessor, bytes of a chunk, log2 of
 candidate of qmv_stream.cu (as ops.cuda.stream_tunings: warps, bytes of a segment, KiB asked for ahead, blocks
 that fit a multiprocessor, blocks started for each, units at a time, rows, ranks) are checked against float64,
 twice with the same bits, and timed as bench_cuda.py times. 8 rows and 1 row come first; for 2 and 4 only
-what was within 4 % of the best for these. What is within 4 % of a cell's best, and what the tables choose, is
-timed four times more, by turns: the same form differs by up to 7 % from one moment to the next. FILE:
+what was within 8 % of the best for these. What is within 8 % of a cell's best, and what the tables choose, is
+timed four times more, by turns; the best is one of them. FILE:
 
     best   [{bits, N, K, M, kernel, tuning, us, now: {kernel, tuning, us}}]   now: what the tables choose
     all    [{bits, N, K, M, kernel, tuning, shape, us, failed}]               us null where it failed;
@@ -33,7 +33,7 @@ import bench_cuda as bench
 from mlxq.format import Format
 
 ROWS = (8, 1, 4, 2)
-CLOSE, ROUNDS = 1.04, 4
+CLOSE, ROUNDS = 1.08, 4  # one form differs by up to 7 % from one moment to the next
 # (warps, segment, blocks that fit, blocks started, units at a time, rows, ranks)
 STREAM = [
     (8, 128, 1, 1, 8, 32, 2),
@@ -227,7 +227,7 @@ def main() -> int:
         good = [r for r in rows if r["us"] is not None]
         if not good:
             continue
-        found = min(good, key=lambda r: r["us"])
+        found = min(good, key=lambda r: ("rounds" not in r, r["us"]))
         best.append(found | {"now": {"kernel": now, "tuning": table, "us": same[0]["us"] if same else None}})
         print(f"{bits}-bit {N}x{K} M={M}: {found['kernel']} {found['tuning']} {found['us']:.2f} us; "
               f"now {now} {table} {best[-1]['now']['us']}", flush=True)  # fmt: skip

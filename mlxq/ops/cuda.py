@@ -45,8 +45,9 @@ _CLUSTER, _CLUSTER_POLICY, _PROGRAMMATIC_SERIALIZATION = 4, 5, 6  # CUlaunchAttr
 class Kernel:
     """A compiled function, ready to be started on one device."""
 
-    def __init__(self, driver, function, shared_bytes, name: str = ""):
+    def __init__(self, driver, function, shared_bytes, name: str = "", device: int = 0):
         self.driver, self.function, self.shared_bytes, self.name = driver, function, shared_bytes, name
+        self.device = device
 
 
 @functools.cache
@@ -82,20 +83,29 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def _take_context() -> None:
-    """Gives a thread its current device's context, without which the driver refuses whatever it is asked."""
-    from cupy.cuda import runtime
+def _take_context(device: int) -> None:
+    """Gives a thread that has no context this device's, the one that torch and cupy use.
 
-    runtime.setDevice(runtime.getDevice())
-    runtime.free(0)
+    Without one the driver refuses whatever it is asked.
+    """
+    driver, context, number = _driver(), ctypes.c_void_p(), ctypes.c_int()
+    _check(driver.cuCtxGetCurrent(ctypes.byref(context)), "the thread's context")
+    if not context.value:
+        _check(driver.cuDeviceGet(ctypes.byref(number), device), f"GPU {device}")
+        _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), number), f"GPU {device}: its context")
+        _check(driver.cuCtxSetCurrent(context), f"GPU {device}: its context")
     _thread.ready = True
 
 
+def _on(there, device: int):
+    """`there`, which puts a thread on a device; it has a context then."""
+    return there if _thread.ready else _with_context(there, device)
+
+
 @contextlib.contextmanager
-def _with_context(there):
-    """On a device (`there`), in a thread that may not have a context."""
+def _with_context(there, device: int):
     with there:
-        _take_context()
+        _take_context(device)
         yield
 
 
@@ -193,7 +203,7 @@ def _kernel(device: int, file: str, function: str, flags: tuple[str, ...], share
     _check(driver.cuModuleGetFunction(ctypes.byref(found), module, function.encode()), f"{file}: {function}")
     if shared_bytes > 48 << 10:
         _check(driver.cuFuncSetAttribute(found, _FUNCTION_SHARED, shared_bytes), f"{file}: shared memory")
-    return Kernel(driver, found, shared_bytes, function)
+    return Kernel(driver, found, shared_bytes, function, device)
 
 
 class _Attribute(ctypes.Structure):
@@ -242,14 +252,14 @@ class _Launch:
         first = ctypes.cast(attributes, ctypes.POINTER(_Attribute))
         self.attributes = attributes
         self.config = _Config(*grid, threads, 1, 1, kernel.shared_bytes, None, first, self.always)
-        self.function, self.name = kernel.function, kernel.name
+        self.function, self.name, self.device = kernel.function, kernel.name, kernel.device
         self.config_at = ctypes.byref(self.config)
         self.start = kernel.driver.cuLaunchKernelEx
         self.lock = threading.Lock()
 
     def __call__(self, stream: int, *values, early: bool = False) -> None:
         if not _thread.ready:
-            _take_context()
+            _take_context(self.device)
         with self.lock:  # threads share the arguments, and may change hands between setting and starting
             for slot, value in zip(self.slots, values):  # noqa: B905 (a keyword costs time here)
                 slot.value = value
@@ -299,8 +309,7 @@ class _Torch:
 
     @staticmethod
     def on(device: int):
-        there = sys.modules["torch"].cuda.device(device)
-        return there if _thread.ready else _with_context(there)
+        return _on(sys.modules["torch"].cuda.device(device), device)
 
     @staticmethod
     def product(x, w):
@@ -372,8 +381,7 @@ class _Cupy:
 
     @staticmethod
     def on(device: int):
-        there = sys.modules["cupy"].cuda.Device(device)
-        return there if _thread.ready else _with_context(there)
+        return _on(sys.modules["cupy"].cuda.Device(device), device)
 
     @staticmethod
     def product(x, w):
@@ -1369,9 +1377,9 @@ class _Product:
         current_stream, current_device = torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDevice
         early_at_all = _device(device)["early"] and counts_versions(words, scales, biases)
         where, floats, versions = torch.device("cuda", device), self.floats, None
-        # one element in y's shape: another like it is made faster than by naming shape, dtype and device
-        like, another = torch.empty(1, dtype=getattr(torch, self.x_type), device=where), torch.empty_like
-        like = like.expand(self.shape)
+        # any element in y's shape: another like it is made faster than by naming shape, dtype and device
+        like = words.view(-1).view(getattr(torch, self.x_type))[:1].expand(self.shape)
+        another = torch.empty_like
 
         def quick(plan, x, w):
             nonlocal versions

@@ -234,7 +234,7 @@ qmv_stream(const char* x, const __grid_constant__ TensorMap words, const __grid_
 
   if (MATRIX_BIASES && warp == WARPS + 2) {  // biases times the sums of x
     dependents_may_start();
-    int times = 0, scale_at = 0, place = 0, place_round = 0, start = first_tile, before = 0;  // groups
+    int times = 0, scale_at = 0, place = 0, place_round = 0, start = first_tile, before = 0;  // groups before this one
     if (RANKS > 1) cluster_wait();
 #if GROUPED
 #pragma unroll 1
@@ -388,7 +388,7 @@ qmv_stream(const char* x, const __grid_constant__ TensorMap words, const __grid_
   // words: of a stage all or none.
   predecessor_done();
   dependents_may_start();
-  int slot = 0, round = 0, scale_slot = 0, place = 0, place_round = 0, start = first_tile, before = 0;  // groups
+  int slot = 0, round = 0, scale_slot = 0, place = 0, place_round = 0, start = first_tile, before = 0;  // groups before this one
 #if GROUPED
   if (RANKS > 1) cluster_wait();
 #pragma unroll 1
