@@ -1,5 +1,6 @@
 """The benchmark tools' parts on tiny sizes: answers, layout of the results, the bars. Nothing about time."""
 
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -283,6 +284,18 @@ def test_the_kernels_of_a_cuda_run_are_known_before_it():
     assert {c.op for c in everything} == {"qmm", "qmm_n", "q8mm", "gather_qmm", "host"}
 
 
+class Graph:
+    """A bench_cuda.Replayed that takes these times, the last one for ever; `order` gets its name."""
+
+    def __init__(self, times: list, name="", order=()):
+        self.times, self.name, self.order = times, name, order
+
+    def microseconds(self) -> float:
+        if isinstance(self.order, list):
+            self.order.append(self.name)
+        return self.times.pop(0) if len(self.times) > 1 else self.times[0]
+
+
 @pytest.fixture
 def cuda_run(monkeypatch, tmp_path):
     """bench_cuda.Run on the CPU: our operations in float64 (qmm wrong for four rows), constant times."""
@@ -317,9 +330,10 @@ def cuda_run(monkeypatch, tmp_path):
         monkeypatch.setattr(cuda, name, stand_in)
     monkeypatch.setattr(ops, "qmm", qmm)
     monkeypatch.setattr(bench_cuda, "DEVICE", "cpu")
-    monkeypatch.setattr(bench_cuda, "microseconds", lambda torch, calls: (calls[0](), 2.0)[1])
+    monkeypatch.setattr(bench_cuda, "Replayed", lambda torch, calls: (calls[0](), Graph([2.0]))[1])
+    monkeypatch.setattr(bench_cuda, "WARM_SECONDS", 0)
     monkeypatch.setattr(bench_cuda, "host_microseconds", lambda torch, call: (call(), 3.0)[1])
-    monkeypatch.setattr(bench_cuda, "read_us", lambda *a: 1.0)
+    monkeypatch.setattr(bench_cuda, "reading", lambda *a: {"read 1": Graph([1.5]), "read 2": Graph([1.0])})
     monkeypatch.setattr(bench_cuda.Run, "ceilings", ceilings)
     monkeypatch.setattr(bench_cuda.Run, "alive", lambda run, what: None)
 
@@ -414,21 +428,38 @@ def launches_of_a_tuner(*answers):
     return row
 
 
+def test_what_is_timed_by_turns_counts_neither_while_it_warms_nor_at_the_first_replay_of_a_turn(monkeypatch):
+    monkeypatch.setattr(bench_cuda, "REPLAYS", 2)
+    monkeypatch.setattr(bench_cuda, "ROUNDS", 3)
+    clock = iter([0.0, 0.01, 0.015, 0.03, 0.04, 0.05])  # two rounds to warm
+    monkeypatch.setattr(bench_cuda.time, "monotonic", lambda: next(clock))
+    order, entered = [], []
+
+    @contextlib.contextmanager
+    def at(name):
+        entered.append(name)
+        yield
+
+    cold = [9.0] * 6  # of the rounds that warm
+    graphs = {
+        "a": Graph(cold + [7.0, 1.0, 1.1, 7.0, 1.2, 1.3, 7.0, 1.4, 1.5], "a", order),
+        "b": Graph(cold + [7.0, 2.0, 2.1, 7.0, 2.2, 2.3, 7.0, 2.4, 2.5], "b", order),
+    }
+    found = bench_cuda.by_turns(graphs, at)
+    assert found == {"a": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "b": [2.0, 2.1, 2.2, 2.3, 2.4, 2.5]}
+    assert order == [*"aaabbb"] * 5 and entered == [*"ab"] * 5
+
+
 def test_forms_near_the_best_and_the_tables_own_are_timed_again_by_turns(monkeypatch):
-    times = {1: [10.3, 10.5, 10.4, 10.2], 2: [9.9, 11.0, 11.0, 11.0], 4: [14.0] * 4}
-    asked = []
-
-    def microseconds(torch, calls):
-        asked.append(calls[0])
-        return times[calls[0]].pop(0)
-
-    monkeypatch.setattr(bench_cuda, "microseconds", microseconds)
+    times = {1: 10.3, 2: 11.0, 4: 14.2}
+    monkeypatch.setattr(bench_cuda, "WARM_SECONDS", 0)
+    monkeypatch.setattr(bench_cuda, "Replayed", lambda torch, calls: Graph([times.pop(calls[0])]))
     first = {1: 10.1, 2: 10.0, 3: 10.9, 4: 14.0, 5: None}
     rows = {n: {"us": us, "tuning": [n, 64]} for n, us in first.items()}
     tune_cuda.by_turns(None, [(row, [n]) for n, row in rows.items()], (4, 64))
-    assert asked == [1, 2, 4] * tune_cuda.ROUNDS  # 3 is 9 % slower, 4 the table's, 5 failed
-    assert {n: row["us"] for n, row in rows.items()} == {1: 10.3, 2: 11.0, 3: 10.9, 4: 14.0, 5: None}
-    assert rows[2]["rounds"] == [10.0, 9.9, 11.0, 11.0, 11.0] and "rounds" not in rows[3]
+    assert not times  # 3 is 9 % slower, 4 the table's, 5 failed
+    assert {n: row["us"] for n, row in rows.items()} == {1: 10.3, 2: 11.0, 3: 10.9, 4: 14.2, 5: None}
+    assert rows[2]["rounds"] == [11.0] * 15 and "rounds" not in rows[3]
 
 
 def test_a_tuner_times_only_what_is_right_and_the_same_when_repeated(monkeypatch):

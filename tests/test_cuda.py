@@ -126,25 +126,26 @@ def test_few_rows_equal_float64_however_long_and_large(fmt, x_type):
         assert bool((ops.qmm(x, w) == ops.qmm(x, w)).all()), "not the same bits when repeated"
 
 
+@pytest.mark.parametrize(
+    "M, N, K", [(8, 4096, 14336), (5, 70, 14336), (7, 1000, 24576), (1, 4096, 8192), (3, 14336, 4096)]
+)
 @pytest.mark.parametrize("ranks", (0, 2, 4))
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
-def test_products_shared_by_the_blocks_of_a_cluster_equal_float64(fmt, ranks, monkeypatch):
+def test_products_shared_by_the_blocks_of_a_cluster_equal_float64(fmt, ranks, M, N, K, monkeypatch):
     """ranks: 0 as the table has it, else as many, on any shape that they serve."""
     gpu = cuda._device(torch_gpu().cuda.current_device())
     if not gpu["early"]:
         pytest.skip("needs a Hopper GPU: clusters")
-    shapes = [(8, 4096, 14336), (5, 70, 14336), (7, 1000, 24576), (1, 4096, 8192), (3, 14336, 4096)]
     if REPEATS:  # fewer rows of W, by as few blocks that each has several tiles
-        shapes = [(M, min(N, 520), K) for M, N, K in shapes]
-        monkeypatch.setattr(cuda, "_device", lambda index: gpu | {"multiprocessors": 12})
+        N = min(N, 264)
+        monkeypatch.setattr(cuda, "_device", lambda index: gpu | {"multiprocessors": 6})
     if ranks:
         monkeypatch.setattr(cuda, "stream_tunings", lambda *a: [(8, 64, 16, 2, 1, 2, 16, ranks)])
-    for M, N, K in shapes:
-        x, w = problem(fmt, M, N, K, "bfloat16", "bfloat16")
-        y = ops.qmm(x, w)
-        assert relative(y, x.double() @ exact(w).T) < ROUNDING["bfloat16"], (M, N, K)
-        for _ in repeated(20):  # the ranks' order is another each time
-            assert bool((ops.qmm(x, w) == y).all()), "not the same bits when repeated"
+    x, w = problem(fmt, M, N, K, "bfloat16", "bfloat16")
+    y = ops.qmm(x, w)
+    assert relative(y, x.double() @ exact(w).T) < ROUNDING["bfloat16"]
+    for _ in repeated(20):  # the ranks' order is another each time
+        assert bool((ops.qmm(x, w) == y).all()), "not the same bits when repeated"
 
 
 @pytest.mark.parametrize("x_type", STORAGE)
@@ -498,7 +499,8 @@ def test_a_row_of_huge_values_takes_no_digits_from_a_row_of_tiny_ones(fmt):
         x *= sizes.repeat(M // 8 + 1)[:M, None].bfloat16()
         expected = x.double() @ exact(w).T
         y = ops.qmm(x, w).double()
-        assert float(((y - expected).norm(dim=1) / expected.norm(dim=1)).max()) < 2.0**-8, (M, N, K)
+        bound = ROUNDING["bfloat16"] * (1 if M <= 8 else 2)  # of each row; weights rounded to x's type
+        assert float(((y - expected).norm(dim=1) / expected.norm(dim=1)).max()) < bound, (M, N, K)
         x[1, 7] = float("inf")
         y = ops.qmm(x, w).double()
         others = torch.arange(M, device="cuda") != 1
@@ -570,9 +572,9 @@ def test_products_in_parts_that_follow_each_other_keep_their_sums_apart(M, monke
     """Two weights in turn, whose workspaces are the same memory; as a graph; in threads with streams."""
     torch = torch_gpu()
     in_parts(monkeypatch, 2, 2)
-    N = 1024 if REPEATS else 4096
-    weights = [problem(Format(4, 64), 1, N, 512, "bfloat16", "bfloat16", seed=n)[1] for n in range(2)]
-    xs = [torch.randn((M, N), device="cuda").bfloat16() for _ in range(8)]
+    N, K, products = (512, 256, 3) if REPEATS else (4096, 512, 8)
+    weights = [problem(Format(4, 64), 1, N, K, "bfloat16", "bfloat16", seed=n)[1] for n in range(2)]
+    xs = [torch.randn((M, N), device="cuda").bfloat16() for _ in range(products)]
     expected = []
     for i, x in enumerate(xs):
         expected.append(ops.qmm(x, weights[i % 2], transpose=False).clone())

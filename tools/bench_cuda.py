@@ -9,10 +9,10 @@
 
 Each answer is checked against float64 first, each peer's against its own dequantized weight. A time is the
 median over replays of a CUDA graph of one product after the other, each with another copy of the weight,
-together more than four times the L2 cache, divided by their number. Peers run in the same way in the same
-run: cuBLAS in float16 (torch.mm), torch's tinygemm (4-bit), humming-kernels (with a bfloat16 zero a group:
+together more than four times the L2 cache, divided by their number. Ours, the peers and the limit take turns.
+Peers: cuBLAS in float16 (torch.mm), torch's tinygemm (4-bit), humming-kernels (with a bfloat16 zero a group:
 MLX's information; and symmetric), by its own heuristics for each M. Limit: the best of three grids of a
-kernel that only reads as many bytes, timed likewise; for many rows the operations at the rate of a product
+kernel that only reads as many bytes; for many rows the operations at the rate of a product
 of 8192^3 (bfloat16, int8 for q8mm).
 
 Kernels are compiled on all cores before the first time is taken, ours into mlxq's cache folder, humming's
@@ -73,6 +73,7 @@ EXPERTS = 8
 DEVICE = "cuda"
 H200 = {"arch": "sm_90a", "multiprocessors": 132, "shared": 232448, "early": True}  # of ops.cuda._device
 HANGS_SECONDS = 40  # no cell takes so long
+WARM_SECONDS, ROUNDS, REPLAYS = 0.02, 5, 3  # of by_turns
 # Largest ‖y - float64‖ / ‖float64‖ of bfloat16 y: half an ulp (2^-9) of y, for kernels that round each weight
 # to bfloat16 as much again, and a quarter of that for float32 sums. q8mm: float32 of exact sums.
 ERROR_LIMIT = {"qmv": 1.25 * 2.0**-9, "qmv_stream": 1.25 * 2.0**-9, "q8mm": 1e-6}
@@ -397,37 +398,63 @@ def first_line(error: BaseException) -> str:
 # Times
 
 
-def microseconds(torch, calls, least: int = 16) -> float:
-    """Median time of a call in replays of a CUDA graph of all of them, at least so many in a graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begun.record()
-        for call in calls:
-            call()
-        ended.record()
-    torch.cuda.synchronize()
-    about = 1e3 * begun.elapsed_time(ended)  # of all calls, their host's time included
-    times = -(-least // len(calls)) if about < 1e3 else 1
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(times):
+class Replayed:
+    """A CUDA graph of calls one after the other, at least so many in it."""
+
+    def __init__(self, torch, calls, least: int = 16):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             for call in calls:
                 call()
-    graph.replay()
-    torch.cuda.synchronize()
-    found = []
-    for _ in range(15 if about < 1e4 else 7):
-        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begun.record()
+            for call in calls:
+                call()
+            ended.record()
+        torch.cuda.synchronize()
+        about = 1e3 * begun.elapsed_time(ended)  # of all calls, their host's time included
+        times = -(-least // len(calls)) if about < 1e3 else 1
+        self.torch, self.graph, self.number = torch, torch.cuda.CUDAGraph(), times * len(calls)
+        self.calls = calls  # and with them all memory that the graph reads
+        with torch.cuda.graph(self.graph):
+            for _ in range(times):
+                for call in calls:
+                    call()
+        self.microseconds()
+
+    def microseconds(self) -> float:
+        """Of a call, in one replay."""
+        begun, ended = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
         begun.record()
-        graph.replay()
+        self.graph.replay()
         ended.record()
         ended.synchronize()
-        found.append(1e3 * begun.elapsed_time(ended) / (times * len(calls)))
-    return statistics.median(found)
+        return 1e3 * begun.elapsed_time(ended) / self.number
+
+
+def microseconds(torch, calls) -> float:
+    """Median time of a call, of these calls alone."""
+    graph = Replayed(torch, calls)
+    return statistics.median(graph.microseconds() for _ in range(15))
+
+
+def by_turns(graphs: dict, at=lambda name: contextlib.nullcontext()) -> dict:
+    """{name: times of a call of this graph}: some replays of one, then of the next, and all of it again.
+
+    The GPU is up to 9 % slower for some milliseconds after a pause (or after float64), so nothing counts at
+    first, nor the first replay of a turn. at(name): what to be in meanwhile.
+    """
+    found: dict = {name: [] for name in graphs}
+    begin, rounds = time.monotonic(), 0
+    while rounds < ROUNDS:
+        counts = time.monotonic() - begin > WARM_SECONDS
+        rounds += counts
+        for name, graph in graphs.items():
+            with at(name):
+                times = [graph.microseconds() for _ in range(1 + REPLAYS)]
+            found[name] += times[1:] if counts else []
+    return found
 
 
 def rotated_bytes(l2_bytes: int) -> int:
@@ -509,8 +536,8 @@ def _read_kernel():
     return cupy.RawKernel(READ, "read_stream")
 
 
-def read_us(torch, nbytes: int, copies: int) -> float:
-    """Time to read as many bytes, other ones each time, with the best of three grids."""
+def reading(torch, nbytes: int, copies: int) -> dict:
+    """{name: a graph} that only reads as many bytes, other ones each time; the fastest is the limit."""
     import cupy
 
     kernel = _read_kernel()
@@ -523,7 +550,9 @@ def read_us(torch, nbytes: int, copies: int) -> float:
             kernel((blocks,), (512,), (buffer.data_ptr(), nbytes // 16, found.data_ptr()))
 
     grids = (processors * each for each in (1, 2, 4))
-    return min(microseconds(torch, [functools.partial(call, b, grid) for b in buffers]) for grid in grids)
+    return {
+        f"read {grid}": Replayed(torch, [functools.partial(call, b, grid) for b in buffers]) for grid in grids
+    }
 
 
 def relative(y, expected) -> float:
@@ -555,6 +584,7 @@ class Run:
         self.rates: dict[str, float] = {}
         self.peer: Humming | None = None
         self.pending: dict | None = None  # the row at hand
+        self.graphs: dict[str, Replayed] = {}  # of it
         torch.manual_seed(0)
 
     # bookkeeping
@@ -652,7 +682,7 @@ class Run:
         b = torch.randint(-127, 128, (8192, 8192), device=DEVICE, dtype=torch.int8)
         with contextlib.suppress(RuntimeError):
             self.rates["int8"] = 2 * 8192**3 / microseconds(torch, [lambda: torch._int_mm(b, b.T)] * 4)
-        stream_us = read_us(torch, 1 << 30, 2)
+        stream_us = min(map(statistics.median, by_turns(reading(torch, 1 << 30, 2)).values()))
         machine = self.result["machine"] = common.machine()
         machine |= {
             "gpu": torch.cuda.get_device_name(),
@@ -671,7 +701,7 @@ class Run:
         return copies(self.rotated, nbytes)
 
     def beside(self, row: dict, name: str, make, x) -> None:
-        """One peer's time into a row, checked, or why there is none; make(): calls, their float64 weight."""
+        """One peer of a row, checked, or why there is none; make(): calls, their float64 weight."""
         what = f"{name} {label(row)}"
         breaks = [why for key, why in self.result["broken"].items() if key.startswith(f"{name} ")]
         if len(breaks) > 1:
@@ -684,20 +714,41 @@ class Run:
                 row["peer_errors"][name] = error
                 if not error < PEER_LIMIT:
                     raise ArithmeticError(f"its answer is off by {error:.2e} of its own weight's")
-                row["peers"][name] = microseconds(self.torch, calls)
+                self.graphs[name] = Replayed(self.torch, calls)
             except Exception as error:
                 row["missing"][name] = first_line(error)
                 self.result["failures"].append(f"{what}: {first_line(error)}")
                 self.alive(what)
 
-    def timed(self, row: dict, calls, early: bool) -> None:
-        """Our time into a row whose answer has been checked."""
-        row["us"] = microseconds(self.torch, calls)
+    def timed(self, calls, early: bool) -> None:
+        """Ours of a row, whose answer has been checked."""
+        self.graphs["us"] = Replayed(self.torch, calls)
         if early:
             with one_after_the_other():
-                row["us_alone"] = microseconds(self.torch, calls)
+                self.graphs["us_alone"] = Replayed(self.torch, calls)
+
+    @contextlib.contextmanager
+    def turn(self, row: dict, name: str):
+        """While one of a row's graphs has its turn."""
+        what = f"{'ours' if name in row else name} {label(row)}"
+        with self.at(what):
+            try:
+                yield
+            except Exception:
+                self.alive(what)
+                raise
+
+    def take_turns(self, row: dict, limits: dict, operations_us: float) -> None:
+        """All times of a row; limits: what `reading` gave, operations_us: what a product of so many takes."""
+        times = by_turns(limits | self.graphs, functools.partial(self.turn, row))
+        us = {name: statistics.median(found) for name, found in times.items()}
+        row["limit_us"] = max(operations_us, min(us.pop(name) for name in limits))
+        for name, time_of_it in us.items():
+            (row if name in row else row["peers"])[name] = time_of_it
+        self.graphs = {}
 
     def row(self, cell: Cell, M: int, what: str = "") -> dict:
+        self.graphs = {}
         return {
             "op": cell.op, "what": what, "bits": cell.bits, "group_size": GROUP_SIZE, "M": M, "N": cell.N,
             "K": cell.K, "dtype": "bfloat16", "kernel": None, "us": None, "us_alone": None,
@@ -747,7 +798,7 @@ class Run:
         fmt = self.format.Format(bits, GROUP_SIZE)
         weights = [random_weight(torch, fmt, N, K) for _ in range(copies)]
         exact = float64_weight(torch, weights[0])
-        reading = read_us(torch, nbytes, copies)
+        limits = reading(torch, nbytes, copies)
         halves = [torch.randn(N, K, device=DEVICE).half() for _ in range(self.copies(2 * N * K))]
         halves = [half.T if forward else half for half in halves]
         half64 = halves[0].T.double()
@@ -758,18 +809,16 @@ class Run:
             peers[name] = functools.cache(functools.partial(self.peer.weights, name, bits, N, K, copies))
         for M in rows:
             row = self.row(cell, M)
-            row["limit_us"] = max(reading, 2 * M * N * K / self.rates["bfloat16"])
             x = torch.randn(M, K if forward else N, device=DEVICE).bfloat16()
             with self.ours(row):
                 y = qmm(x, weights[0], forward)
                 kernel, early = self.kernel_of(weights[0], x, forward)
                 if self.judged(row, kernel, relative(y, x.double() @ (exact.T if forward else exact))):
-                    self.timed(row, [functools.partial(qmm, x, w, forward) for w in weights], early)
+                    self.timed([functools.partial(qmm, x, w, forward) for w in weights], early)
                 if not forward:  # the forward product of the same weights: as many operations
                     back = torch.randn(M, K, device=DEVICE).bfloat16()
-                    row["peers"]["forward"] = microseconds(
-                        torch, [functools.partial(qmm, back, w) for w in weights]
-                    )
+                    forwards = [functools.partial(qmm, back, w) for w in weights]
+                    self.graphs["forward"] = Replayed(torch, forwards)
             half = x.half()
             dense = [functools.partial(torch.mm, half, other) for other in halves]
             self.beside(row, "cublas_fp16", functools.partial(lambda *both: both, dense, half64), half)
@@ -782,6 +831,7 @@ class Run:
                     self.beside(row, name, make, x)
                 else:
                     row["missing"][name] = next(iter(self.result["missing"]), "not there")
+            self.take_turns(row, limits, 2 * M * N * K / self.rates["bfloat16"])
             self.finish(row)
 
     def int8(self, cell: Cell) -> None:
@@ -792,14 +842,13 @@ class Run:
         weights = [random_weight(torch, fmt, N, K, per_row=True) for _ in range(self.copies(nbytes))]
         codes = unpacked(torch, weights[0].words, cell.bits, weights[0].scales.shape, GROUP_SIZE)
         codes = (codes - 2 ** (cell.bits - 1)).reshape(N, K)
-        reading = read_us(torch, nbytes, len(weights))
+        limits = reading(torch, nbytes, len(weights))
         others = self.copies(N * K)
         others = [torch.randint(-127, 128, (N, K), device=DEVICE, dtype=torch.int8) for _ in range(others)]
         for M in cell.rows:
             if (cell.op, "", cell.bits, M, N, K) in self.done:
                 continue
             row = self.row(cell, M)
-            row["limit_us"] = max(reading, 2 * M * N * K / self.rates.get("int8", self.rates["bfloat16"]))
             x = torch.randint(-127, 128, (M, K), device=DEVICE, dtype=torch.int8)
             scales = torch.rand(M, device=DEVICE) + 0.5
             with self.ours(row):
@@ -808,10 +857,12 @@ class Run:
                 expected = sums * scales.double()[:, None] * weights[0].scales[:, 0].double()
                 if self.judged(row, "q8mm", relative(y, expected)):
                     calls = [functools.partial(q8mm, x, scales, w, True, "bfloat16") for w in weights]
-                    self.timed(row, calls, False)
+                    self.timed(calls, False)
             calls = [functools.partial(torch._int_mm, x, other.T) for other in others]
             make = functools.partial(lambda *both: both, calls, others[0].double())
             self.beside(row, "torch_int_mm", make, x)
+            rate = self.rates.get("int8", self.rates["bfloat16"])
+            self.take_turns(row, limits, 2 * M * N * K / rate)
             self.finish(row)
 
     def experts(self, cell: Cell) -> None:
@@ -835,8 +886,7 @@ class Run:
                 if (cell.op, what, cell.bits, M, N, K) in self.done:
                     continue
                 row, used = self.row(cell, M, what), sorted(set(rhs.tolist()))
-                reading = read_us(torch, len(used) * each, self.copies(len(used) * each))
-                row["limit_us"] = max(reading, 2 * len(lhs) * N * K / self.rates["bfloat16"])
+                limits = reading(torch, len(used) * each, self.copies(len(used) * each))
                 places = {e: (rhs == e).nonzero()[:, 0] for e in used}
                 with self.ours(row):
                     cuda._plans.clear()  # so that the only plan is this one
@@ -848,11 +898,12 @@ class Run:
                         expected[at] = x[lhs[at]].double() @ exact[e].T
                     if self.judged(row, kernel, relative(y.reshape(len(lhs), N), expected)):
                         calls = [functools.partial(cuda.gather_qmm, x[:, None], w, lhs, rhs) for w in weights]
-                        self.timed(row, calls, False)
+                        self.timed(calls, False)
                 with self.at(f"loop_fp16 {label(row)}"):  # a stand-in: rows gathered beforehand
                     rows = {e: x.half()[lhs[at]] for e, at in places.items()}
                     calls = [functools.partial(loop, stack, rows) for stack in halves]
-                    row["peers"]["loop_fp16"] = microseconds(torch, calls)
+                    self.graphs["loop_fp16"] = Replayed(torch, calls)
+                self.take_turns(row, limits, 2 * len(lhs) * N * K / self.rates["bfloat16"])
                 self.finish(row)
 
     def host(self, cell: Cell) -> None:

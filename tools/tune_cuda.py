@@ -9,7 +9,7 @@ candidate of qmv_stream.cu (as ops.cuda.stream_tunings: warps, bytes of a segmen
 that fit a multiprocessor, blocks started for each, units at a time, rows, ranks) are checked against float64,
 twice with the same bits, and timed as bench_cuda.py times. 8 rows and 1 row come first; for 2 and 4 only
 what was within 8 % of the best for these. What is within 8 % of a cell's best, and what the tables choose, is
-timed four times more, by turns; the best is one of them. FILE:
+timed again, by turns; the best is one of them. FILE:
 
     best   [{bits, N, K, M, kernel, tuning, us, now: {kernel, tuning, us}}]   now: what the tables choose
     all    [{bits, N, K, M, kernel, tuning, shape, us, failed}]               us null where it failed;
@@ -33,7 +33,7 @@ import bench_cuda as bench
 from mlxq.format import Format
 
 ROWS = (8, 1, 4, 2)
-CLOSE, ROUNDS = 1.08, 4  # one form differs by up to 7 % from one moment to the next
+CLOSE = 1.08  # one form differs by up to 7 % from one moment to the next
 # (warps, segment, blocks that fit, blocks started, units at a time, rows, ranks)
 STREAM = [
     (8, 128, 1, 1, 8, 32, 2),
@@ -109,20 +109,16 @@ def launch_of(cuda, kernel: str, device: int, w, M: int):
 
 
 def by_turns(torch, timed: list[tuple[dict, list]], keep: tuple) -> None:
-    """Times rows near the best, and those of tuning `keep`, again: us is the median of all rounds.
+    """Times rows near the best, and those of tuning `keep`, by turns: us is the median, `rounds` all times.
 
     timed: (row, calls of its launches); a row that failed has no us.
     """
     least = min((row["us"] for row, _ in timed if row["us"] is not None), default=0)
     good = [one for one in timed if one[0]["us"] is not None]
     again = [one for one in good if one[0]["us"] < CLOSE * least or tuple(one[0]["tuning"]) == keep]
-    for row, _ in again:
-        row["rounds"] = [row["us"]]
-    for _ in range(ROUNDS):
-        for row, calls in again:
-            row["rounds"].append(bench.microseconds(torch, calls))
-    for row, _ in again:
-        row["us"] = statistics.median(row["rounds"])
+    graphs = {n: bench.Replayed(torch, calls) for n, (_, calls) in enumerate(again)}
+    for n, rounds in bench.by_turns(graphs).items():
+        again[n][0].update(rounds=rounds, us=statistics.median(rounds))
 
 
 def apply(best: list[dict]) -> None:
