@@ -505,7 +505,7 @@ def test_a_row_of_huge_values_takes_no_digits_from_a_row_of_tiny_ones(fmt):
         y = ops.qmm(x, w).double()
         others = torch.arange(M, device="cuda") != 1
         assert not bool(torch.isfinite(y[1]).any())
-        assert float(((y - expected).norm(dim=1) / expected.norm(dim=1))[others].max()) < 2.0**-8, (M, N, K)
+        assert float(((y - expected).norm(dim=1) / expected.norm(dim=1))[others].max()) < bound, (M, N, K)
 
 
 def test_calls_are_captured_by_a_cuda_graph_and_run_on_the_callers_stream():
@@ -597,6 +597,8 @@ def test_products_in_parts_that_follow_each_other_keep_their_sums_apart(M, monke
         torch.cuda.synchronize()
         assert all(map(torch.equal, found, expected))
         assert all(torch.equal(s, y + y) for s, y in zip(sums, expected, strict=True))
+    if REPEATS:  # racecheck loses track of kernels that threads start, and then waits for ever
+        return
     wrong = []
 
     def work(stream):
@@ -738,6 +740,10 @@ def test_the_kernels_compile_without_a_warning(arch, nvrtc):
     turned = [one for one in every if "-DTURNED=1" in one[1]][-1:]  # another text than where x is not turned
     assert len(turned) == (arch == "sm_90a") and not set(turned) & set(chosen)
     chosen += turned
+    if arch == "sm_90a":  # as racecheck has it (tools/sanitize_cuda.py)
+        shared = cuda.stream_shape(8, 512, 8192, Format(2, 64), "bfloat16", "bfloat16", GPUS[arch])["defines"]
+        assert shared["RANKS"] == 2
+        chosen.append(("qmv_stream.cu", (*cuda.options(arch, shared), "-DARRIVALS=32")))
     for name, flags in chosen:
         assert cuda.cubin(name, flags)[:4] == b"\x7fELF"
     warned = re.findall(r"warning #(\S+?): (.*)", "\n".join(nvrtc.logs))

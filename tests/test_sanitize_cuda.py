@@ -43,7 +43,7 @@ def test_one(n):
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_racy(n):
-    print("RACE!" * (n == 2))
+    print("========= Error: RACE!\\n" * (n == 2))
 
 def test_skipped():
     pytest.skip("no GPU")
@@ -106,7 +106,8 @@ def test_only_what_passed_with_nothing_found_is_clean_and_each_finding_has_its_t
         assert "no GPU" in said[tool]["::test_skipped"] and "SUMMARY: 0" in said[tool]["::test_wrong"]
         assert said[tool]["::test_slow"] == "more than 8 s" and not result["left"][tool]
         assert "::test_other" not in said[tool]
-    assert "SUMMARY: 1 hazards" in said["racecheck"]["::test_racy[2]"]
+    words = said["racecheck"]["::test_racy[2]"].splitlines()
+    assert words == ["========= Error: RACE!", "========= RACECHECK SUMMARY: 1 hazards"]
     log = run.log.read_text()
     assert (
         "-DARRIVALS=32" in log

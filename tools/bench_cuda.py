@@ -3,7 +3,7 @@
     python tools/bench_cuda.py [--limit 130] [--bits 2 4 8] [--out tools/results/cuda-DATE.json]
     python tools/bench_cuda.py --prepare      compile what the run will need, on all cores, and stop;
                        without a GPU our kernels only, for an H200, into the cache folder, to be carried
-    python tools/bench_cuda.py --plot tools/results/cuda-DATE.json      (needs matplotlib, no GPU)
+    python tools/bench_cuda.py --plot tools/results/cuda-DATE.json      its bars and plot anew (no GPU)
     ncu ... python tools/bench_cuda.py --once qmm:4:4096x4096:16 qmm_n:2:14336x4096:128
                        one product each, for a profiler (the stage `profile` of gpu_session.sh)
 
@@ -976,10 +976,11 @@ def label(row: dict) -> str:
 # Bars
 
 # Of issue 4: (shape, rows) -> bits -> (us on an H100, best peer of the same information / ours, limit / ours
-# that those us were there: cuda-h100.md of the shared folder)
+# that those us were there: cuda-h100.md of the shared folder, whose limits have x and y in them. Its 96 % for
+# 28672x8192 at 8 bits are of 84 us; the issue wants 87, which are 93 % of its 80.8)
 DECODE_BARS = {
     ((14336, 4096), (1, 2, 4, 8)): {2: (9.5, 1.7, 0.79), 4: (14, 1.27, 0.87), 8: (23.5, 1.2, 0.92)},
-    ((28672, 8192), (1, 2, 4, 8)): {2: (29, 1.55, 0.87), 4: (47, 1.12, 0.93), 8: (87, 1.05, 0.96)},
+    ((28672, 8192), (1, 2, 4, 8)): {2: (29, 1.55, 0.87), 4: (47, 1.12, 0.93), 8: (87, 1.05, 0.93)},
     ((4096, 4096), (1, 2)): {2: (4.6, 1.9, 0.67), 4: (5.8, 1.2, 0.80), 8: (8.6, 1.4, 0.85)},
 }
 # rows at 14336 x 4096 -> bits -> (us on an H100, humming / ours; with 512 rows cuBLAS in float16 / ours): the
@@ -1024,6 +1025,10 @@ def judge(rows: list[dict], machine: dict) -> list[dict]:
 
         return ratio
 
+    def share(row):
+        x_and_y = 2 * row["M"] * (row["N"] + row["K"]) / 1e6  # MB
+        return (row["limit_us"] + x_and_y / machine.get("read_tb_s", math.inf)) / row["us"]
+
     def under(name):
         return lambda row: row["us"] / row["peers"][name] if name in row["peers"] else None
 
@@ -1032,13 +1037,13 @@ def judge(rows: list[dict], machine: dict) -> list[dict]:
         bars.append(common.bar(what, value, limit, sense, "; ".join(part for part in (note, where) if part)))
 
     for (shape, Ms), per_bits in DECODE_BARS.items():
-        for bits, (us, ratio, share) in per_bits.items():
+        for bits, (us, ratio, least) in per_bits.items():
             found = times("qmm", bits, shape, Ms)
             found = found if len(found) == len(Ms) else []
             names = SAME_INFORMATION if bits == 4 else ("humming",)
             place = f"{bits}-bit {shape[0]}x{shape[1]} M={Ms[0]}..{Ms[-1]}"
             add(f"{place}, {' and '.join(names)} / ours", worst(found, over(names)), ratio, note=CLOSES)
-            add(f"{place}, limit / ours", worst(found, lambda r: r["limit_us"] / r["us"]), share)
+            add(f"{place}, limit with x and y / ours", worst(found, share), least)
             if on_h100:
                 add(f"{place}, us", worst(found, lambda r: r["us"], max), us, "<=")
     for bits in (2, 4, 8):
@@ -1129,9 +1134,11 @@ def main() -> int:
     )
     parser.add_argument("--once", nargs="+", metavar="OP:BITS:NxK:M", help="one product each, and stop")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--plot", type=Path, help="draw this result file and stop")
+    parser.add_argument("--plot", type=Path, help="judge and draw this result file again, and stop")
     args = parser.parse_args()
     if args.plot:
+        result = json.loads(args.plot.read_text())
+        common.write(args.plot, result | {"bars": judge(result["rows"], result["machine"])})
         plot(args.plot)
         return 0
     args.out = args.out or common.RESULTS / f"cuda-{time.strftime('%Y-%m-%d')}.json"
