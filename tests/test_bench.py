@@ -287,12 +287,11 @@ def test_the_kernels_of_a_cuda_run_are_known_before_it():
 class Graph:
     """A bench_cuda.Replayed that takes these times, the last one for ever; `order` gets its name."""
 
-    def __init__(self, times: list, name="", order=()):
-        self.times, self.name, self.order = times, name, order
+    def __init__(self, times: list, name="", order=None):
+        self.times, self.name, self.order = times, name, [] if order is None else order
 
     def microseconds(self) -> float:
-        if isinstance(self.order, list):
-            self.order.append(self.name)
+        self.order.append(self.name)
         return self.times.pop(0) if len(self.times) > 1 else self.times[0]
 
 
@@ -392,13 +391,50 @@ def test_a_cuda_run_ends_at_its_limit_and_goes_on_where_it_was(cuda_run):
 def test_what_breaks_the_gpu_is_named_in_its_row_and_the_run_starts_anew(cuda_run, monkeypatch):
     started = []
     monkeypatch.setattr(bench_cuda.os, "execv", lambda program, arguments: started.append(arguments))
-    run = cuda_run()
+    run, rows = cuda_run(), []
     for name in ("humming", "ours"):
         run.pending = run.row(CUDA_CELLS[0], 8)
         run.restart(f"{name} {bench_cuda.label(run.pending)}", "hung")
-    rows = json.loads(run.args.out.read_text())["rows"]
-    assert [(row["missing"], row["failed"]) for row in rows] == [({"humming": "hung"}, None), ({}, "hung")]
+        rows.append(json.loads(run.args.out.read_text())["rows"])
+    assert not rows[0] and [row["failed"] for row in rows[1]] == ["hung"]
     assert all("--resume" in arguments for arguments in started) and len(started) == 2
+
+    def calls(name, bits, N, K, x, weights):
+        exact = run.torch.ones(N, K).double()
+        return [lambda: x.double() @ exact.T], exact
+
+    again = bench_cuda.Run(run.torch, run.args, bench_cuda.H200, 0, run.result | {"rows": []})
+    again.rotated, again.peer = 0, types.SimpleNamespace(weights=print, calls=calls)
+    again.all(CUDA_CELLS[:1])
+    one, _, broke = again.result["rows"]
+    assert one["peers"]["humming"] == broke["us"] == 2.0 and broke["missing"]["humming"] == "hung"
+
+
+def test_a_break_in_a_turn_is_of_the_graph_whose_turn_it_is(cuda_run):
+    run, asked = cuda_run(), []
+    run.alive, row = asked.append, run.row(CUDA_CELLS[0], 8)
+    for name, said in (("humming", "humming"), ("forward", "ours"), ("us_alone", "ours"), ("read", "read")):
+        run.graphs = {"us": Graph([2.0]), name: Graph([])}  # which has no time to give
+        with pytest.raises(IndexError):
+            run.take_turns(row, {"read 1": Graph([1.0])}, 0.5)
+        assert asked == [f"{said} {bench_cuda.label(row)}"] and not asked.clear()
+
+
+def test_a_row_of_ours_that_failed_has_no_time(cuda_run, monkeypatch):
+    made = []
+
+    def replayed(torch, calls):
+        made.append(calls)
+        if len(made) == 2:  # ours has its graph; this is the one without an early start
+            raise RuntimeError("capture failed")
+        return Graph([2.0])
+
+    run = cuda_run()
+    monkeypatch.setattr(bench_cuda, "Replayed", replayed)
+    run.all(CUDA_CELLS[:1])
+    first = run.result["rows"][0]
+    assert first["us"] is None and first["failed"] == "RuntimeError: capture failed"
+    assert first["peers"]["cublas_fp16"] == 2.0 and run.result["rows"][2]["us"] == 2.0
 
 
 def cuda_rows():
@@ -429,8 +465,8 @@ def launches_of_a_tuner(*answers):
 
 
 def test_what_is_timed_by_turns_counts_neither_while_it_warms_nor_at_the_first_replay_of_a_turn(monkeypatch):
-    monkeypatch.setattr(bench_cuda, "REPLAYS", 2)
-    monkeypatch.setattr(bench_cuda, "ROUNDS", 3)
+    for name, value in (("REPLAYS", 2), ("ROUNDS", 3), ("WARM_SECONDS", 0.02)):
+        monkeypatch.setattr(bench_cuda, name, value)
     clock = iter([0.0, 0.01, 0.015, 0.03, 0.04, 0.05])  # two rounds to warm
     monkeypatch.setattr(bench_cuda.time, "monotonic", lambda: next(clock))
     order, entered = [], []
@@ -447,7 +483,7 @@ def test_what_is_timed_by_turns_counts_neither_while_it_warms_nor_at_the_first_r
     }
     found = bench_cuda.by_turns(graphs, at)
     assert found == {"a": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "b": [2.0, 2.1, 2.2, 2.3, 2.4, 2.5]}
-    assert order == [*"aaabbb"] * 5 and entered == [*"ab"] * 5
+    assert entered == [*"baba", *"abbaab"] and order == [name for name in entered for _ in range(3)]
 
 
 def test_forms_near_the_best_and_the_tables_own_are_timed_again_by_turns(monkeypatch):
@@ -489,6 +525,10 @@ def test_cuda_bars_are_ratios_to_the_best_peer_of_the_same_information():
     assert bars["4-bit M=2048, cuBLAS fp16 and humming / ours"]["met"] is False
     assert bars["4-bit transpose=False / forward"]["met"] is False
     assert bars["host us of a call of ops.qmm"]["met"] is True
+    share = "2-bit 4096x4096 M=1..2, limit with x and y / ours"  # 8 us and 8192 values at 2 TB/s, of 10 us
+    with_rate = {b["what"]: b for b in bench_cuda.judge(rows, {"gpu": "NVIDIA H200", "read_tb_s": 2.0})}
+    assert with_rate[share]["measured"] == pytest.approx(0.8 + 8192 * 2 / 2e6 / 10)
+    assert with_rate[share]["met"] is True and bars[share]["met"] is None
     assert not [what for what in bars if what.endswith(", us")], "microseconds count on an H100 only"
     on_h100 = {b["what"]: b for b in bench_cuda.judge(rows, {"gpu": "NVIDIA H100 80GB HBM3"})}
     assert on_h100["4-bit 14336x4096 M=1..8, us"]["met"] is True

@@ -350,9 +350,9 @@ def cuda_products(rows: list[dict]) -> str:
         [f"{N}x{K}, {bits}-bit", *(found[N, K, bits].get(M, "-") for M in Ms)] for N, K, bits in sorted(found)
     ]
     about = (
-        "Microseconds, share of the limit (reading the same bytes, or the operations at the rate of a\n"
-        "large bfloat16 product), and the fastest peer over ours: h humming, t tinygemm, c cuBLAS in\n"
-        "float16 where neither was timed."
+        "Microseconds, share of the limit (reading the weight, without x and y, or the operations at the\n"
+        "rate of a large bfloat16 product), and the fastest peer over ours: h humming, t tinygemm, c cuBLAS\n"
+        "in float16 where neither was timed."
     )
     return about + "\n\n" + table(["groups of 64", *(f"M={M}" for M in Ms)], body)
 

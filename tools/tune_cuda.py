@@ -33,7 +33,7 @@ import bench_cuda as bench
 from mlxq.format import Format
 
 ROWS = (8, 1, 4, 2)
-CLOSE = 1.08  # one form differs by up to 7 % from one moment to the next
+CLOSE = 1.08  # one form differs by up to 7 % from one moment to the next, warm as it is
 # (warps, segment, blocks that fit, blocks started, units at a time, rows, ranks)
 STREAM = [
     (8, 128, 1, 1, 8, 32, 2),

@@ -96,7 +96,7 @@ __device__ __forceinline__ void remote_arrive(unsigned int there) {
 
 // All blocks of a cluster have begun, their barriers made (barriers_ready), and all that is left of them has come to its end.
 // Under racecheck a warp that waits goes on only when every warp waits, and one that first asks for copies never does: there
-// all wait where they arrive.
+// all wait where they arrive, so it says nothing about where the kernels wait (the emulation of tests/cuda does).
 #if ARRIVALS == 1
 __device__ __forceinline__ void cluster_begun() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_ends() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
