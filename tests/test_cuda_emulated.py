@@ -6,6 +6,7 @@ shared memory and the macros are those that ops.cuda gives on an H100.
 
 import contextlib
 import ctypes
+import faulthandler
 import functools
 import itertools
 import os
@@ -557,6 +558,7 @@ def survives(right) -> bool:
     child = os.fork()
     if not child:
         code = NOT_PLANTED
+        faulthandler.disable()  # dying is what many of them are for: no pages about it in the log
         with contextlib.suppress(BaseException):
             code = int(not right())
         os._exit(code)
