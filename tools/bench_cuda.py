@@ -44,7 +44,6 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
-import gc
 import importlib
 import importlib.metadata
 import importlib.util
@@ -953,7 +952,6 @@ class Run:
                     print(f"{name}: {first_line(error)}", flush=True)
                     self.pending, self.graphs = None, {}
                     self.alive(name)
-            gc.collect()  # plans hold their weights in circles
         self.write()
         wrong = [f"{label(row)}: {row['failed']}" for row in self.result["rows"] if row["failed"]]
         common.print_bars(judge(self.result["rows"], self.result["machine"]))
